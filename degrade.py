@@ -1,0 +1,434 @@
+"""Real-ESRGAN's second-order degradation (2107.10833), as S3Diff, GramSR and VOSR train with it.
+
+    lq, lq_up = degrade(hq, VOSR, torch.Generator().manual_seed(0))
+
+A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end. `draw_plan` draws every
+choice as a literal; `apply` turns such a plan and pictures into degraded pictures. The plan even holds the seeds of the noise fields, so plan and
+pictures settle the result, and a plan can be printed, kept, or written by hand. Pictures are float (B, 3, H, W), RGB in [0, 1], on any device.
+
+The photo-crop dataset lives here too, and a command that makes a paired test set:
+
+    python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0      ->  OUT_DIR/lq/*.png and OUT_DIR/hq/*.png
+
+Left out, since no released setting reaches them: sharpening of the target (USM), colour jitter, gray pictures, VOSR's one-stage branches.
+"""
+
+import argparse
+import hashlib
+import math
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from models import imaging
+from models.imaging import SUFFIXES, PictureError, from_uint8, mirror_pad, read_picture, round8, to_uint8, write_picture
+
+# ---- recipes: what may be drawn, with which odds
+
+MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
+KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03, "plateau_iso": 0.12, "plateau_aniso": 0.03}
+SIZES = range(7, 22, 2)  # of a kernel, pixels
+SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4  # odds of: a sinc for a blur kernel, a last sinc, Gaussian rather than Poisson noise, gray noise
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Ranges and odds of one round of blur, resize, noise, JPEG."""
+
+    sigma: tuple  # blur kernel's width, pixels
+    resize: tuple  # odds of up, down, keep
+    scale: tuple  # (lo, hi): down draws from lo .. 1, up from 1 .. hi
+    noise: tuple  # Gaussian noise's sigma, of 255
+    poisson: tuple  # factor on Poisson noise
+    jpeg: tuple  # quality
+    blur: float = 1.0  # probability
+
+
+@dataclass(frozen=True)
+class Recipe:
+    first: Stage
+    second: Stage
+    generalized_beta: tuple
+    plateau_beta: tuple
+    kernels_per: str = "image"  # or "batch": one set of kernels for the whole call
+    branches_per: str = "batch"  # or "image": directions, scales, modes, kinds of noise and coins anew for every picture
+    enlarge: tuple = MODES  # how lq_up is made from lq
+    eight_bit: bool = True  # lq_up is rounded to 8 bit
+    clean: float = 0.0  # probability that lq_up is hq itself
+
+
+# S3Diff draws kernels in its loader and the rest per batch; GramSR draws all in its loader, picture by picture; VOSR draws all per batch.
+S3DIFF = Recipe(
+    Stage((0.2, 1.5), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
+    Stage((0.2, 1.0), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
+    generalized_beta=(0.5, 2.0), plateau_beta=(1, 1.5), enlarge=("bicubic",), eight_bit=False, clean=0.01,
+)
+GRAMSR = Recipe(
+    Stage((0.2, 3.0), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
+    Stage((0.2, 1.5), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
+    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image",
+)
+VOSR = Recipe(
+    Stage((0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
+    Stage((0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95), blur=0.8),
+    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), kernels_per="batch",
+)
+RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR}
+
+# ---- plans: what was drawn
+
+
+@dataclass
+class StagePlan:
+    blur: bool
+    kernels: list  # arguments of `kernel`: one dict per picture, or a single one for all
+    scale: float
+    mode: str
+    noise: str  # "gaussian" or "poisson"
+    strength: list  # per picture: sigma of 255, or Poisson factor
+    gray: list  # per picture
+    jpeg: list  # quality, per picture
+    seed: int = 0  # of the noise fields
+
+
+@dataclass
+class Plan:
+    first: StagePlan
+    second: StagePlan
+    sinc: list  # kernels, like those of a stage
+    jpeg_first: bool  # second JPEG before the last resize and sinc, else after them
+    mode: str  # of the last resize
+    enlarge: str  # mode
+    eight_bit: bool
+    clean: bool = False
+
+
+PULSE = {"type": "pulse", "size": 1}  # the kernel that changes nothing
+
+
+def draw_kernel(rng, recipe, sigma):
+    type, size = rng.choices([*KINDS], KINDS.values())[0], rng.choice(SIZES)
+    if rng.random() < SINC:
+        return {"type": "sinc", "size": size, "cutoff": rng.uniform(math.pi / (3 if size < 13 else 5), math.pi)}
+    k = {"type": type, "size": size, "sigma_x": rng.uniform(*sigma)}
+    if "aniso" in type:
+        k |= {"sigma_y": rng.uniform(*sigma), "theta": rng.uniform(-math.pi, math.pi)}
+    if "_" in type:
+        lo, hi = recipe.generalized_beta if "generalized" in type else recipe.plateau_beta
+        k["beta"] = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)  # plateau, lo = 1: half of the draws are exactly 1
+    return k
+
+
+def draw_stage(rng, recipe, stage, n):
+    (lo, hi), direction = stage.scale, rng.choices(("up", "down", "keep"), stage.resize)[0]
+    gaussian = rng.random() < GAUSSIAN
+    return StagePlan(
+        blur=rng.random() < stage.blur,
+        kernels=[draw_kernel(rng, recipe, stage.sigma) for _ in range(n if recipe.kernels_per == "image" else 1)],
+        scale={"up": rng.uniform(1, hi), "down": rng.uniform(lo, 1), "keep": 1.0}[direction],
+        mode=rng.choice(MODES),
+        noise="gaussian" if gaussian else "poisson",
+        strength=[rng.uniform(*(stage.noise if gaussian else stage.poisson)) for _ in range(n)],
+        gray=[rng.random() < GRAY for _ in range(n)],
+        jpeg=[rng.uniform(*stage.jpeg) for _ in range(n)],
+        seed=rng.getrandbits(63),
+    )
+
+
+def draw_plan(recipe, n, generator):
+    """A plan for n pictures. Takes one number from the generator, which seeds all the rest, so the pictures' content never shifts later draws."""
+    rng = random.Random(torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item())
+    first, second = (draw_stage(rng, recipe, stage, n) for stage in (recipe.first, recipe.second))
+    sincs = [{"type": "sinc", "size": rng.choice(SIZES), "cutoff": rng.uniform(math.pi / 3, math.pi)} for _ in first.kernels]
+    sincs = [k if rng.random() < FINAL_SINC else PULSE for k in sincs]
+    jpeg_first, mode, enlarge, clean = rng.random() >= 0.5, rng.choice(MODES), rng.choice(recipe.enlarge), rng.random() < recipe.clean
+    return Plan(first, second, sincs, jpeg_first, mode, enlarge, recipe.eight_bit, clean)
+
+
+# ---- blur, resize, noise, JPEG
+
+
+def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=math.pi):
+    """One blur kernel -> (size, size) float64, sum 1. Sigmas in pixels; x runs along columns, y along rows; cutoff in radians per pixel."""
+    if type == "pulse":
+        return F.pad(torch.ones(1, 1, dtype=torch.float64), (size // 2,) * 4)
+    offset = torch.arange(size, dtype=torch.float64) - size // 2
+    y, x = torch.meshgrid(offset, offset, indexing="ij")
+    if type == "sinc":
+        r = torch.hypot(x, y)
+        w = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
+        w[size // 2, size // 2] = cutoff**2 / (4 * math.pi)
+        return w / w.sum()
+    if "aniso" not in type:
+        sigma_y, theta = sigma_x, 0.0
+    cos, sin = math.cos(theta), math.sin(theta)
+    q = ((cos * x + sin * y) / sigma_x) ** 2 + ((cos * y - sin * x) / sigma_y) ** 2  # v^T C^-1 v, C = R diag(sigma_x^2, sigma_y^2) R^T
+    w = 1 / (1 + q**beta) if "plateau" in type else torch.exp(-0.5 * (q**beta if "generalized" in type else q))
+    return w / w.sum()
+
+
+def stack_kernels(kernels, size=None):
+    """Kernels -> (n, size, size) float32, padded with zeros to `size`, by default the largest of them."""
+    size = size or max(k["size"] for k in kernels)
+    return torch.stack([F.pad(kernel(**k), ((size - k["size"]) // 2,) * 4) for k in kernels]).float()
+
+
+def blur(x, kernels):
+    """Filter x (B, 3, H, W), mirrored at the edges, with kernels (B, k, k), or (1, k, k) for all. Correlation: no kernel is flipped. No clamp."""
+    (B, C, H, W), n = x.shape, kernels.shape[-1] // 2
+    # official: fails on sides of 10 pixels or fewer, we mirror as often as it takes
+    x = F.pad(x, (n,) * 4, mode="reflect") if min(H, W) > n else mirror_pad(x, n, n, n, n)
+    weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(C, 0)[:, None]  # (B*C, 1, k, k)
+    return F.conv2d(x.reshape(1, B * C, *x.shape[2:]), weight, groups=B * C).view(B, C, H, W)
+
+
+def resize(x, mode, scale=None, size=None):
+    """Given a scale, bilinear and bicubic step by exactly 1/scale; given a size, by in/out. Bicubic overshoots: no clamp."""
+    return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=None if mode == "area" else False)
+
+
+class Fields:
+    """Noise fields from a seed, drawn on the CPU, so that a plan gives the same noise on any device."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, shape):
+        return torch.randn(shape, generator=self.generator)
+
+    def poisson(self, rate):
+        return torch.poisson(rate.cpu(), generator=self.generator)
+
+
+def poisson_field(x, fields):
+    """x (B, C, H, W) in [0, 1] -> Poisson noise of mean 0, photon counts scaled by each picture's number of distinct 8-bit values."""
+    x = round8(x)
+    seen = torch.zeros(len(x), 256, device=x.device).scatter_(1, (x * 255).round().long().flatten(1), 1.0).sum(1)
+    vals = torch.exp2(torch.ceil(torch.log2(seen))).view(-1, 1, 1, 1)  # official: 1 for a flat picture, hence very strong noise
+    return fields.poisson(x * vals).to(x) / vals - x
+
+
+def noise_field(x, type, gray, fields):
+    """Noise of strength 1 for x (B, 3, H, W): "gaussian" (sigma 1/255) or "poisson"; gray (B,) flags make it alike in the three channels."""
+    gray, gray_field = torch.as_tensor(gray, device=x.device).view(-1, 1, 1, 1), x.new_zeros(())
+    if type == "gaussian":
+        if gray.any():
+            gray_field = fields.normal(x.shape[2:]).to(x) / 255  # official: one (H, W) field for all gray pictures of a batch
+        return torch.where(gray, gray_field, fields.normal(x.shape).to(x) / 255)
+    if gray.any():
+        gray_field = poisson_field((x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True), fields)
+    return torch.where(gray, gray_field, poisson_field(x, fields))
+
+
+def add_noise(x, type, strength, gray, fields):
+    """x (B, 3, H, W), of any range -> in [0, 1]. strength (B,): sigma of 255, or factor on Poisson noise."""
+    return (x + x.new_tensor(strength).view(-1, 1, 1, 1) * noise_field(x, type, gray, fields)).clamp(0, 1)
+
+
+YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
+LUMA_STEPS = torch.tensor([  # official: the transpose of the standard's table
+    [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95], [16, 19, 24, 29, 56, 64, 87, 98],
+    [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100], [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99],
+])
+CHROMA_STEPS = torch.full((8, 8), 99)
+CHROMA_STEPS[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
+DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2  # (frequency, pixel), orthonormal
+DCT[0] /= math.sqrt(2)
+
+
+def quantise(x, table, factor):
+    """DCT of every 8 x 8 block of x (B, C, H, W), rounded to steps table * factor (B,), and back."""
+    B, C, H, W = x.shape
+    D, step = DCT.to(x), table.to(x)[:, None] * factor.view(B, 1, 1, 1, 1, 1)
+    f = (D @ x.reshape(B, C, H // 8, 8, W)).view(B, C, H // 8, 8, W // 8, 8) @ D.T
+    f = (f / step).round() * step
+    return (D.T @ (f @ D).view(B, C, H // 8, 8, W)).view(B, C, H, W)
+
+
+def jpeg(x, quality):
+    """JPEG without the file: x (B, 3, H, W) in [0, 1], quality (B,), real-valued in (0, 100] -> [0, 1], not rounded to 8 bit."""
+    H, W = x.shape[2:]
+    q = torch.as_tensor(quality, device=x.device).to(x)
+    # official: steps are neither rounded nor held in 1..255, so they vanish at quality 100, where the division fails; we stop just above 0
+    factor = (torch.where(q < 50, 5000 / q, 200 - 2 * q) / 100).clamp(min=1e-5)
+    x = F.pad(x * 255, (0, -W % 16, 0, -H % 16))  # official: black padding, which darkens the last blocks of odd sizes
+    ycc = (YCBCR.to(x) @ x.flatten(2)).view_as(x)
+    luma = quantise(ycc[:, :1] - 128, LUMA_STEPS, factor) + 128
+    chroma = quantise(F.avg_pool2d(ycc[:, 1:], 2), CHROMA_STEPS, factor)  # 4:2:0, around 0 as it is
+    ycc = torch.cat([luma, F.interpolate(chroma, scale_factor=2)], 1)
+    return ((RGB.to(x) @ ycc.flatten(2)).view_as(x).clamp(0, 255) / 255)[..., :H, :W].contiguous()
+
+
+# ---- the degradation
+
+
+def apply(plan, hq, scale=4, fields=None, steps=None):
+    """Degrade hq (B, 3, H, W) in [0, 1] as the plan says -> lq (B, 3, H/scale, W/scale), lq_up (B, 3, H, W), both in [0, 1].
+
+    fields: where noise fields come from, by default the plan's seeds. steps: a list that receives every (name, intermediate picture).
+    """
+    (H, W), first, second, steps = hq.shape[2:], plan.first, plan.second, [] if steps is None else steps
+
+    def step(name, x):
+        steps.append((name, x))
+        return x
+
+    x = step("blur", blur(hq, stack_kernels(first.kernels)))
+    x = step("resize", resize(x, first.mode, scale=first.scale))
+    x = step("noise", add_noise(x, first.noise, first.strength, first.gray, fields or Fields(first.seed)))
+    x = step("jpeg", jpeg(x, first.jpeg))
+
+    if second.blur:
+        x = step("blur", blur(x, stack_kernels(second.kernels)))
+    x = step("resize", resize(x, second.mode, size=[max(1, int(side / scale * second.scale)) for side in (H, W)]))
+    x = step("noise", add_noise(x, second.noise, second.strength, second.gray, fields or Fields(second.seed)))
+    if plan.jpeg_first:
+        x = step("jpeg", jpeg(x, second.jpeg))
+    x = step("resize", resize(x, plan.mode, size=(H // scale, W // scale)))
+    x = step("blur", blur(x, stack_kernels(plan.sinc)))
+    if not plan.jpeg_first:
+        x = step("jpeg", jpeg(x.clamp(0, 1), second.jpeg))
+
+    lq = x.clamp(0, 1)
+    # official: S3Diff clamps before it enlarges, VOSR and GramSR after
+    lq_up = step("resize", resize(x if plan.eight_bit else lq, plan.enlarge, size=(H, W)))
+    lq_up = round8(lq_up) if plan.eight_bit else lq_up.clamp(0, 1)
+    return lq, hq if plan.clean else lq_up  # official: beside a clean lq_up, S3Diff's degradation estimator still sees the degraded lq
+
+
+@torch.no_grad()
+def degrade(hq, recipe, generator, scale=4):
+    """Draw a plan and apply it: hq (B, 3, H, W) in [0, 1] -> lq (B, 3, H/scale, W/scale), lq_up (B, 3, H, W), which is lq enlarged."""
+    if recipe.branches_per == "image" and len(hq) > 1:
+        lq, lq_up = zip(*(degrade(one, recipe, generator, scale) for one in hq.split(1)))
+        return torch.cat(lq), torch.cat(lq_up)
+    return apply(draw_plan(recipe, len(hq), generator), hq, scale)
+
+
+# ---- photos
+
+
+def list_photos(folder):
+    """Sorted paths of the pictures in a folder and its subfolders, hidden files left out."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give one with pictures ({' '.join(sorted(SUFFIXES))})")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    if not files:
+        raise ValueError(f"{folder}: no pictures in this folder; put some there ({' '.join(sorted(SUFFIXES))})")
+    return files
+
+
+class Photos(torch.utils.data.Dataset):
+    """Random crops of a folder's pictures, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) float in [0, 1].
+
+    Each epoch, i // number of files, takes the files in a new order. A picture with a side below the crop is enlarged (bicubic) to fit; below
+    half of the crop, or broken, it is skipped: the next good file takes its place, and `skipped` says why. Decoded pictures stay in memory up
+    to cache_mb (in each loader worker).
+    """
+
+    def __init__(self, folder, crop, seed=0, flip=False, files=None, cache_mb=1024):
+        self.files = [Path(p) for p in files] if files is not None else list_photos(folder)
+        self.crop, self.seed, self.flip, self.cache_left = crop, seed, flip, cache_mb * 2**20
+        self.skipped, self.cache, self.epoch = {}, {}, None
+        for path in self.files:  # headers only; damage further in shows when a file's turn comes
+            try:
+                with Image.open(path) as img:
+                    if 2 * min(img.size) < crop:
+                        self.skip(path, f"{path}: its {img.width} x {img.height} pixels are less than half of the crop {crop}")
+            except Exception:
+                self.pixels(path)  # says what is wrong
+        if len(self.skipped) == len(self.files):
+            raise ValueError(f"{folder}: none of its {len(self)} pictures can be used for crops of {crop}; give others or a smaller crop")
+
+    def __len__(self):
+        return len(self.files)
+
+    def skip(self, path, reason):
+        self.skipped[path] = str(reason)
+        print(f"{reason}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
+
+    def pixels(self, path):
+        """Decoded picture, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
+        if path in self.skipped or path in self.cache:
+            return self.cache.get(path)
+        try:
+            x, _ = read_picture(path)
+        except PictureError as error:
+            return self.skip(path, error)
+        grow = self.crop / min(x.shape[2:])
+        if grow > 1:  # official: VOSR enlarges however small a picture is
+            x = imaging.resize(x, [round(side * grow) for side in x.shape[2:]])
+        array = to_uint8(x[0])
+        if array.nbytes <= self.cache_left:
+            self.cache[path] = array
+            self.cache_left -= array.nbytes
+        return array
+
+    def __getitem__(self, i):
+        epoch, n = i // len(self), len(self)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(n)
+        turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))  # the first is taken, unless it is no good
+        array = next((array for array in turn if array is not None), None)
+        if array is None:
+            raise ValueError(f"{self.files[0].parent}: none of the {n} pictures can be read; see the lines above")
+        rng = np.random.default_rng((self.seed, 1, i))
+        y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
+        array = array[y : y + self.crop, x : x + self.crop]
+        return from_uint8(array[:, ::-1] if self.flip and rng.random() < 0.5 else array)[0]
+
+
+# ---- the command: a folder of pictures -> a paired test set
+
+
+def degrade_file(path, name, out, recipe, scale, seed):
+    """One picture -> out/lq and out/hq. What is drawn hangs on the seed and its own name, not on the other files."""
+    hq, _ = read_picture(path)
+    if min(hq.shape[2:]) < 8 * scale:
+        raise PictureError(f"{path}: {hq.shape[3]} x {hq.shape[2]} pixels are too few, both sides need {8 * scale}; remove or replace it")
+    hq = hq[..., : hq.shape[2] // scale * scale, : hq.shape[3] // scale * scale]
+    digest = hashlib.sha256(f"{seed} {name.as_posix()}".encode()).digest()
+    lq, _ = degrade(hq, recipe, torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
+    write_picture(out / "lq" / name.with_suffix(".png"), lq)
+    write_picture(out / "hq" / name.with_suffix(".png"), hq)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Degrade a folder of pictures: OUT_DIR/lq and OUT_DIR/hq, equal names, 8-bit PNG.")
+    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="folder of clean pictures, searched with its subfolders")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where lq/ and hq/ go")
+    parser.add_argument("--recipe", choices=RECIPES, default="vosr", help="whose settings (default vosr)")
+    parser.add_argument("--scale", type=int, choices=range(1, 17), default=4, metavar="1..16", help="lq is this many times smaller (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
+    args = parser.parse_args()
+    try:
+        files = list_photos(args.hr_dir)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"degrade.py: {error}")
+    if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
+        sys.exit(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; choose a folder outside")
+    owner, failed = {}, 0
+    for path in tqdm(files, unit="picture", disable=None):
+        name = path.relative_to(args.hr_dir)
+        try:
+            if owner.setdefault(name.with_suffix(""), path) != path:
+                raise PictureError(f"{path}: another file differs only in its suffix, and both would become one PNG; rename it")
+            degrade_file(path, name, args.out_dir, RECIPES[args.recipe], args.scale, args.seed)
+        except PictureError as error:
+            failed += 1
+            tqdm.write(f"degrade.py: {error}", file=sys.stderr)
+    print(f"{len(files) - failed} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""VOSR's diffusion transformer: predicts the velocity of a latent picture from the low-quality one.
+
+Paper:   VOSR, arXiv 2604.03225; the backbone is LightningDiT (arXiv 2501.01423) with cross-attention added.
+Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR; parameter names are theirs.
+Left out: options that no public checkpoint uses (class labels, learned sigma, fused layers, absolute positions).
+
+Beyond the official network: rectangles of any size, and two switches that only our tiny model flips
+(`predict` and `rope_rescale` in DiTConfig).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class DiTConfig:
+    input_size: int = 64        # latent cells per side the model is trained on (64 = 512 pixels at f8)
+    patch_size: int = 2         # latent cells per token side
+    in_channels: int = 8        # LQ latent and noisy latent, concatenated
+    out_channels: int = 4
+    hidden_size: int = 1024     # D
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    z_dims: int = 768           # width of the visual tokens
+    encdim_ratio: int = 3       # inner width of the context MLP, in units of D
+    auxiliary_time_cond: bool = False   # second time r: the one-step models
+    predict: str = "velocity"   # or "clean": the network corrects z_lq towards the clean latent, Eq. in `DiT.forward`
+    rope_rescale: bool = True   # squeeze the positions of other sizes into the trained range, as the official code does
+
+    def __post_init__(self):
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads}")
+        if self.predict not in ("velocity", "clean"):
+            raise ValueError(f"predict is {self.predict!r}, not 'velocity' or 'clean'")
+
+
+def modulate(x, shift, scale):
+    """x: (B, N, D); shift, scale: (B, D) -> (B, N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def timestep_embedding(t, dim=256):
+    """Sinusoids of t: (B,) in [0, 1], NOT multiplied by 1000 -> (B, dim), cosines first."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    args = t.float()[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+def rope_table(rows, cols, head_dim):
+    """Rotary tables for tokens at positions rows: (h,) and cols: (w,) -> cos, sin, each (h*w, head_dim).
+
+    The first half of a head's channels turns with the row, the second half with the column;
+    every angle serves the adjacent channel pair (2k, 2k+1).
+    """
+    d = head_dim // 2
+    freqs = 10000 ** (-torch.arange(0, d, 2, device=rows.device).float() / d)           # (d/2,)
+    row, col = ((pos[:, None] * freqs).repeat_interleave(2, dim=1) for pos in (rows, cols))
+    h, w = len(rows), len(cols)
+    angle = torch.cat([row[:, None].expand(h, w, d), col[None].expand(h, w, d)], dim=-1)
+    angle = angle.reshape(h * w, head_dim)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel pairs of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-b, a], dim=-1).flatten(-2)
+    return (x.float() * cos + turned * sin).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, the mean square in float32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, D):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch, channels, D):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, D, kernel_size=patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)          # (B, C, h, w) -> (B, N, D), row-major
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, D, nh):
+        super().__init__()
+        self.nh = nh
+        self.qkv = nn.Linear(D, 3 * D)
+        self.q_norm = RMSNorm(D // nh)
+        self.k_norm = RMSNorm(D // nh)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x, rope):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)     # each (B, nh, N, hd)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        x = F.scaled_dot_product_attention(q, k, v.type_as(q))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Queries from the picture's tokens, keys and values from the visual context; no rotary."""
+
+    def __init__(self, D, nh):
+        super().__init__()
+        self.nh = nh
+        self.q_linear = nn.Linear(D, D)
+        self.k_linear = nn.Linear(D, D)
+        self.v_linear = nn.Linear(D, D)
+        self.q_norm = RMSNorm(D // nh)
+        self.k_norm = RMSNorm(D // nh)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x, ctx):
+        q, k, v = (linear(y).unflatten(-1, (self.nh, -1)).transpose(1, 2)                # each (B, nh, N or M, hd)
+                   for linear, y in ((self.q_linear, x), (self.k_linear, ctx), (self.v_linear, ctx)))
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = F.scaled_dot_product_attention(q, k, v.type_as(q))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, D, inner):
+        super().__init__()
+        self.w12 = nn.Linear(D, 2 * inner)
+        self.w3 = nn.Linear(inner, D)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class ContextMLP(nn.Module):
+    def __init__(self, z_dims, inner, D):
+        super().__init__()
+        self.fc1 = nn.Linear(z_dims, inner)
+        self.fc2 = nn.Linear(inner, D)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D, nh = cfg.hidden_size, cfg.num_heads
+        self.norm1 = RMSNorm(D)
+        self.attn = SelfAttention(D, nh)
+        self.cross_attn = CrossAttention(D, nh)
+        self.norm2 = RMSNorm(D)
+        self.mlp = SwiGLU(D, int(2 / 3 * int(D * cfg.mlp_ratio)))
+        self.scale_shift_table = nn.Parameter(torch.empty(6, D))
+
+    def forward(self, x, ctx, c0, rope):
+        """x: (B, N, D), ctx: (B, M, D), c0: (B, 6, D) shared by all blocks -> (B, N, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + c0).unbind(1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
+        x = x + self.cross_attn(x, ctx)         # official: no norm before it, no gate after it
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, D, out):
+        super().__init__()
+        self.norm_final = RMSNorm(D)
+        self.linear = nn.Linear(D, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Rope(nn.Module):
+    """The rotary tables of the trained size: constants that the public files carry as buffers."""
+
+    def __init__(self, side, head_dim):
+        super().__init__()
+        cos, sin = rope_table(torch.arange(side).float(), torch.arange(side).float(), head_dim)
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+
+class DiT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        D = cfg.hidden_size
+        self.side = cfg.input_size // cfg.patch_size            # tokens per side of the trained size
+        self.x_embedder = PatchEmbed(cfg.patch_size, cfg.in_channels, D)
+        self.t_embedder = TimeEmbedder(D)
+        self.r_embedder = TimeEmbedder(D) if cfg.auxiliary_time_cond else None
+        self.feat_rope = Rope(self.side, D // cfg.num_heads)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.layer_norm = nn.LayerNorm(cfg.z_dims)
+        self.mlp_ca = ContextMLP(cfg.z_dims, cfg.encdim_ratio * D, D)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.final_layer = FinalLayer(D, cfg.patch_size**2 * cfg.out_channels)
+        self.checkpointing = False                              # gradient checkpointing, block by block
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Xavier everywhere, normal(0.02) in the time path, zero for the output: the first velocity is 0."""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.zeros_(m.bias)
+        time = [self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]]
+        if self.r_embedder:
+            time += [self.r_embedder.mlp[0], self.r_embedder.mlp[2]]
+        for linear in time:
+            nn.init.normal_(linear.weight, std=0.02)
+        for block in self.blocks:
+            block.scale_shift_table.normal_(std=self.cfg.hidden_size**-0.5)
+        for linear in (self.final_layer.linear, self.final_layer.adaLN_modulation[1]):
+            nn.init.zeros_(linear.weight)
+
+    def rope(self, h, w, device):
+        """Rotary tables for h x w tokens -> cos, sin, each (h*w, hd)."""
+        if h == w == self.side:
+            return self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
+        # official: squares only. One factor for both axes keeps a rectangle's aspect and its longer side in the trained range.
+        scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
+        rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
+        return rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)
+
+    def context(self, feat):
+        """Visual tokens (B, M, z_dims) -> (B, M, D). A zero token becomes the constant mlp_ca(layer_norm.bias)."""
+        return self.mlp_ca(self.layer_norm(feat))
+
+    def unpatchify(self, x, h, w):
+        """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token's outputs are ordered (row, column, channel)."""
+        p = self.cfg.patch_size
+        x = x.unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                             # (B, h, w, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def forward(self, z_t, z_lq, feat, t, r=None):
+        """Velocity of the flow, or its average from t down to r.
+
+        z_t:  (B, C, h, w) noisy latent;  z_lq: (B, C, h, w) LQ latent;  h, w multiples of the patch size
+        feat: (B, M, z_dims) visual tokens of the LQ picture, zeros for none
+        t, r: (B,) in [0, 1], 1 = noise, 0 = clean; r only with auxiliary_time_cond
+        -> (B, C, h, w) velocity eps - hq
+        """
+        p = self.cfg.patch_size
+        h, w = z_t.shape[-2] // p, z_t.shape[-1] // p
+        x = self.x_embedder(torch.cat([z_lq, z_t], dim=1))                               # (B, N, D), LQ first
+        c = self.t_embedder(t)
+        if self.r_embedder:
+            c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)                    # exactly c(t) where r = t
+        c0 = self.t_block(c).unflatten(-1, (6, -1))
+        ctx, rope = self.context(feat), self.rope(h, w, x.device)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, ctx, c0, rope, use_reentrant=False)
+            else:
+                x = block(x, ctx, c0, rope)
+        out = self.unpatchify(self.final_layer(x, c), h, w)
+        if self.cfg.predict == "clean":
+            # x-prediction (JiT, arXiv 2511.13720): the net only corrects z_lq; v = (z_t - x) / t, t kept off 0.
+            out = (z_t - (z_lq + out)) / t.clamp(min=0.05)[:, None, None, None]
+        return out

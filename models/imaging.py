@@ -1,0 +1,367 @@
+"""
+Picture files, resizing, padding, tiles, colour fixes, contact sheets and loss curves.
+
+This is the only file where pictures are uint8. Everywhere else they are float tensors (B, C, H, W) in RGB; here in [0, 1].
+Left out: animations (the first frame is read), metadata other than orientation and colour profile.
+"""
+
+import io
+import math
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}  # what list_pictures picks from a folder
+
+
+class PictureError(ValueError):
+    """A picture file that cannot be read or written; the message is one line for the user."""
+
+
+# -----------------------------------------------------------------------------
+# between tensors and bytes
+
+def to_uint8(x):
+    """Float picture to bytes, rounded.  x: (C, H, W) in [0, 1] -> (H, W, C) uint8 array"""
+    return (x.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def from_uint8(a):
+    """Bytes to float picture.  a: (H, W, C) uint8 array -> (1, C, H, W) in [0, 1]"""
+    return torch.from_numpy(np.array(a)).permute(2, 0, 1)[None] / 255
+
+
+def round8(x):
+    """The picture a file of 8 bits per channel would hold.  x: any shape in [0, 1] -> same shape, multiples of 1/255"""
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def to_pil(x):
+    """x: (C, H, W) in [0, 1], C one of 1, 3, 4 -> Pillow image in mode L, RGB or RGBA"""
+    a = to_uint8(x)
+    return Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a)
+
+
+def from_pil(img):
+    """Pillow image in mode L, RGB or RGBA -> (1, C, H, W) in [0, 1]"""
+    return from_uint8(np.atleast_3d(np.asarray(img)))
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def list_pictures(paths):
+    """Files as they are, folders replaced by the pictures in them, sorted by name.
+
+    paths: iterable of str or Path -> list of Path. Raises PictureError for a folder without pictures.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        if not inside:
+            raise PictureError(f"{path}: no pictures in this folder; expected {', '.join(sorted(SUFFIXES))}")
+        found += inside
+    return found
+
+
+def read_picture(path):
+    """Any picture file as RGB and, if it has transparency, alpha; turned as its EXIF orientation says.
+
+    -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PictureError(f"{path}: no such file; check the spelling")
+    if path.is_dir():
+        raise PictureError(f"{path}: is a folder; name a picture in it")
+    if path.stat().st_size == 0:
+        raise PictureError(f"{path}: is empty (0 bytes); copy or download it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # chatter about odd metadata ...
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
+            with Image.open(path) as img:
+                img.load()
+                return decode(ImageOps.exif_transpose(img))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{path}: is not a picture that Pillow knows; use PNG, JPEG, WebP, BMP or TIFF") from None
+    except PermissionError:
+        raise PictureError(f"{path}: may not be read (permission denied); change its permissions") from None
+    except Exception as e:  # on broken files Pillow's decoders raise anything from OSError to SyntaxError
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise PictureError(f"{path}: cannot be decoded ({reason}); copy or download it again") from None
+
+
+def decode(img):
+    """Pixels of an open Pillow image of any mode.  -> (rgb (1, 3, H, W), alpha (1, 1, H, W) or None), both in [0, 1]"""
+    if min(img.size) == 0:
+        raise ValueError("it has no pixels")
+    if img.mode[0] in "IF":  # I, I;16, I;16B: grey integers, F: grey floats; Pillow's own conversion would clip at 255
+        a = np.nan_to_num(np.asarray(img).astype(np.float64))
+        if img.mode == "F":  # the file does not say which white it means: 1, 255 or 65535
+            white = 1 if a.max() <= 1.5 else 255 if a.max() <= 255 else 65535
+        else:  # older Pillow also opens 16-bit PNG in the 32-bit mode I
+            white = 65535 if a.max() <= 65535 else 2**31 - 1
+        grey = torch.from_numpy(a / white).float().clamp(0, 1)
+        return grey.expand(1, 3, -1, -1).contiguous(), None
+    mode = "RGBA" if img.has_transparency_data else "RGB"  # palettes and colour keys included
+    if img.mode != "CMYK":  # with a profile, CMYK goes to RGB through it
+        img = img.convert(mode)
+    x = from_pil(to_srgb(img).convert(mode))
+    return x[:, :3], (x[:, 3:] if mode == "RGBA" else None)
+
+
+def to_srgb(img):
+    """The image in sRGB if it carries another colour profile (phones write Display P3); a useless profile is ignored."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info["icc_profile"]))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return img
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(img, profile, srgb, outputMode="RGB" if img.mode == "CMYK" else img.mode)
+    except (KeyError, OSError, ImageCms.PyCMSError):
+        return img
+
+
+def save_png(img, path):
+    """Write a Pillow image under a temporary name, then rename it, so that `path` is never half a file. Raises PictureError."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same folder: a rename across disks would be a copy
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        img.save(part, format="PNG")
+        os.replace(part, path)
+    except OSError as e:
+        raise PictureError(f"{path}: cannot be written ({e.strerror or e}); choose another place") from None
+    finally:
+        if part.exists():
+            part.unlink()
+
+
+def write_picture(path, rgb, alpha=None):
+    """Write a PNG of 8 bits per channel; makes the folder.
+
+    rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None. Raises PictureError.
+    """
+    x = rgb if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)
+    save_png(to_pil(x[0]), path)
+
+
+# -----------------------------------------------------------------------------
+# sizes
+
+def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
+    """Resize as the official scripts do, with Pillow on 8-bit pictures (antialiased when shrinking).
+
+    x: (B, C, H, W) in [0, 1], C 1 or 3 -> (B, C, h, w) in [0, 1], multiples of 1/255
+    size_or_scale: (h, w) or a factor
+    """
+    H, W = x.shape[-2:]
+    if isinstance(size_or_scale, (int, float)):
+        size_or_scale = (max(round(H * size_or_scale), 1), max(round(W * size_or_scale), 1))
+    h, w = size_or_scale
+    return torch.cat([from_pil(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
+
+
+def mirror(length, before, after, device=None):
+    """Indices that extend 0 .. length-1 by reflection about the outer pixels, as often as needed.  -> (before+length+after,)"""
+    period = max(2 * (length - 1), 1)
+    i = torch.arange(-before, length + after, device=device) % period
+    return torch.minimum(i, period - i) if length > 1 else i
+
+
+def mirror_pad(x, left, right, top, bottom):
+    """Reflection padding that also works when the picture is smaller than the pad (F.pad refuses); one pixel is repeated.
+
+    x: (B, C, H, W) -> (B, C, top+H+bottom, left+W+right)
+    """
+    H, W = x.shape[-2:]
+    return x[..., mirror(H, top, bottom, x.device)[:, None], mirror(W, left, right, x.device)]
+
+
+def pad_to_multiple(x, multiple):
+    """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W].
+
+    x: (B, C, H, W) -> (B, C, H', W')
+    """
+    H, W = x.shape[-2:]
+    return mirror_pad(x, 0, -W % multiple, 0, -H % multiple)
+
+
+# -----------------------------------------------------------------------------
+# tiles
+
+def tile_starts(length, tile, overlap):
+    """First positions of the tiles that cover `length` with at least `overlap` in common; the last one is moved to end flush."""
+    tile = min(tile, length)
+    starts = list(range(0, length - tile + 1, max(tile - overlap, 1)))
+    if starts[-1] + tile < length:
+        starts.append(length - tile)
+    return starts
+
+
+def tile_weight(height, width=None):
+    """Gaussian window that fades a tile towards its edges; square if width is None.  -> (1, 1, height, width) in (0, 1]"""
+    def window(n):
+        return torch.exp(-((torch.arange(n) - (n - 1) / 2) / n) ** 2 / 0.02)
+    return (window(height)[:, None] * window(width or height))[None, None]
+
+
+# -----------------------------------------------------------------------------
+# colour fixes: give the result x the colours of the enlarged input ref
+# official: both are truncated to 8 bits before and the result after; here everything stays float until write_picture rounds
+
+def adain(x, ref):
+    """Per channel, give x the mean and standard deviation of ref.
+
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any) in [0, 1] -> (B, 3, H, W) in [0, 1]
+    """
+    def stats(x):
+        more = x.shape[2] * x.shape[3] > 1  # a single pixel has no n - 1
+        std, mean = torch.std_mean(x, dim=(2, 3), correction=int(more), keepdim=True)
+        return mean, std + 1e-5
+
+    mean_x, std_x = stats(x)
+    mean_ref, std_ref = stats(ref)
+    return ((x - mean_x) / std_x * std_ref + mean_ref).clamp(0, 1)
+
+
+def blur(x, sigma=5.0, radius=20):
+    """Gaussian low-pass with mirrored borders.  x: (B, C, H, W) -> same shape"""
+    g = torch.exp(-torch.arange(-radius, radius + 1, device=x.device) ** 2 / (2 * sigma**2))
+    g = (g / g.sum()).to(x).expand(x.shape[1], 1, 1, -1)
+    x = mirror_pad(x, radius, radius, radius, radius)
+    return F.conv2d(F.conv2d(x, g, groups=x.shape[1]), g.transpose(2, 3), groups=x.shape[1])
+
+
+def wavelet(x, ref):
+    """Replace the low frequencies of x by those of ref (called wavelet officially, but it is one Gaussian).
+
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any) in [0, 1], resized if need be -> (B, 3, H, W) in [0, 1]
+    """
+    if ref.shape[-2:] != x.shape[-2:]:
+        ref = resize(ref, x.shape[-2:], Image.Resampling.LANCZOS)
+    return (x + blur(ref - x)).clamp(0, 1)  # = blur(ref) + (x - blur(x))
+
+
+def color_fix(x, ref, kind):
+    """The colour fix of that name: adain, wavelet or none.  x, ref: (B, 3, H, W) in [0, 1] -> (B, 3, H, W). Raises ValueError."""
+    fixes = {"adain": adain, "wavelet": wavelet, "none": lambda x, ref: x}
+    if kind not in fixes:
+        raise ValueError(f"unknown colour fix {kind!r}; choose from {', '.join(fixes)}")
+    return fixes[kind](x, ref)
+
+
+# -----------------------------------------------------------------------------
+# to look at
+
+def contact_sheet(rows, labels=None, gap=8, font_size=14):
+    """Pictures in rows and columns on white; smaller ones are enlarged to the height of their row with visible pixels.
+
+    rows: list of lists of (1, 3, H, W) in [0, 1] -> Pillow image
+    labels: one list of column titles, or captions nested as rows are
+    """
+    labels = labels or []
+    if labels and isinstance(labels[0], str):
+        labels = [labels]
+    font = ImageFont.load_default(font_size)
+    cells = []
+    for row in rows:
+        height = max(x.shape[-2] for x in row)
+        sizes = [(round(x.shape[-1] * height / x.shape[-2]), height) for x in row]
+        cells.append([to_pil(x[0]).resize(size, Image.Resampling.NEAREST) for x, size in zip(row, sizes)])
+    widths = [max(row[c].width for row in cells if c < len(row)) for c in range(max(map(len, cells)))]
+    captions = [font_size + gap if r < len(labels) else 0 for r in range(len(cells))]  # their heights
+    heights = [row[0].height + caption for row, caption in zip(cells, captions)]
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(heights) + 1)), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = gap
+    for r, row in enumerate(cells):
+        x = gap
+        for c, img in enumerate(row):
+            if r < len(labels) and c < len(labels[r]):
+                text = labels[r][c]
+                while font.getlength(text) > widths[c]:
+                    text = text[:-1]
+                draw.text((x, y), text, fill="black", font=font)
+            sheet.paste(img, (x, y + captions[r]))
+            x += widths[c] + gap
+        y += heights[r] + gap
+    return sheet
+
+
+def axis_ticks(low, high, log=False):
+    """Round numbers between low and high: steps of 1, 2 or 5 times a power of ten; on a log axis 1, 2, 5 of each decade."""
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [d * 10.0**k for k in decades for d in ((1, 2, 5) if len(decades) < 5 else (1,))]
+        found = [v for v in found if low <= v <= high]
+        if len(found) > 2:
+            return found
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= max(m for m in (1, 2, 5) if m * step <= (high - low) / 4 or m == 1)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
+    """Draw a line chart over training steps as PNG.
+
+    curves: {name: (steps, values)}; values that are not finite, or not positive on a log axis, leave a gap. Raises PictureError.
+    """
+    k = 2  # drawn at twice the size, then halved: Pillow's lines have no antialiasing
+    W, H = size[0] * k, size[1] * k
+    left, right, top, bottom = 72 * k, W - 20 * k, 44 * k, H - 40 * k
+    colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # Okabe-Ito: safe for colour-blind eyes
+    font = ImageFont.load_default(14 * k)
+    up = math.log10 if log_y else float
+
+    def good(v):
+        return math.isfinite(v) and (v > 0 or not log_y)
+
+    xs = [s for steps, _ in curves.values() for s in steps] or [0]
+    ys = [v for _, values in curves.values() for v in values if good(v)] or [1]
+    x0, x1 = min(xs), max(max(xs), min(xs) + 1)
+    y0, y1 = (min(ys), max(ys)) if min(ys) < max(ys) else (min(ys) - abs(min(ys)) / 2, max(ys) + abs(max(ys)) / 2 + 1e-9)
+
+    def at(s, v):
+        return left + (s - x0) / (x1 - x0) * (right - left), bottom - (up(v) - up(y0)) / (up(y1) - up(y0)) * (bottom - top)
+
+    img = Image.new("RGB", (W, H), "white")
+    draw = ImageDraw.Draw(img)
+    for v in axis_ticks(y0, y1, log_y):
+        y = at(x0, v)[1]
+        draw.line([left, y, right, y], fill="#e4e4e4", width=k)
+        draw.text((left - 8 * k, y), f"{v:g}", fill="#444444", font=font, anchor="rm")
+    for s in axis_ticks(x0, x1):
+        x = at(s, y0)[0]
+        draw.line([x, bottom, x, bottom + 5 * k], fill="#444444", width=k)
+        draw.text((x, bottom + 9 * k), f"{s:g}", fill="#444444", font=font, anchor="ma")
+    draw.line([left, top, left, bottom, right, bottom], fill="#444444", width=k)
+    draw.text((left, top - 28 * k), title, fill="black", font=font)
+    x = right
+    for (name, (steps, values)), color in reversed(list(zip(curves.items(), colors * len(curves)))):
+        run = []
+        for s, v in [*zip(steps, values), (x1, math.nan)]:  # the sentinel ends the last run
+            if good(v):
+                run.append(at(s, v))
+                continue
+            if len(run) > 1:
+                draw.line(run, fill=color, width=2 * k, joint="curve")
+            elif run:
+                draw.circle(run[0], 3 * k, fill=color)
+            run = []
+        x -= font.getlength(name)  # legend: names in their colours, from the right
+        draw.text((x, top - 28 * k), name, fill=color, font=font)
+        x -= 18 * k
+    save_png(img.reduce(k), path)

@@ -1,0 +1,295 @@
+"""
+The autoencoder of Stable Diffusion 1.x / 2.x / SD-Turbo, and VOSR's light decoder for it.
+
+Papers:  Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2112.10752 (the KL autoencoder, f = 8);
+         VOSR, 2604.03225 (a decoder of a fifth of the size for the same latents).
+Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout (VAE);
+         sd21_lwdecoder.pth of VOSR (LightDecoder). Parameter names are the public ones.
+Left out: training losses (KL, LPIPS, GAN), tiling, original LDM key names.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SD_VAE_SCALE = 0.18215  # one over the standard deviation of SD's latents; diffusion happens on latents times this
+
+
+@dataclass
+class VAEConfig:
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    widths: tuple = (128, 256, 512, 512)  # diffusers: block_out_channels; n levels make a factor of 2^(n-1)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = SD_VAE_SCALE
+
+
+# -----------------------------------------------------------------------------
+# layers
+
+def group_norm(groups, channels):
+    return nn.GroupNorm(groups, channels, eps=1e-6)  # trap: PyTorch's default 1e-5 shows in flat image regions
+
+
+class ResnetBlock(nn.Module):
+    """x + two rounds of norm, SiLU, 3x3 convolution.  (B, c_in, H, W) -> (B, c_out, H, W)"""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = group_norm(groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(groups, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+def rename_old_attention(module, state_dict, prefix, *_):
+    """Load hook: accept the names (and 1x1 convolution shapes) in which older files store the attention layers."""
+    for old, new in [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")]:
+        for kind in ("weight", "bias"):
+            if f"{prefix}{old}.{kind}" in state_dict:
+                tensor = state_dict.pop(f"{prefix}{old}.{kind}")
+                state_dict[f"{prefix}{new}.{kind}"] = tensor.flatten(1) if kind == "weight" else tensor
+
+
+class Attention(nn.Module):
+    """x + self-attention over all pixels with one head of full width.  (B, C, H, W) -> (B, C, H, W)"""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = group_norm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))  # a list of one, for the public name to_out.0
+        self.register_load_state_dict_pre_hook(rename_old_attention)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H*W, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out(h).squeeze(1).transpose(1, 2).reshape(B, C, H, W)
+
+
+class MidBlock(nn.Module):
+    """Resnet, attention, resnet at the lowest resolution.  (B, C, h, w) -> (B, C, h, w)"""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Half the resolution.  (B, C, H, W) -> (B, C, H/2, W/2)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # trap: zeros on the right and at the bottom only, not padding=1
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest, then a 3x3 convolution.  (B, C, H, W) -> (B, C, 2H, 2W)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """All resnets of one resolution, then the step to the next one (absent at the last level).
+
+    x: (B, c_in, H, W) -> (B, c_out, H, W), half or twice that resolution if there is a step
+    """
+
+    def __init__(self, c_in, c_out, layers, groups, step=None):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
+        if step is Downsample:
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+        if step is Upsample:
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def forward(self, x):
+        for layers in self.children():
+            for layer in layers:
+                x = layer(x)
+        return x
+
+
+# -----------------------------------------------------------------------------
+# the two halves
+
+class Encoder(nn.Module):
+    """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8) with four widths"""
+
+    def __init__(self, in_channels, out_channels, widths, layers, groups):
+        super().__init__()
+        steps = [Downsample] * (len(widths) - 1) + [None]
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList([Level(c_in, c_out, layers, groups, step)
+                                          for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = group_norm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latent to picture, the encoder backwards with one more resnet per level.
+
+    z: (B, in_channels, h, w) unscaled latent -> (B, out_channels, 8h, 8w) with four widths, not clamped
+    """
+
+    def __init__(self, in_channels, out_channels, widths, layers, groups):
+        super().__init__()
+        widths = widths[::-1]  # deepest first
+        steps = [Upsample] * (len(widths) - 1) + [None]
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList([Level(c_in, c_out, layers + 1, groups, step)
+                                        for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
+        self.conv_norm_out = group_norm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# -----------------------------------------------------------------------------
+# the models
+
+class VAE(nn.Module):
+    """Stable Diffusion's AutoencoderKL.
+
+    Pictures are (B, 3, H, W) in [-1, 1]; latents (B, 4, H/8, W/8), scaled to about unit variance outside this class.
+    H and W should be multiples of 8: the encoder drops what is left over.
+    """
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = c = config or VAEConfig()
+        self.factor = 2 ** (len(c.widths) - 1)  # pixels per latent cell side
+        self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)
+        self.decoder = Decoder(c.latent_channels, c.out_channels, c.widths, c.layers_per_block, c.norm_groups)
+        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+
+    def moments(self, x):
+        """Mean and standard deviation of the posterior q(z | x).
+
+        x: (B, 3, H, W) in [-1, 1] -> two of (B, 4, h, w), unscaled
+        """
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+
+    def encode(self, x, generator=None):
+        """Latent of a picture: the posterior's mode, or a sample of it when a generator is given.
+
+        x: (B, 3, H, W) in [-1, 1] -> (B, 4, h, w) scaled latent
+        """
+        z, std = self.moments(x)
+        if generator is not None:  # drawn where the generator lives, in float32: one seed, one noise on any device and dtype
+            z = z + std * torch.randn(z.shape, generator=generator, device=generator.device).to(z)
+        return z * self.config.scaling_factor
+
+    def decode(self, z):
+        """Picture of a latent.  z: (B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
+
+
+class LightDecoder(Decoder):
+    """VOSR's small decoder for SD's latents; there is no post_quant_conv in front of it.
+
+    The published file is {"config": keyword arguments of this class, "model_state_dict": ...}.
+    """
+
+    def __init__(self, in_channels=4, out_channels=3, block_out_channels=(64, 128, 256, 256), layers_per_block=2):
+        super().__init__(in_channels, out_channels, block_out_channels, layers_per_block, groups=32)
+
+    def decode(self, z):
+        """Picture of a latent.  z: (B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
+        return self(z / SD_VAE_SCALE)
+
+
+# -----------------------------------------------------------------------------
+# the embedded default's autoencoder
+
+@dataclass
+class TinyVAEConfig:
+    latent_channels: int = 64  # of 192 numbers in 8x8x3 pixels
+    whitening: float = 0.5  # latents are divided by std^whitening: 0 weighs errors as pixels do, 1 gives noise-like detail the same say
+    scale: float = 2.0  # of the latents' deviation against that of the flow's noise
+
+
+class TinyVAE(nn.Module):
+    """A learned lapped transform: one strided convolution, and its transpose back.  Ours, for laptops; there is no paper.
+
+    Like PCA it is linear, and tied weights make it (nearly) orthonormal, so an error in the latent is an error in the picture.
+    Unlike PCA on blocks, its 16x16 windows overlap by half: no block grid, whatever the diffusion transformer does to a latent.
+    """
+
+    factor = 8
+
+    def __init__(self, cfg=TinyVAEConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.randn(cfg.latent_channels, 3, 16, 16) / 768**0.5)
+        self.register_buffer("std", torch.ones(cfg.latent_channels))  # of each channel before scaling, measured in training
+
+    def gain(self):
+        return (self.cfg.scale * self.std**-self.cfg.whitening).view(1, -1, 1, 1)
+
+    def analyse(self, x):
+        return F.conv2d(F.pad(x, (4,) * 4, mode="reflect"), self.weight, stride=8)
+
+    def synthesise(self, y):
+        return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.weight, stride=8, padding=12)
+
+    def encode(self, x, generator=None):
+        """x: (B, 3, H, W) in [-1, 1], sides multiples of 8 -> (B, C, H/8, W/8) scaled latent; nothing is random here."""
+        return self.analyse(x) * self.gain()
+
+    def decode(self, z):
+        """z: (B, C, h, w) scaled latent -> (B, 3, 8h, 8w), about [-1, 1]"""
+        return self.synthesise(z / self.gain())
+
+    def loss(self, x, generator):
+        """Nested dropout (Rippel et al., 1402.0915): any first k channels must do, which sorts them by importance as PCA does.
+
+        x: (B, 3, H, W) in [-1, 1]; generator draws k per picture -> squared error with all channels plus that with k of them
+        """
+        y = self.analyse(x)
+        if self.training:
+            with torch.no_grad():
+                self.std.lerp_(y.std((0, 2, 3)).float(), 0.02)
+        B, C = y.shape[:2]
+        k = torch.randint(1, C + 1, (B, 1, 1, 1), generator=generator).to(x.device)
+        first = torch.arange(C, device=x.device).view(1, C, 1, 1) < k
+        return F.mse_loss(self.synthesise(y), x), F.mse_loss(self.synthesise(y * first), x)

@@ -1,0 +1,235 @@
+"""Picture files, ranges, sizes, tiles, colours, sheets.    python -m pytest tests/test_imaging.py"""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from models import imaging
+from models.imaging import (PictureError, adain, color_fix, contact_sheet, list_pictures, loss_curves, pad_to_multiple, read_picture,
+                            resize, round8, tile_starts, tile_weight, to_uint8, wavelet, write_picture)
+
+rng = np.random.default_rng(0)
+RGB = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+GREY16 = rng.integers(0, 65536, (6, 5), dtype=np.uint16)
+
+
+def save(img, path, **options):
+    img.save(path, **options)
+    return path
+
+
+def bytes_of(x):
+    """(1, C, H, W) in [0, 1] -> (H, W, C) uint8"""
+    return to_uint8(x[0])
+
+
+# ---- reading: every mode a file can have
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".webp"])
+def test_rgb(tmp_path, suffix):
+    x, alpha = read_picture(save(Image.fromarray(RGB), tmp_path / f"a{suffix}", **({"lossless": True} if suffix == ".webp" else {})))
+    assert x.shape == (1, 3, 6, 5) and x.dtype == torch.float32 and alpha is None
+    assert np.array_equal(bytes_of(x), RGB)
+
+
+def test_jpeg_and_cmyk(tmp_path):
+    flat = Image.new("RGB", (16, 8), (200, 100, 50))
+    for mode in ("RGB", "CMYK"):
+        x, alpha = read_picture(save(flat.convert(mode), tmp_path / f"{mode}.jpg", quality=100))
+        assert x.shape == (1, 3, 8, 16) and alpha is None
+        assert torch.allclose(x.mean((0, 2, 3)) * 255, torch.tensor([200.0, 100.0, 50.0]), atol=2)
+
+
+def test_grey_modes(tmp_path):
+    x, alpha = read_picture(save(Image.fromarray(RGB[..., 0]), tmp_path / "l.png"))
+    assert alpha is None and np.array_equal(bytes_of(x), RGB[..., :1].repeat(3, 2))
+    x, alpha = read_picture(save(Image.fromarray(RGB[..., 0] > 127), tmp_path / "1.png"))
+    assert alpha is None and np.array_equal(bytes_of(x)[..., 0] == 255, RGB[..., 0] > 127)
+    x, alpha = read_picture(save(Image.merge("LA", [Image.fromarray(RGB[..., c].copy()) for c in (0, 1)]), tmp_path / "la.png"))
+    assert np.array_equal(bytes_of(x), RGB[..., :1].repeat(3, 2)) and np.array_equal(bytes_of(alpha), RGB[..., 1:2])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
+    x, alpha = read_picture(save(Image.fromarray(GREY16), tmp_path / f"a{suffix}"))
+    assert alpha is None and x.shape == (1, 3, 6, 5)
+    assert np.allclose(x[0, 1], GREY16 / 65535, atol=1e-6)
+
+
+@pytest.mark.parametrize("values, white", [(GREY16.astype(np.int32), 65535), (RGB[..., 0] / np.float32(255), 1), (RGB[..., 0] * np.float32(1), 255)])
+def test_32_bit(tmp_path, values, white):
+    x, _ = read_picture(save(Image.fromarray(values), tmp_path / "a.tif"))
+    assert np.allclose(x[0, 2], values / white, atol=1e-6)
+
+
+def test_palette_with_transparency(tmp_path):
+    img = Image.new("P", (4, 3), 1)
+    img.putpalette([255, 0, 0, 0, 128, 0])
+    img.putpixel((0, 0), 0)
+    x, alpha = read_picture(save(img, tmp_path / "opaque.png"))
+    assert alpha is None and bytes_of(x)[0, 1].tolist() == [0, 128, 0]
+    x, alpha = read_picture(save(img, tmp_path / "hole.png", transparency=0))
+    assert bytes_of(x)[0, 1].tolist() == [0, 128, 0] and alpha[0, 0, 0, 0] == 0 and alpha[0, 0, 1:].min() == 1
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by 90 degrees
+    x, _ = read_picture(save(Image.fromarray(RGB), tmp_path / "a.png", exif=exif))
+    assert np.array_equal(bytes_of(x), np.rot90(RGB, -1))
+    x, _ = read_picture(save(Image.fromarray(GREY16), tmp_path / "b.png", exif=exif))
+    assert x.shape == (1, 3, 5, 6)
+
+
+def test_colour_profiles(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, profile in (("srgb", srgb), ("broken", b"not a profile")):
+        x, _ = read_picture(save(Image.fromarray(RGB), tmp_path / f"{name}.png", icc_profile=profile))
+        assert np.array_equal(bytes_of(x), RGB)
+    warm = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"s\0R\0G\0B", b"o\0t\0h\0r")
+    swapped = warm.replace(b"rXYZ", b"tmpX").replace(b"bXYZ", b"rXYZ").replace(b"tmpX", b"bXYZ")  # red means blue
+    x, _ = read_picture(save(Image.new("RGB", (2, 2), (255, 0, 0)), tmp_path / "swapped.png", icc_profile=swapped))
+    assert bytes_of(x)[0, 0].tolist() == [0, 0, 255]
+
+
+# ---- reading: files that are no pictures
+
+def broken_files(folder):
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    (folder / "cut.png").write_bytes(buffer.getvalue()[:3000])
+    (folder / "text.png").write_text("hello")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "noise.jpg").write_bytes(b"\xff\xd8\xff" + bytes(range(256)))
+    (folder / "folder.png").mkdir()
+    return [folder / name for name in ("cut.png", "text.png", "empty.png", "noise.jpg", "folder.png", "missing.png")]
+
+
+def test_bad_files_have_one_line(tmp_path):
+    for path in broken_files(tmp_path):
+        with pytest.raises(PictureError) as e:
+            read_picture(path)
+        message = str(e.value)
+        assert message.startswith(f"{path}: ") and "; " in message and "\n" not in message
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    path = save(Image.new("L", (20, 20)), tmp_path / "bomb.png")
+    for limit in (300, 100):  # Pillow warns above the limit and fails above twice the limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(PictureError, match="million pixels"):
+            read_picture(path)
+
+
+def test_list_pictures(tmp_path):
+    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png"):
+        (tmp_path / name).touch()
+    assert [p.name for p in list_pictures([tmp_path])] == ["a.jpg", "b.PNG"]
+    assert list_pictures(["x.txt", tmp_path / "b.PNG"])[0].name == "x.txt"
+    (tmp_path / "none").mkdir()
+    with pytest.raises(PictureError, match="no pictures"):
+        list_pictures([tmp_path / "none"])
+
+
+# ---- writing
+
+def test_write_rounds_and_keeps_alpha(tmp_path):
+    x = torch.tensor([0.0, 0.4999, 0.5, 1.7]).div(255 / torch.tensor([1, 1, 3, 255.0])).view(1, 1, 2, 2).repeat(1, 3, 1, 1)
+    write_picture(tmp_path / "new" / "a.png", x, x[:, :1])
+    with Image.open(tmp_path / "new" / "a.png") as img:
+        assert img.mode == "RGBA" and [v[0] for v in np.asarray(img).reshape(4, 4)] == [0, 0, 2, 255]
+    y, alpha = read_picture(tmp_path / "new" / "a.png")
+    assert torch.equal(y, round8(x)) and torch.equal(alpha, round8(x[:, :1]))
+
+
+def test_write_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    write_picture(path, torch.zeros(1, 3, 4, 4))
+    before = path.read_bytes()
+
+    def dies(img, file, **_):
+        file.write_bytes(b"half")
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Image.Image, "save", dies)
+    with pytest.raises(PictureError, match="No space left"):
+        write_picture(path, torch.ones(1, 3, 4, 4))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
+
+
+# ---- sizes and tiles
+
+def test_resize_is_pillow(tmp_path):
+    x = torch.from_numpy(RGB).permute(2, 0, 1)[None] / 255
+    assert np.array_equal(bytes_of(resize(x, 4)), np.asarray(Image.fromarray(RGB).resize((20, 24), Image.Resampling.BICUBIC)))
+    assert np.array_equal(bytes_of(resize(x[:, :1], (3, 7)))[..., 0], np.asarray(Image.fromarray(RGB[..., 0]).resize((7, 3), 3)))
+    assert resize(x.repeat(2, 1, 1, 1), 2.5).shape == (2, 3, 15, 12)  # 12.5 rounds to even
+    assert resize(x, 0.01).shape == (1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("H, W", [(16, 24), (5, 17), (3, 1)])
+def test_padding_mirrors_as_numpy_does(H, W):
+    x = torch.rand(1, 3, H, W)
+    y = pad_to_multiple(x, 16)
+    assert y.shape[2] % 16 == y.shape[3] % 16 == 0 and torch.equal(y[..., :H, :W], x)
+    assert np.array_equal(y[0], np.pad(x[0], ((0, 0), (0, -H % 16), (0, -W % 16)), mode="reflect"))
+
+
+def test_tiles_cover_everything():
+    for length in (1, 7, 8, 9, 40, 65):
+        for overlap in (0, 3, 7, 8):
+            starts = tile_starts(length, 8, overlap)
+            covered = {p for s in starts for p in range(s, s + min(8, length))}
+            assert starts[0] == 0 and covered == set(range(length)) and len(set(starts)) == len(starts)
+    w = tile_weight(6, 8)
+    assert w.shape == (1, 1, 6, 8) and torch.equal(w, w.flip(2, 3)) and w.argmax() == 2 * 8 + 3
+
+
+# ---- colours
+
+def test_colour_fixes():
+    x, ref = torch.rand(1, 3, 24, 30), 0.2 + 0.5 * torch.rand(1, 3, 24, 30)
+    for fix in (adain, wavelet):
+        assert torch.allclose(fix(x, x), x, atol=1e-5)
+        assert abs(fix(x, ref) - x).max() > 0.1
+    y = adain(0.4 + 0.2 * x, ref)  # far from the clamp
+    assert torch.allclose(y.mean((2, 3)), ref.mean((2, 3)), atol=1e-4) and torch.allclose(y.std((2, 3)), ref.std((2, 3)), atol=1e-3)
+    assert wavelet(x, ref[..., :6, :7]).shape == x.shape
+    assert color_fix(x, ref, "none") is x and torch.equal(color_fix(x, ref, "adain"), adain(x, ref))
+    assert adain(x[..., :1, :1], ref).isfinite().all()
+    with pytest.raises(ValueError, match="unknown colour fix 'sepia'"):
+        color_fix(x, ref, "sepia")
+
+
+# ---- to look at
+
+def test_contact_sheet():
+    small, big = torch.rand(1, 3, 8, 10), torch.ones(1, 3, 32, 40)
+    sheet = contact_sheet([[small, big], [big]], ["input", "ours"])
+    assert sheet.size == (8 + 40 + 8 + 40 + 8, 22 + 8 + 32 + 8 + 32 + 8)
+    shown = np.asarray(sheet)[30:62, 8:48]  # every pixel of the small one is a 4x4 block
+    assert np.array_equal(shown[::4, ::4], bytes_of(small)) and np.array_equal(shown[3::4, 3::4], bytes_of(small))
+    assert contact_sheet([[small]]).size == (26, 24)
+    assert contact_sheet([[small], [small]], [["a"], ["a caption that is much too long for it"]]).size == (26, 8 + 2 * (22 + 8 + 8))
+
+
+def test_loss_curves(tmp_path):
+    steps = list(range(0, 1000, 10))
+    curves = {"flow": (steps, [2.0 ** (-s / 200) for s in steps]), "gaps": (steps, [float("nan") if s < 500 else -1.0 for s in steps])}
+    odd = [{}, {"one": ([7], [0.0])}, {"flat": ([1, 2], [-3, -3])}]
+    for n, (c, log_y) in enumerate([(curves, True), (curves, False)] + [(c, False) for c in odd]):
+        loss_curves(c, tmp_path / f"{n}.png", log_y=log_y, title="loss")
+        with Image.open(tmp_path / f"{n}.png") as img:
+            assert img.size == (900, 520) and img.mode == "RGB"
+    with Image.open(tmp_path / "0.png") as img:
+        assert len(img.getcolors(1 << 24)) > 50  # lines, text, antialiasing
+
+
+def test_ticks_are_round_and_inside():
+    assert imaging.axis_ticks(0, 1000) == [0, 200, 400, 600, 800, 1000]
+    assert imaging.axis_ticks(0.01, 1, log=True) == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    assert all(0.31 <= v <= 0.47 for v in imaging.axis_ticks(0.31, 0.47, log=True)) and len(imaging.axis_ticks(0.31, 0.47, log=True)) > 2

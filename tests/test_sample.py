@@ -1,0 +1,154 @@
+"""The command that users run.    python -m pytest tests/test_sample.py
+
+Files, messages and exit statuses are tried with a stand-in for the network; the last test runs the real one as users do.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from models.imaging import read_picture, resize, write_picture
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "models" / "vosr_tiny.safetensors"
+
+
+class Bicubic:
+    """Stands in for VOSR: same calls, no network."""
+
+    @classmethod
+    def from_pretrained(cls, name, device, dtype):
+        if name != "vosr-tiny":
+            raise FileNotFoundError(f"{name}: no such model")
+        return cls()
+
+    def upscale(self, lq, scale, seed, steps, guidance, weak, tile, color):
+        if lq.shape[-1] == 13:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if lq.shape[-1] == 14:
+            return lq * float("nan")
+        return (resize(lq, scale) + 0.02 * torch.rand(1, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run("a.png", "--scale", "2") -> exit status, lines on stdout, lines on stderr; inside an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "VOSR", Bicubic)
+    monkeypatch.setattr(sample, "find_niqe", lambda: None)
+
+    def run(*arguments):
+        try:
+            status = sample.main(["--device", "cpu", *map(str, arguments)])
+        except SystemExit as e:
+            status, message = (e.code, "") if isinstance(e.code, int) else (1, e.code + "\n")
+            sys.stderr.write(message)
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return run
+
+
+def picture(path, height=16, width=24, alpha=False):
+    x = torch.rand(1, 4, height, width, generator=torch.Generator().manual_seed(height + width))
+    write_picture(path, x[:, :3], x[:, 3:] if alpha else None)
+    return Path(path)
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_files_folders_and_scale(run):
+    picture("a.png"), picture("folder/b.png"), picture("folder/c.png", 5, 7)
+    status, out, err = run("a.png", "folder", "--scale", "2.5", "--out", "deep/out")
+    assert (status, err) == (0, []) and names("deep/out") == ["a.png", "b.png", "c.png", "sheet.png"]
+    assert read_picture("deep/out/c.png")[0].shape == (1, 3, round(5 * 2.5), round(7 * 2.5))
+    assert any("device cpu" in line and "float32" in line for line in out) and any("24x16 ->" in line and "60x40" in line for line in out)
+
+
+def test_alpha_is_kept(run):
+    picture("a.png", alpha=True)
+    assert run("a.png", "--scale", 2)[0] == 0
+    _, alpha = read_picture("out/a.png")
+    assert torch.equal(alpha, resize(read_picture("a.png")[1], 2))
+
+
+def test_bad_files_do_not_stop_the_rest(run):
+    picture("in/good.png"), Path("in/bad.png").write_text("no"), picture("in/memory.png", 8, 13), picture("in/nan.png", 8, 14)
+    status, out, err = run("in", "missing.png")
+    assert status == 1 and names("out") == ["good.png", "sheet.png"]
+    for words in ("in/bad.png: is not a picture", "in/memory.png: not enough memory; try --tile 256", "--dtype float32", "missing.png: no such"):
+        assert sum(words.replace("/", os.sep) in line for line in err) == 2, "once when it happens, once in the list at the end"
+    assert err[4] == "1 pictures done, 4 failures:"
+
+
+def test_equal_stems_do_not_collide(run):
+    picture("x/a.png"), picture("y/a.png"), picture("y/A-2.png"), picture("y/sheet.png")
+    status, out, _ = run("x/a.png", "y/a.png", "y/A-2.png", "y/sheet.png")
+    assert status == 0 and names("out") == ["A-2-2.png", "a-2.png", "a.png", "sheet-2.png", "sheet.png"]
+    assert sum("is taken" in line for line in out) == 3
+
+
+def test_no_input_is_overwritten(run):
+    picture("a.png"), picture("sheet.png", 8, 8), picture("hq/b.png", 64, 96), picture("b.png")
+    before = [Path(p).read_bytes() for p in ("a.png", "sheet.png", "hq/b.png")]
+    status, _, err = run("a.png", "sheet.png", "--out", ".")
+    assert status == 1 and any("a.png: its result" in line and "overwrite" in line for line in err)
+    status, _, err = run("b.png", "--ref", "hq", "--out", "hq")
+    assert status == 1 and "overwrite" in err[0]
+    assert before == [Path(p).read_bytes() for p in ("a.png", "sheet.png", "hq/b.png")]
+
+
+def test_references_and_metrics(run):
+    for n, (height, width) in enumerate([(16, 24), (18, 20), (17, 17), (20, 20)]):
+        picture(f"lq/{n}.png", height, width)
+    picture("hq/0.png", 64, 96), picture("hq/1.png", 72, 80), picture("hq/2.png", 60, 60)
+    status, out, err = run("lq", "--ref", "hq")
+    assert status == 0 and len(err) == 2 and "is 60x60, not 68x68" in err[0] and "no reference named 3" in err[1]
+    assert sum("PSNR-Y" in line for line in out) == 3 and any(line.startswith("protocol: 4 pictures, 2 references") for line in out)
+    with open("out/metrics.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["picture"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"] and rows[2]["psnr_y"] == ""
+    assert 0 < float(rows[0]["psnr_y"]) < float(rows[0]["psnr_y_bicubic"]) + 3 and -1 < float(rows[1]["ssim_y"]) < 1
+    run("lq/0.png", "--ref", "hq/0.png", "--out", "one")
+    assert "metrics.csv" in names("one")
+
+
+def test_seed_is_used(run):
+    picture("a.png")
+    results = []
+    for seed in (0, 0, 1):
+        run("a.png", "--seed", seed)
+        results.append(Path("out/a.png").read_bytes())
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("arguments", ["--scale 9", "--scale x", "--tile -1", "--steps 0", "--ref nowhere", "--niqe nowhere", "--color sepia",
+                                       "--dtype int8", "--seed -1", "--device abacus", "--no-such-flag"])
+def test_usage_errors(run, arguments):
+    status, _, err = run(*arguments.split())
+    assert status == 2 and "error: " in err[-1] and "Traceback" not in "".join(err)
+
+
+def test_unknown_model(run):
+    status, _, err = run("--model", "nothing")
+    assert status == 1 and err == ["sample.py: nothing: no such model"]
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason=f"{WEIGHTS} is not there yet; train_vosr.py makes it")
+def test_example_with_the_real_model(tmp_path):
+    """From any folder, without arguments."""
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--device", "cpu", "--ref", ROOT / "assets" / "example_hq.png"],
+                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    with Image.open(ROOT / "assets" / "example.png") as lq, Image.open(tmp_path / "out" / "example.png") as sr:
+        assert sr.size == (lq.width * 4, lq.height * 4)
+    assert names(tmp_path / "out") == ["example.png", "metrics.csv", "sheet.png"] and "PSNR-Y" in done.stdout
