@@ -3,10 +3,8 @@
     lq, lq_up = degrade(hq, VOSR, torch.Generator().manual_seed(0))
 
 A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end. `draw_plan` draws every
-choice as a literal; `apply` turns such a plan and pictures into degraded pictures. The plan even holds the seeds of the noise fields, so plan and
-pictures settle the result, and a plan can be printed, kept, or written by hand. Pictures are float (B, 3, H, W), RGB in [0, 1], on any device.
-
-The photo-crop dataset lives here too, and a command that makes a paired test set:
+choice as a literal, even the seeds of the noise fields; `apply` turns a plan and pictures into degraded pictures. A plan can be printed, kept, or
+written by hand. Pictures are float (B, 3, H, W), RGB in [0, 1], on any device. The photo-crop dataset is here too, and a command for test sets:
 
     python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0      ->  OUT_DIR/lq/*.png and OUT_DIR/hq/*.png
 
@@ -28,20 +26,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from models import imaging
-from models.imaging import SUFFIXES, PictureError, from_uint8, mirror_pad, read_picture, round8, to_uint8, write_picture
 
 # ---- recipes: what may be drawn, with which odds
 
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
 KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03, "plateau_iso": 0.12, "plateau_aniso": 0.03}
 SIZES = range(7, 22, 2)  # of a kernel, pixels
-SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4  # odds of: a sinc for a blur kernel, a last sinc, Gaussian rather than Poisson noise, gray noise
+PULSE = {"type": "pulse", "size": 1}  # the kernel that changes nothing
+SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4  # odds of: a sinc for a blur, a sinc at the end, Gaussian noise (else Poisson), gray noise
 
 
 @dataclass(frozen=True)
 class Stage:
     """Ranges and odds of one round of blur, resize, noise, JPEG."""
-
     sigma: tuple  # blur kernel's width, pixels
     resize: tuple  # odds of up, down, keep
     scale: tuple  # (lo, hi): down draws from lo .. 1, up from 1 .. hi
@@ -68,22 +65,18 @@ class Recipe:
 S3DIFF = Recipe(
     Stage((0.2, 1.5), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
     Stage((0.2, 1.0), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
-    generalized_beta=(0.5, 2.0), plateau_beta=(1, 1.5), enlarge=("bicubic",), eight_bit=False, clean=0.01,
-)
+    generalized_beta=(0.5, 2.0), plateau_beta=(1, 1.5), enlarge=("bicubic",), eight_bit=False, clean=0.01)
 GRAMSR = Recipe(
     Stage((0.2, 3.0), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
     Stage((0.2, 1.5), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
-    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image",
-)
+    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image")
 VOSR = Recipe(
     Stage((0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
     Stage((0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95), blur=0.8),
-    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), kernels_per="batch",
-)
+    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), kernels_per="batch")
 RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR}
 
 # ---- plans: what was drawn
-
 
 @dataclass
 class StagePlan:
@@ -108,9 +101,7 @@ class Plan:
     enlarge: str  # mode
     eight_bit: bool
     clean: bool = False
-
-
-PULSE = {"type": "pulse", "size": 1}  # the kernel that changes nothing
+    device: str = "cpu"  # where noise fields are drawn
 
 
 def draw_kernel(rng, recipe, sigma):
@@ -128,32 +119,26 @@ def draw_kernel(rng, recipe, sigma):
 
 def draw_stage(rng, recipe, stage, n):
     (lo, hi), direction = stage.scale, rng.choices(("up", "down", "keep"), stage.resize)[0]
-    gaussian = rng.random() < GAUSSIAN
+    type, span = ("gaussian", stage.noise) if rng.random() < GAUSSIAN else ("poisson", stage.poisson)
     return StagePlan(
         blur=rng.random() < stage.blur,
         kernels=[draw_kernel(rng, recipe, stage.sigma) for _ in range(n if recipe.kernels_per == "image" else 1)],
-        scale={"up": rng.uniform(1, hi), "down": rng.uniform(lo, 1), "keep": 1.0}[direction],
-        mode=rng.choice(MODES),
-        noise="gaussian" if gaussian else "poisson",
-        strength=[rng.uniform(*(stage.noise if gaussian else stage.poisson)) for _ in range(n)],
-        gray=[rng.random() < GRAY for _ in range(n)],
-        jpeg=[rng.uniform(*stage.jpeg) for _ in range(n)],
-        seed=rng.getrandbits(63),
-    )
+        scale={"up": rng.uniform(1, hi), "down": rng.uniform(lo, 1), "keep": 1.0}[direction], mode=rng.choice(MODES),
+        noise=type, strength=[rng.uniform(*span) for _ in range(n)], gray=[rng.random() < GRAY for _ in range(n)],
+        jpeg=[rng.uniform(*stage.jpeg) for _ in range(n)], seed=rng.getrandbits(63))
 
 
 def draw_plan(recipe, n, generator):
-    """A plan for n pictures. Takes one number from the generator, which seeds all the rest, so the pictures' content never shifts later draws."""
+    """A plan for n pictures. One number from the generator seeds all the rest; the generator's device is where noise fields will be drawn."""
     rng = random.Random(torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item())
     first, second = (draw_stage(rng, recipe, stage, n) for stage in (recipe.first, recipe.second))
     sincs = [{"type": "sinc", "size": rng.choice(SIZES), "cutoff": rng.uniform(math.pi / 3, math.pi)} for _ in first.kernels]
     sincs = [k if rng.random() < FINAL_SINC else PULSE for k in sincs]
     jpeg_first, mode, enlarge, clean = rng.random() >= 0.5, rng.choice(MODES), rng.choice(recipe.enlarge), rng.random() < recipe.clean
-    return Plan(first, second, sincs, jpeg_first, mode, enlarge, recipe.eight_bit, clean)
+    return Plan(first, second, sincs, jpeg_first, mode, enlarge, recipe.eight_bit, clean, generator.device)
 
 
-# ---- blur, resize, noise, JPEG
-
+# ---- blur, resize, noise, JPEG, and all of them in order
 
 def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=math.pi):
     """One blur kernel -> (size, size) float64, sum 1. Sigmas in pixels; x runs along columns, y along rows; cutoff in radians per pixel."""
@@ -183,8 +168,7 @@ def stack_kernels(kernels, size=None):
 def blur(x, kernels):
     """Filter x (B, 3, H, W), mirrored at the edges, with kernels (B, k, k), or (1, k, k) for all. Correlation: no kernel is flipped. No clamp."""
     (B, C, H, W), n = x.shape, kernels.shape[-1] // 2
-    # official: fails on sides of 10 pixels or fewer, we mirror as often as it takes
-    x = F.pad(x, (n,) * 4, mode="reflect") if min(H, W) > n else mirror_pad(x, n, n, n, n)
+    x = F.pad(x, (n,) * 4, mode="reflect") if min(H, W) > n else imaging.mirror_pad(x, n, n, n, n)  # official: fails on sides of 10 or fewer
     weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(C, 0)[:, None]  # (B*C, 1, k, k)
     return F.conv2d(x.reshape(1, B * C, *x.shape[2:]), weight, groups=B * C).view(B, C, H, W)
 
@@ -195,21 +179,20 @@ def resize(x, mode, scale=None, size=None):
 
 
 class Fields:
-    """Noise fields from a seed, drawn on the CPU, so that a plan gives the same noise on any device."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
+    """Noise fields from a seed. Drawn on the CPU, a seed gives the same noise for pictures on any device; on the GPU it is faster."""
+    def __init__(self, seed, device="cpu"):
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, shape):
-        return torch.randn(shape, generator=self.generator)
+        return torch.randn(shape, generator=self.generator, device=self.generator.device)
 
     def poisson(self, rate):
-        return torch.poisson(rate.cpu(), generator=self.generator)
+        return torch.poisson(rate.to(self.generator.device), generator=self.generator)
 
 
 def poisson_field(x, fields):
     """x (B, C, H, W) in [0, 1] -> Poisson noise of mean 0, photon counts scaled by each picture's number of distinct 8-bit values."""
-    x = round8(x)
+    x = imaging.round8(x)
     seen = torch.zeros(len(x), 256, device=x.device).scatter_(1, (x * 255).round().long().flatten(1), 1.0).sum(1)
     vals = torch.exp2(torch.ceil(torch.log2(seen))).view(-1, 1, 1, 1)  # official: 1 for a flat picture, hence very strong noise
     return fields.poisson(x * vals).to(x) / vals - x
@@ -217,14 +200,13 @@ def poisson_field(x, fields):
 
 def noise_field(x, type, gray, fields):
     """Noise of strength 1 for x (B, 3, H, W): "gaussian" (sigma 1/255) or "poisson"; gray (B,) flags make it alike in the three channels."""
-    gray, gray_field = torch.as_tensor(gray, device=x.device).view(-1, 1, 1, 1), x.new_zeros(())
-    if type == "gaussian":
-        if gray.any():
-            gray_field = fields.normal(x.shape[2:]).to(x) / 255  # official: one (H, W) field for all gray pictures of a batch
-        return torch.where(gray, gray_field, fields.normal(x.shape).to(x) / 255)
-    if gray.any():
-        gray_field = poisson_field((x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True), fields)
-    return torch.where(gray, gray_field, poisson_field(x, fields))
+    def field(gray):
+        if type == "gaussian":  # official: one (H, W) field serves all gray pictures of a batch
+            return fields.normal(x.shape[2:] if gray else x.shape).to(x) / 255
+        return poisson_field((x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True) if gray else x, fields)
+
+    gray_field = field(True) if any(gray) else x.new_zeros(())
+    return torch.where(torch.as_tensor(gray, device=x.device).view(-1, 1, 1, 1), gray_field, field(False))
 
 
 def add_noise(x, type, strength, gray, fields):
@@ -236,8 +218,7 @@ YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, 
 RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 LUMA_STEPS = torch.tensor([  # official: the transpose of the standard's table
     [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95], [16, 19, 24, 29, 56, 64, 87, 98],
-    [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100], [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99],
-])
+    [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100], [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99]])
 CHROMA_STEPS = torch.full((8, 8), 99)
 CHROMA_STEPS[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
 DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2  # (frequency, pixel), orthonormal
@@ -267,29 +248,24 @@ def jpeg(x, quality):
     return ((RGB.to(x) @ ycc.flatten(2)).view_as(x).clamp(0, 255) / 255)[..., :H, :W].contiguous()
 
 
-# ---- the degradation
-
-
 def apply(plan, hq, scale=4, fields=None, steps=None):
     """Degrade hq (B, 3, H, W) in [0, 1] as the plan says -> lq (B, 3, H/scale, W/scale), lq_up (B, 3, H, W), both in [0, 1].
 
-    fields: where noise fields come from, by default the plan's seeds. steps: a list that receives every (name, intermediate picture).
+    fields: source of the noise fields, by default the plan's seeds. steps: a list that receives every (name, intermediate picture).
     """
     (H, W), first, second, steps = hq.shape[2:], plan.first, plan.second, [] if steps is None else steps
 
     def step(name, x):
         steps.append((name, x))
         return x
-
     x = step("blur", blur(hq, stack_kernels(first.kernels)))
     x = step("resize", resize(x, first.mode, scale=first.scale))
-    x = step("noise", add_noise(x, first.noise, first.strength, first.gray, fields or Fields(first.seed)))
+    x = step("noise", add_noise(x, first.noise, first.strength, first.gray, fields or Fields(first.seed, plan.device)))
     x = step("jpeg", jpeg(x, first.jpeg))
-
     if second.blur:
         x = step("blur", blur(x, stack_kernels(second.kernels)))
     x = step("resize", resize(x, second.mode, size=[max(1, int(side / scale * second.scale)) for side in (H, W)]))
-    x = step("noise", add_noise(x, second.noise, second.strength, second.gray, fields or Fields(second.seed)))
+    x = step("noise", add_noise(x, second.noise, second.strength, second.gray, fields or Fields(second.seed, plan.device)))
     if plan.jpeg_first:
         x = step("jpeg", jpeg(x, second.jpeg))
     x = step("resize", resize(x, plan.mode, size=(H // scale, W // scale)))
@@ -298,9 +274,8 @@ def apply(plan, hq, scale=4, fields=None, steps=None):
         x = step("jpeg", jpeg(x.clamp(0, 1), second.jpeg))
 
     lq = x.clamp(0, 1)
-    # official: S3Diff clamps before it enlarges, VOSR and GramSR after
-    lq_up = step("resize", resize(x if plan.eight_bit else lq, plan.enlarge, size=(H, W)))
-    lq_up = round8(lq_up) if plan.eight_bit else lq_up.clamp(0, 1)
+    lq_up = step("resize", resize(x if plan.eight_bit else lq, plan.enlarge, size=(H, W)))  # official: S3Diff clamps before, the others after
+    lq_up = imaging.round8(lq_up) if plan.eight_bit else lq_up.clamp(0, 1)
     return lq, hq if plan.clean else lq_up  # official: beside a clean lq_up, S3Diff's degradation estimator still sees the degraded lq
 
 
@@ -315,24 +290,21 @@ def degrade(hq, recipe, generator, scale=4):
 
 # ---- photos
 
-
 def list_photos(folder):
     """Sorted paths of the pictures in a folder and its subfolders, hidden files left out."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give one with pictures ({' '.join(sorted(SUFFIXES))})")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give one with pictures ({' '.join(sorted(imaging.SUFFIXES))})")
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in imaging.SUFFIXES and p.name[0] != "." and p.is_file())
     if not files:
-        raise ValueError(f"{folder}: no pictures in this folder; put some there ({' '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder}: no pictures in this folder; put some there ({' '.join(sorted(imaging.SUFFIXES))})")
     return files
 
 
 class Photos(torch.utils.data.Dataset):
     """Random crops of a folder's pictures, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) float in [0, 1].
 
-    Each epoch, i // number of files, takes the files in a new order. A picture with a side below the crop is enlarged (bicubic) to fit; below
-    half of the crop, or broken, it is skipped: the next good file takes its place, and `skipped` says why. Decoded pictures stay in memory up
-    to cache_mb (in each loader worker).
+    Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged (bicubic) to fit; one smaller
+    than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why. Each process keeps cache_mb of pixels.
     """
 
     def __init__(self, folder, crop, seed=0, flip=False, files=None, cache_mb=1024):
@@ -361,16 +333,15 @@ class Photos(torch.utils.data.Dataset):
         if path in self.skipped or path in self.cache:
             return self.cache.get(path)
         try:
-            x, _ = read_picture(path)
-        except PictureError as error:
+            x, _ = imaging.read_picture(path)
+        except imaging.PictureError as error:
             return self.skip(path, error)
         grow = self.crop / min(x.shape[2:])
         if grow > 1:  # official: VOSR enlarges however small a picture is
             x = imaging.resize(x, [round(side * grow) for side in x.shape[2:]])
-        array = to_uint8(x[0])
+        array = imaging.to_uint8(x[0])
         if array.nbytes <= self.cache_left:
-            self.cache[path] = array
-            self.cache_left -= array.nbytes
+            self.cache[path], self.cache_left = array, self.cache_left - array.nbytes
         return array
 
     def __getitem__(self, i):
@@ -384,23 +355,10 @@ class Photos(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, 1, i))
         y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
         array = array[y : y + self.crop, x : x + self.crop]
-        return from_uint8(array[:, ::-1] if self.flip and rng.random() < 0.5 else array)[0]
+        return imaging.from_uint8(array[:, ::-1] if self.flip and rng.random() < 0.5 else array)[0]
 
 
 # ---- the command: a folder of pictures -> a paired test set
-
-
-def degrade_file(path, name, out, recipe, scale, seed):
-    """One picture -> out/lq and out/hq. What is drawn hangs on the seed and its own name, not on the other files."""
-    hq, _ = read_picture(path)
-    if min(hq.shape[2:]) < 8 * scale:
-        raise PictureError(f"{path}: {hq.shape[3]} x {hq.shape[2]} pixels are too few, both sides need {8 * scale}; remove or replace it")
-    hq = hq[..., : hq.shape[2] // scale * scale, : hq.shape[3] // scale * scale]
-    digest = hashlib.sha256(f"{seed} {name.as_posix()}".encode()).digest()
-    lq, _ = degrade(hq, recipe, torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
-    write_picture(out / "lq" / name.with_suffix(".png"), lq)
-    write_picture(out / "hq" / name.with_suffix(".png"), hq)
-
 
 def main():
     parser = argparse.ArgumentParser(description="Degrade a folder of pictures: OUT_DIR/lq and OUT_DIR/hq, equal names, 8-bit PNG.")
@@ -416,14 +374,22 @@ def main():
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
         sys.exit(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; choose a folder outside")
-    owner, failed = {}, 0
+    owner, failed, scale = {}, 0, args.scale
     for path in tqdm(files, unit="picture", disable=None):
         name = path.relative_to(args.hr_dir)
         try:
             if owner.setdefault(name.with_suffix(""), path) != path:
-                raise PictureError(f"{path}: another file differs only in its suffix, and both would become one PNG; rename it")
-            degrade_file(path, name, args.out_dir, RECIPES[args.recipe], args.scale, args.seed)
-        except PictureError as error:
+                raise imaging.PictureError(f"{path}: another file differs only in its suffix, and both would become one PNG; rename it")
+            hq, _ = imaging.read_picture(path)
+            H, W = hq.shape[2:]
+            if min(H, W) < 8 * scale:
+                raise imaging.PictureError(f"{path}: {W} x {H} pixels are too few, both sides need {8 * scale}; remove or replace it")
+            hq = hq[..., : H // scale * scale, : W // scale * scale]
+            digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode()).digest()  # so other files do not matter, nor their order
+            lq, _ = degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
+            imaging.write_picture(args.out_dir / "lq" / name.with_suffix(".png"), lq)
+            imaging.write_picture(args.out_dir / "hq" / name.with_suffix(".png"), hq)
+        except imaging.PictureError as error:
             failed += 1
             tqdm.write(f"degrade.py: {error}", file=sys.stderr)
     print(f"{len(files) - failed} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped")

@@ -29,8 +29,6 @@ NIQE_FILE = "niqe_pris_params.npz"
 METRICS = {"psnr_y": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "niqe": ("NIQE", 2)}  # column: name, digits to print
 SHEET_ROWS, SHEET_CROP = 8, 512  # the sheet shows the middle of the first pictures, pixel by pixel
 
-# -----------------------------------------------------------------------------
-# what the user wants: options, names of results, references
 
 def scale_factor(text):
     value = float(text)
@@ -41,7 +39,8 @@ def scale_factor(text):
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Upscale pictures with diffusion super-resolution.")
-    p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="pictures and folders of pictures (default: the example)")
+    p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", default=[ROOT / "assets" / "example.png"],
+                   help="pictures and folders of pictures (default: the example)")  # fmt: skip
     p.add_argument("--out", type=Path, default="out", metavar="DIR", help="folder for the results (default out)")
     # model
     p.add_argument("--model", default="vosr-tiny", help="name of a model, or a folder or file with its weights (default vosr-tiny)")
@@ -72,7 +71,6 @@ def parse_args(argv):
     except (RuntimeError, AssertionError) as e:
         p.error(f"argument --device: {args.device} cannot be used here ({str(e).splitlines()[0]})")
     args.dtype = choose_dtype(args.dtype, args.device)
-    args.pictures = args.pictures or [ROOT / "assets" / "example.png"]
     return args
 
 
@@ -99,14 +97,12 @@ def find_references(pictures, ref):
     return [by_stem.get(path.stem) for path in pictures]
 
 
-def find_niqe():
-    """NIQE's parameter file in the weights cache or beside the repository, or None."""
+def find_niqe(path):
+    """NIQE's parameters from `path`, or else from the weights cache or beside the repository; None if they are nowhere."""
     folders = [Path(os.environ.get("NANOSR_CACHE", "~/.cache/nanosr")).expanduser(), ROOT.parent / "shared" / "public"]
-    return next((folder / NIQE_FILE for folder in folders if (folder / NIQE_FILE).exists()), None)
+    files = [path] if path else [folder / NIQE_FILE for folder in folders]
+    return next((load_niqe(file) for file in files if file.exists()), None)
 
-
-# -----------------------------------------------------------------------------
-# one picture
 
 def read_reference(path, ref, size):
     """The reference of picture `path`, or None after a line that says why.  -> (1, 3, *size) in [0, 1] or None"""
@@ -135,11 +131,11 @@ def measure(sr, bicubic, hq, args):
     found = {}
     for name, (metric, *rest) in tasks.items():
         try:
-            found[name] = metric(sr, *rest), metric(bicubic, *rest)
-            if math.isnan(sum(found[name])):
+            pair = metric(sr, *rest), metric(bicubic, *rest)
+            if math.isnan(sum(pair)):
                 raise ValueError(f"{METRICS[name][0]} needs more pixels or more detail")
+            found[name] = pair
         except ValueError as e:
-            found.pop(name, None)
             print(f"  not measured: {e}", file=sys.stderr)
     return found
 
@@ -174,8 +170,8 @@ def upscale(model, path, target, ref, args):
     row = {"picture": target.name, "width": W, "height": H, "seconds": round(seconds, 3)}
     for name, (ours, theirs) in found.items():
         row |= {name: ours, f"{name}_bicubic": theirs}
-    top, left = max(H - SHEET_CROP, 0) // 2, max(W - SHEET_CROP, 0) // 2
-    return row, [x[..., top:top + SHEET_CROP, left:left + SHEET_CROP] for x in (bicubic, sr, hq) if x is not None]
+    middle = [slice(max(side - SHEET_CROP, 0) // 2, (side + SHEET_CROP) // 2) for side in (H, W)]
+    return row, [x[:, :, middle[0], middle[1]] for x in (bicubic, sr, hq) if x is not None]
 
 
 def summarise(rows, sheet, originals, args):
@@ -199,7 +195,7 @@ def summarise(rows, sheet, originals, args):
     os.replace(part, args.out / "metrics.csv")
     averages = {m: [fmean(row[c] for row in rows if c in row) for c in pair] for m, pair in columns.items()}
     print(f"average  {report(averages)}")
-    print(f"protocol: {len(rows)} pictures, {sum('psnr_y' in row for row in rows)} references, seed {args.seed}; 8-bit RGB; bicubic (Pillow) "
+    print(f"protocol: pictures {len(rows)}, references {sum('psnr_y' in row for row in rows)}, seed {args.seed}; 8-bit RGB; bicubic (Pillow) "
           f"in brackets; PSNR and SSIM on Y as BasicSR, {round(args.scale)} px border cut; NIQE {'as BasicSR' if args.niqe else f'needs {NIQE_FILE}'}")
 
 
@@ -217,7 +213,7 @@ def main(argv=None):
         except PictureError as e:
             fail(str(e))
     try:
-        args.niqe = load_niqe(args.niqe or find_niqe()) if args.niqe or find_niqe() else None
+        args.niqe = find_niqe(args.niqe)
         references = find_references(pictures, args.ref)
         model = VOSR.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     except (OSError, ValueError) as e:
@@ -235,7 +231,7 @@ def main(argv=None):
         except PictureError as e:
             fail(str(e))
         except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
-            if "memory" not in str(e):
+            if not any(words in str(e) for words in ("out of memory", "not enough memory", "allocate memory")):
                 raise
             fail(f"{path}: not enough memory; try --tile 256")
     try:
@@ -244,7 +240,7 @@ def main(argv=None):
     except (PictureError, OSError) as e:
         fail(str(e))
     if failures:
-        print(f"{len(rows)} pictures done, {len(failures)} failures:", *failures, sep="\n  ", file=sys.stderr)
+        print(f"done {len(rows)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
     return 1 if failures else 0
 
 

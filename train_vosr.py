@@ -22,9 +22,11 @@ from tqdm import tqdm
 import training
 from degrade import RECIPES, Photos, degrade, list_photos
 from models.dit import DiTConfig
+from models.flow import Draws, loss_distill, loss_flow
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
-from models.vosr import VOSR, Draws, VOSRConfig, loss_distill, loss_flow
+from models.vosr import VOSR, VOSRConfig
+from models.weights import save_model
 
 
 @dataclass
@@ -186,7 +188,7 @@ def main():
     def save():
         training.save_checkpoint(out / "checkpoint.pt", step=step, settings=settings, model=model.state_dict(), ema=ema.state_dict(),
                                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        ema.save(out / "model.safetensors", note=f"{args.preset} {args.stage}, step {step}")
+        save_model(out / "model.safetensors", ema, note=f"{args.preset} {args.stage}, step {step}")
 
     loader = iter(DataLoader(photos, batch_size=stage.batch_size, sampler=range(step * stage.batch_size, stage.steps * stage.batch_size),
                              num_workers=args.workers, pin_memory=device.type == "cuda"))

@@ -218,6 +218,28 @@ def tile_weight(height, width=None):
     return (window(height)[:, None] * window(width or height))[None, None]
 
 
+def tile_boxes(height, width, tile, overlap):
+    """(rows, columns) slices of the tiles that cover height x width; a tile is smaller only where the whole is."""
+    rows, cols = ([slice(i, i + min(tile, n)) for i in tile_starts(n, tile, overlap)] for n in (height, width))
+    return [(row, col) for row in rows for col in cols]
+
+
+def blend_tiles(function, x, boxes, at_once=8):
+    """Apply a function tile by tile and blend what overlaps with Gaussian weights.
+
+    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles;  x: (1, C, H, W);  boxes of `tile_boxes` -> like x
+    """
+    total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
+    for i in range(0, len(boxes), at_once):
+        some = boxes[i : i + at_once]
+        y = function(torch.cat([x[..., row, col] for row, col in some]), slice(i, i + at_once))
+        weight = tile_weight(*y.shape[-2:]).to(y)
+        for (row, col), tile in zip(some, y.split(1)):
+            total[..., row, col] += weight * tile
+            weights[..., row, col] += weight
+    return total / weights
+
+
 # -----------------------------------------------------------------------------
 # colour fixes: give the result x the colours of the enlarged input ref
 # official: both are truncated to 8 bits before and the result after; here everything stays float until write_picture rounds
@@ -359,7 +381,7 @@ def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
             if len(run) > 1:
                 draw.line(run, fill=color, width=2 * k, joint="curve")
             elif run:
-                draw.circle(run[0], 3 * k, fill=color)
+                draw.ellipse([run[0][0] - 3 * k, run[0][1] - 3 * k, run[0][0] + 3 * k, run[0][1] + 3 * k], fill=color)
             run = []
         x -= font.getlength(name)  # legend: names in their colours, from the right
         draw.text((x, top - 28 * k), name, fill=color, font=font)

@@ -151,13 +151,13 @@ def features(blocks):
 
 
 @torch.no_grad()
-def niqe(x, params, border=0):
-    """Natural image quality of a picture as BasicSR computes it, lower is better. params: path of niqe_pris_params.npz, or load_niqe of it.
+def niqe(x, params, border=0, luma=YCBCR):
+    """Naturalness of a picture as BasicSR computes it, lower is better. params: path of niqe_pris_params.npz, or what load_niqe made of it.
 
     -> float; nan when fewer than two blocks of 96 x 96 pixels fit, or nearly all is flat
     """
     mean, covariance, window = params if isinstance(params, tuple) else load_niqe(Path(params))
-    y = to_y(x.cpu(), border).round()  # official: rounded here, unlike in PSNR and SSIM
+    y = to_y(x.cpu(), border, luma).round()  # official: rounded here, unlike in PSNR and SSIM
     rows, columns = y.shape[0] // BLOCK, y.shape[1] // BLOCK
     y = y[: rows * BLOCK, : columns * BLOCK]
     if rows * columns < 2:

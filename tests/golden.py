@@ -37,7 +37,7 @@ def build_input(entry, salt=""):
 
 
 def fault(got, golden, tolerance=(1e-3, 0.0)):
-    """What is wrong with one output, or None. golden: a summary (maybe with factor, rtol, atol), a number, or anything else: then equal to the letter."""
+    """What is wrong with one output, or None. golden: a summary (maybe with factor, rtol, atol), a number, or anything else, which must be equal."""
     if hasattr(got, "detach"):
         got = got.detach().cpu().numpy()
     if isinstance(golden, dict) and "values" in golden:

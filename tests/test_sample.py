@@ -42,7 +42,7 @@ def run(tmp_path, monkeypatch, capsys):
     """run("a.png", "--scale", "2") -> exit status, lines on stdout, lines on stderr; inside an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "VOSR", Bicubic)
-    monkeypatch.setattr(sample, "find_niqe", lambda: None)
+    monkeypatch.setattr(sample, "find_niqe", lambda path: None)
 
     def run(*arguments):
         try:
@@ -87,7 +87,7 @@ def test_bad_files_do_not_stop_the_rest(run):
     assert status == 1 and names("out") == ["good.png", "sheet.png"]
     for words in ("in/bad.png: is not a picture", "in/memory.png: not enough memory; try --tile 256", "--dtype float32", "missing.png: no such"):
         assert sum(words.replace("/", os.sep) in line for line in err) == 2, "once when it happens, once in the list at the end"
-    assert err[4] == "1 pictures done, 4 failures:"
+    assert err[4] == "done 1, failed 4:"
 
 
 def test_equal_stems_do_not_collide(run):
@@ -113,7 +113,7 @@ def test_references_and_metrics(run):
     picture("hq/0.png", 64, 96), picture("hq/1.png", 72, 80), picture("hq/2.png", 60, 60)
     status, out, err = run("lq", "--ref", "hq")
     assert status == 0 and len(err) == 2 and "is 60x60, not 68x68" in err[0] and "no reference named 3" in err[1]
-    assert sum("PSNR-Y" in line for line in out) == 3 and any(line.startswith("protocol: 4 pictures, 2 references") for line in out)
+    assert sum("PSNR-Y" in line for line in out) == 3 and any(line.startswith("protocol: pictures 4, references 2") for line in out)
     with open("out/metrics.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["picture"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"] and rows[2]["psnr_y"] == ""

@@ -1,0 +1,257 @@
+"""The degradation, the photo-crop dataset and the command.    python -m pytest tests/test_degrade.py"""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import degrade as module  # noqa: E402
+from degrade import (GRAMSR, KINDS, RECIPES, S3DIFF, SIZES, VOSR, Fields, Photos, apply, blur, degrade, draw_kernel, draw_plan, jpeg,  # noqa: E402
+                     kernel, list_photos, noise_field, stack_kernels)
+
+STORED = json.loads((ROOT / "tests" / "golden" / "degrade.json").read_text())
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n=2, height=64, width=80, seed=0):
+    """Smooth with some detail, like a photograph.  -> (n, 3, height, width) in [0, 1]"""
+    g = generator(seed)
+    coarse = F.interpolate(torch.rand(n, 3, 6, 8, generator=g), size=(height, width), mode="bilinear", align_corners=False)
+    return (0.8 * coarse + 0.2 * torch.rand(n, 3, height, width, generator=g)).clamp(0, 1)
+
+
+def save_photos(folder, sizes, suffix=".png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (width, height) in enumerate(sizes):
+        x = (pictures(1, height, width, seed=i)[0] * 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(x).save(folder / f"{i}{suffix}")
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# recipes and plans
+
+def test_recipes_are_the_published_settings():
+    for name, recipe in (("S3Diff", S3DIFF), ("VOSR", VOSR), ("GramSR", GRAMSR)):
+        s = {key: value[name] for key, value in STORED["settings"].items()}
+        for word, stage, i in (("first", recipe.first, 1), ("second", recipe.second, 2)):
+            assert list(stage.resize) == s[f"{word} stage: resize up/down/keep"]
+            assert list(stage.scale) == s[f"{word} stage: resize range"]
+            assert list(stage.noise) == s[f"{word} stage: gaussian sigma{' (of 255)' if i == 1 else ''}"]
+            assert list(stage.poisson) == s[f"{word} stage: poisson scale"]
+            assert list(stage.jpeg) == s[f"{word} stage: JPEG quality"]
+            ranges = [list(stage.sigma), list(recipe.generalized_beta), list(recipe.plateau_beta)]
+            assert ranges == s[f"kernel {i}: sigma, generalized beta, plateau beta"]
+        assert recipe.first.blur == 1 and recipe.second.blur == s["second blur probability"]
+        assert recipe.clean == s["no-degradation probability"]
+        assert list(SIZES) == s["kernel sizes (each of three kernels)"]
+        assert list(KINDS.values()) == s["kernel types iso, aniso, generalized_iso, generalized_aniso, plateau_iso, plateau_aniso"]
+        assert module.SINC == s["sinc probability, kernels 1 and 2"] and module.FINAL_SINC == s["final sinc probability"]
+        assert module.GAUSSIAN == s["first stage: gaussian noise probability"] and module.GRAY == s["gray noise probability (both stages)"]
+
+
+def test_plans_stay_in_their_ranges_and_follow_the_odds():
+    plans = [draw_plan(VOSR, 3, generator(i)) for i in range(600)]
+    for plan in plans:
+        assert len(plan.first.kernels) == len(plan.sinc) == 1 and len(plan.first.jpeg) == 3
+        assert all(30 <= q <= 95 for q in plan.first.jpeg + plan.second.jpeg)
+        assert 0.15 <= plan.first.scale <= 1.5 and 0.3 <= plan.second.scale <= 1.2
+        lo, hi = VOSR.first.noise if plan.first.noise == "gaussian" else VOSR.first.poisson
+        assert all(lo <= s <= hi for s in plan.first.strength)
+    odds = {
+        0.8: [plan.second.blur for plan in plans],
+        0.7: [plan.first.scale < 1 for plan in plans],
+        0.5: [plan.jpeg_first for plan in plans],
+        0.4: [gray for plan in plans for gray in plan.first.gray],
+        0.1: [plan.first.kernels[0]["type"] == "sinc" for plan in plans],
+    }
+    for p, draws in odds.items():
+        assert abs(np.mean(draws) - p) < 0.08
+    assert len(draw_plan(S3DIFF, 3, generator()).first.kernels) == 3
+
+
+# -----------------------------------------------------------------------------
+# operations
+
+def test_kernels_sum_to_one_and_keep_a_flat_picture():
+    rng = random.Random(0)
+    kernels = [draw_kernel(rng, VOSR, VOSR.first.sigma) for _ in range(60)] + [module.PULSE]
+    assert {k["type"] for k in kernels} >= {"iso", "aniso", "sinc", "pulse"}
+    for k in kernels:
+        w = kernel(**k)
+        assert w.shape == (k["size"],) * 2 and abs(w.sum() - 1) < 1e-9 and w.isfinite().all()
+        assert torch.allclose(blur(torch.full((1, 3, 30, 24), 0.3), w.float()[None]), torch.tensor(0.3), atol=1e-6)
+
+
+def test_blur_of_the_true_size_is_the_padded_one():
+    k, x = [{"type": "aniso", "size": 7, "sigma_x": 2.0, "sigma_y": 0.7, "theta": 0.5}], pictures()
+    assert torch.allclose(blur(x, stack_kernels(k)), blur(x, stack_kernels(k, 21)), atol=1e-6)
+    assert torch.equal(blur(x, stack_kernels([module.PULSE])), x)
+
+
+def test_blur_serves_pictures_smaller_than_the_kernel():
+    assert blur(pictures(1, 3, 1), stack_kernels([{"type": "iso", "size": 21, "sigma_x": 2.0}])).shape == (1, 3, 3, 1)
+
+
+def test_jpeg_improves_with_quality_and_leaves_flat_pictures():
+    x = pictures(1)
+    errors = [(jpeg(x, [q]) - x).square().mean().item() for q in (10, 30, 60, 80, 95, 100)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4  # chroma is still halved at 100
+    assert (jpeg(torch.full((1, 3, 32, 32), 0.5), [30]) - 0.5).abs().max() < 0.01
+    assert torch.equal(jpeg(torch.cat([x, x]), [30, 80])[1:], jpeg(x, [80]))  # each picture by its own quality
+
+
+def test_noise_has_the_official_statistics():
+    ramp = (torch.arange(256.0) / 255).expand(1, 3, 256, 256)
+    cases = {
+        "gaussian_sigma_25": (ramp, "gaussian", 25, False),
+        "poisson_ramp_scale_2": (ramp, "poisson", 2, False),
+        "poisson_constant_half_scale_1": (torch.full_like(ramp, 0.5), "poisson", 1, False),
+        "poisson_gray_ramp_scale_2": (ramp, "poisson", 2, True),
+    }
+    for name, expected in STORED["cases"]["noise"]["statistics_of_the_true_samplers"].items():
+        x, type, strength, gray = cases[name]
+        noise = strength * noise_field(x, type, [gray], Fields(0))
+        assert abs(noise.mean()) < expected["mean_tolerance"]
+        assert abs(noise.std() - expected["expected_std"]) < expected["std_tolerance"]
+        assert torch.equal(noise[:, :1].expand_as(noise), noise.expand(1, 3, 256, 256)) == gray
+
+
+# -----------------------------------------------------------------------------
+# the whole
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_same_seed_same_result_in_range(name):
+    hq = pictures(3)
+    for seed in range(8):
+        lq, lq_up = degrade(hq, RECIPES[name], generator(seed))
+        again = degrade(hq, RECIPES[name], generator(seed))
+        assert torch.equal(lq, again[0]) and torch.equal(lq_up, again[1])
+        assert lq.shape == (3, 3, 16, 20) and lq_up.shape == hq.shape
+        for x in (lq, lq_up):
+            assert x.isfinite().all() and x.min() >= 0 and x.max() <= 1
+        if RECIPES[name].eight_bit:
+            assert (lq_up * 255 - (lq_up * 255).round()).abs().max() < 1e-3
+    assert not torch.equal(lq, degrade(hq, RECIPES[name], generator(99))[0])
+
+
+def test_scale_and_odd_sizes():
+    lq, lq_up = degrade(pictures(1, 50, 47), VOSR, generator(), scale=3)
+    assert lq.shape == (1, 3, 16, 15) and lq_up.shape == (1, 3, 50, 47)
+
+
+def test_branches_per_image_draw_each_picture_anew():
+    hq = pictures(1).expand(4, -1, -1, -1)
+    together = degrade(hq, replace(VOSR, branches_per="image"), generator())[0]
+    g = generator()
+    alone = torch.cat([degrade(one, VOSR, g)[0] for one in hq.split(1)])
+    assert torch.equal(together, alone)
+
+
+def test_clean_replacement_leaves_lq_degraded():
+    hq = pictures(1)
+    plan = draw_plan(replace(S3DIFF, clean=1.0), 1, generator())
+    lq, lq_up = apply(plan, hq)
+    assert torch.equal(lq_up, hq) and not torch.equal(lq, hq[..., ::4, ::4])
+
+
+# -----------------------------------------------------------------------------
+# photos
+
+def test_photos_are_a_function_of_seed_and_index(tmp_path):
+    folder = save_photos(tmp_path, [(40, 50), (64, 32), (90, 40)])
+    photos, again = Photos(folder, 32, seed=3, flip=True), Photos(folder, 32, seed=3, flip=True, cache_mb=0)
+    assert len(photos) == 3
+    drawn = [photos[i] for i in range(12)]
+    for i in (11, 0, 7, 3):  # any order, with or without the cache
+        assert torch.equal(again[i], drawn[i])
+    assert all(x.shape == (3, 32, 32) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1 for x in drawn)
+    assert not torch.equal(Photos(folder, 32, seed=4)[0], drawn[0])
+    epochs = [sorted(photos.files[photos.order[j]].name for j in range(3)) for _ in [photos[0], photos[300]]]
+    assert epochs == [["0.png", "1.png", "2.png"]] * 2
+
+
+def test_photos_skip_and_name_what_is_no_good(tmp_path, capsys):
+    folder = save_photos(tmp_path / "a", [(64, 64), (40, 20), (20, 12)])  # good, to be enlarged, below half of the crop
+    (folder / "text.png").write_text("no picture")
+    cut = save_photos(tmp_path / "b", [(99, 99)]) / "0.png"
+    (folder / "cut.png").write_bytes(cut.read_bytes()[:9000])
+    (folder / "._0.png").write_text("a shadow that macOS leaves")
+    photos = Photos(folder, 32)
+    assert {path.name for path in photos.skipped} == {"2.png", "text.png"}  # by their headers
+    assert all(photos[i].shape == (3, 32, 32) for i in range(10))
+    assert {path.name for path in photos.skipped} == {"2.png", "text.png", "cut.png"}
+    err = capsys.readouterr().err
+    assert all(err.count(f"{name}:") == 1 for name in ("2.png", "text.png", "cut.png")) and "3 of 5 files" in err
+    with pytest.raises(ValueError, match="none of its 5 pictures"):
+        Photos(folder, 1000)
+
+
+def test_photos_honour_orientation_and_modes(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(np.arange(40 * 60, dtype=np.uint8).reshape(40, 60)).save(tmp_path / "grey.png", exif=exif)
+    assert Photos(tmp_path, 40).pixels(tmp_path / "grey.png").shape == (60, 40, 3)
+
+
+def test_list_photos(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        list_photos(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no pictures"):
+        list_photos(tmp_path)
+    save_photos(tmp_path / "deep" / "er", [(8, 8)], ".JPG")
+    save_photos(tmp_path, [(8, 8)])
+    assert [path.name for path in list_photos(tmp_path)] == ["0.png", "0.JPG"]
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+def run(*args):
+    return subprocess.run([sys.executable, str(ROOT / "degrade.py"), *map(str, args)], capture_output=True, text=True)
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_command_makes_pairs_and_names_a_bad_file(tmp_path):
+    folder = save_photos(tmp_path / "hr", [(66, 50), (40, 40), (20, 20)])  # the last is too small
+    save_photos(folder / "more", [(48, 48)], ".jpg")
+    (folder / "bad.png").write_text("no picture")
+    result = run(folder, tmp_path / "out", "--seed", 5)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 2 and "bad.png" in result.stderr and "2.png" in result.stderr
+    made = files(tmp_path / "out")
+    assert set(made) == {f"{kind}/{name}" for kind in ("lq", "hq") for name in ("0.png", "1.png", "more/0.png")}
+    hq = Image.open(tmp_path / "out" / "hq" / "0.png")
+    assert hq.size == (64, 48) and Image.open(tmp_path / "out" / "lq" / "0.png").size == (16, 12)
+    assert np.array_equal(np.asarray(hq), np.asarray(Image.open(folder / "0.png"))[:48, :64])
+
+    for name in ("bad.png", "0.png", "2.png"):  # fewer files, the same bytes
+        (folder / name).unlink()
+    assert run(folder, tmp_path / "fewer", "--seed", 5).returncode == 0
+    fewer = files(tmp_path / "fewer")
+    assert len(fewer) == 4 and all(made[name] == data for name, data in fewer.items())
+
+
+def test_command_refuses_in_one_line(tmp_path):
+    folder = save_photos(tmp_path / "hr", [(40, 40)])
+    for args, status in (((tmp_path / "nowhere", tmp_path / "out"), 1), ((folder, folder / "out"), 1), ((folder, tmp_path / "out", "--scale", 0), 2)):
+        result = run(*args)
+        assert result.returncode == status and "Traceback" not in result.stderr
+        assert status == 2 or len(result.stderr.splitlines()) == 1

@@ -1,0 +1,182 @@
+"""train_vosr.py on networks of a few thousand parameters. Run: python -m pytest tests/test_train.py"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_vosr import SMALL
+
+import sample
+import train_vosr
+import training
+from models.flow import Draws, loss_flow
+from models.vosr import VOSR
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipe="s3diff", ema=0.5, schedule="cosine", warmup=2)
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "distill": STAGE}
+    monkeypatch.setitem(train_vosr.PRESETS, "small", (replace(SMALL, tile=64), stages))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five smooth random pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        small = np.random.RandomState(i).randint(0, 256, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((120, 90), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def train(monkeypatch, photos, out, stage, *more, stop_at=None):
+    """Run a stage in this process; stop_at: steps after which Ctrl-C comes."""
+    class Stop:
+        steps = 0
+
+        def __bool__(self):
+            self.steps += 1
+            return stop_at is not None and self.steps > stop_at
+
+    monkeypatch.setattr(training, "Stop", Stop)
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", "small", "--stage", stage, "--data", str(photos), "--out", str(out),
+                                      "--device", "cpu", *map(str, more)])
+    train_vosr.main()
+    return load_file(out / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def autoencoder(monkeypatch, photos, tmp_path):
+    train(monkeypatch, photos, tmp_path / "ae", "autoencoder")
+    return tmp_path / "ae"
+
+
+def test_three_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys):
+    train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
+    for kind in ("rcgm", "shortcut"):
+        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "flow", "--distill", kind, "--accumulate", 2)
+        model = VOSR.from_pretrained(tmp_path / kind)
+        assert model.cfg.dit.auxiliary_time_cond and model.cfg.steps == 1
+    a, b = load_file(tmp_path / "flow" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("vae.", "vit.")))            # distillation trains the DiT alone
+    for name in ("log.csv", "loss.png", "sheet.png", "checkpoint.pt"):
+        assert (tmp_path / "rcgm" / name).stat().st_size > 0
+    said = capsys.readouterr().out
+    assert "small distill, from" in said and "float32" in said and "batch 2 = 2 x 1" in said
+    Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
+    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path / "rcgm"), "--out", str(tmp_path / "out")]) == 0
+    assert Image.open(tmp_path / "out" / "teal.png").size == (36, 28)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flow", "distill"])
+def test_resumed_equals_uninterrupted(monkeypatch, photos, autoencoder, tmp_path, stage):
+    more = [] if stage == "autoencoder" else ["--init", autoencoder]
+    if stage == "distill":
+        train(monkeypatch, photos, tmp_path / "flow", "flow", *more)
+        more = ["--init", tmp_path / "flow"]
+    whole = train(monkeypatch, photos, tmp_path / "whole", stage, *more)
+    half = train(monkeypatch, photos, tmp_path / "parts", stage, *more, stop_at=2)
+    parts = train(monkeypatch, photos, tmp_path / "parts", stage, *more)
+    assert same(whole, parts) and not same(half, parts)
+    states = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "parts")]
+    assert states[0]["step"] == states[1]["step"] == 4
+    for part in ("model", "ema"):                                                              # float32, to the last bit
+        assert same(states[0][part], states[1][part])
+
+
+def test_workers_and_order_of_files_change_nothing(monkeypatch, photos, autoencoder, tmp_path):
+    runs = [train(monkeypatch, photos, tmp_path / str(n), "flow", "--init", autoencoder, "--workers", n) for n in (0, 2)]
+    assert same(*runs)
+
+
+def test_overfits_one_picture():
+    """Flow loss on one latent pair falls to a fraction within fifty steps."""
+    torch.manual_seed(0)
+    model = VOSR(SMALL).train()
+    g = torch.Generator().manual_seed(0)
+    z_hq, z_lq = (torch.randn(1, 8, 8, 8, generator=g).repeat(8, 1, 1, 1) for _ in range(2))
+    lq = torch.rand(1, 3, 64, 64, generator=g).repeat(8, 1, 1, 1)
+    optimizer = torch.optim.AdamW([*model.dit.parameters(), *model.vit.parameters()], lr=1e-2)
+    losses = []
+    for step in range(60):
+        loss = loss_flow(model.dit, z_hq, z_lq, model.tokens(lq), Draws.flow(z_hq, torch.Generator().manual_seed(step)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
+    assert model.vit.blocks[0].attn.qkv.weight.grad.abs().sum() > 0                             # the eyes learn too
+
+
+def test_settings_that_matter_may_not_change(monkeypatch, photos, autoencoder):
+    with pytest.raises(training.Quit, match="batch_size 2, not 4"):
+        train(monkeypatch, photos, autoencoder, "autoencoder", "--batch-size", 4)
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--stage", "flow"], "needs --init"),
+    (["--stage", "flow", "--init", "x", "--distill", "rcgm"], "--distill is not read"),
+    (["--stage", "autoencoder", "--init", "x"], "--init is not read"),
+    (["--stage", "flow", "--init", "x", "--color", "none"], "unrecognized"),
+])
+def test_flags_that_nothing_reads_are_errors(monkeypatch, photos, tmp_path, capsys, words, why):
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--data", str(photos), "--out", str(tmp_path), *words])
+    with pytest.raises(SystemExit) as e:
+        train_vosr.main()
+    assert e.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_learning_rate_and_ema():
+    rates = [training.learning_rate(s, 10, 1.0, "cosine", warmup=2) for s in range(10)]
+    assert rates[0] == 0.5 and max(rates) == 1.0 and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0.02
+    assert training.learning_rate(7, 10, 1.0) == 1.0
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = a.weight.clone()
+    training.ema_update(a, b, 0.9)
+    assert torch.allclose(a.weight, 0.9 * before + 0.1 * b.weight)
+
+
+def test_groups_freeze_the_rest():
+    model = VOSR(SMALL)
+    params = training.trainable_groups(model, [model.dit])
+    assert len(params) == len(list(model.dit.parameters()))
+    assert not any(p.requires_grad for p in [*model.vae.parameters(), *model.vit.parameters()])
+
+
+def script(*words, **kwargs):
+    return [sys.executable, str(ROOT / "train_vosr.py"), *map(str, words)], {"text": True, "stderr": subprocess.PIPE, **kwargs}
+
+
+def test_user_errors_are_one_line(tmp_path):
+    words, kwargs = script("--stage", "autoencoder", "--data", tmp_path / "none", "--out", tmp_path / "out")
+    done = subprocess.run(words, **kwargs)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_saves_and_says_how_to_go_on(photos, tmp_path):
+    words, kwargs = script("--stage", "autoencoder", "--data", photos, "--out", tmp_path, "--batch-size", 2, stdout=subprocess.PIPE)
+    process = subprocess.Popen(words, **kwargs)
+    while process.poll() is None and not (tmp_path / "log.csv").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > 0
