@@ -31,7 +31,7 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
         return dit(z_t, z_lq, feat, t, r)
     both = dit(z_t.repeat(2, 1, 1, 1), torch.cat([z_lq, weak * z_lq]), torch.cat([feat, torch.zeros_like(feat)]), t.repeat(2), r.repeat(2))
     v_cond, v_weak = both.chunk(2)
-    return v_weak + guidance * (v_cond - v_weak)
+    return v_weak + guidance * (v_cond - v_weak)                # Eq. guidance
 
 
 def sample(velocity, eps, steps):
@@ -42,7 +42,7 @@ def sample(velocity, eps, steps):
     z = eps
     times = torch.linspace(1, 0, steps + 1).tolist()
     for t, r in zip(times, times[1:]):
-        z = z - (t - r) * velocity(z, t, r)
+        z = z - (t - r) * velocity(z, t, r)                     # Eq. Euler
     return z
 
 
@@ -89,8 +89,8 @@ def conditions(z_lq, feat, d, cfg_ratio, strength):
     """
     mu, sigma = strength
     a = column(torch.sigmoid(sigma * d.n + mu))                 # about 0.993
-    noised = a * z_lq + (1 - a**2).sqrt() * d.xi
-    weak = d.w * z_lq
+    noised = a * z_lq + (1 - a**2).sqrt() * d.xi                # Eq. noised condition
+    weak = d.w * z_lq                                           # Eq. weak condition
     dropped = d.m < cfg_ratio
     mixed = torch.where(column(dropped), weak, noised)
     return noised, weak, mixed, torch.where(dropped[:, None, None], 0.0, feat)
@@ -104,7 +104,7 @@ def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
     _, _, mixed, feat = conditions(z_lq, feat, d, cfg_ratio, strength)
     t = column(d.t)
     z_t = (1 - t) * z_hq + t * d.eps
-    return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)
+    return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)     # Eq. flow
 
 
 def teach(teacher, z_t, noised, weak, feat, t, omega, interval=(0.0, 1.0)):
@@ -120,7 +120,7 @@ def target_shortcut(student, z_t, t, r):
     s = (t + r) / 2
     v1 = student(z_t, t, s)
     v2 = student(z_t - column((t - r) / 2) * v1, s, r)
-    return (v1 + v2) / 2
+    return (v1 + v2) / 2                                        # Eq. shortcut
 
 
 def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
@@ -138,7 +138,7 @@ def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
         z, way = z - column(step) * v_k, way + column(step) * v_k
     d = column((t - r).clamp(min=1e-6))
     near = column(t < r + delta + 1e-6)                         # then t_m = r and F = 0: u shall be v
-    return torch.where(near, u - way / d, (u * d - way) / delta) - v
+    return torch.where(near, u - way / d, (u * d - way) / delta) - v        # Eq. RCGM
 
 
 def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, cfg_ratio=0.1, strength=(5.0, 1.0),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from degrade import PULSE, Plan, StagePlan, add_noise, apply, blur, jpeg, kernel, resize, stack_kernels
+from degrade import PULSE, S3DIFF, Plan, StagePlan, add_noise, apply, blur, jpeg, kernel, resize, stack_kernels
 from models.metrics import YIQ, psnr, psnr_y, ssim_y
 
 
@@ -92,10 +92,10 @@ class GivenFields:
 
 def noise(case, get):
     image, c, outputs = tensor(case, get, "image"), case["config"], {}
-    flags = {"colour": [0] * len(image), "image0_gray": c["gray_flags_in_image0_gray"], "both_gray": [1] * len(image)}
     for key in case["outputs"]:  # gaussian_image0_gray
         type, which = key.split("_", 1)
-        gray = [bool(flag) for flag in flags[which]]
+        flags = c.get(f"gray_flags_in_{which}", [which != "colour"] * len(image))  # else none or all are gray
+        gray = [bool(flag) for flag in flags]
         fields = [get(f"{type}_gray_field")] * any(gray) + [get(f"{type}_colour_field")]
         outputs[key] = add_noise(image, type, c["sigma" if type == "gaussian" else "scale"], gray, GivenFields(fields))
     return outputs
@@ -119,13 +119,15 @@ def pipeline(case, get):
     hq = tensor(case, get, "gt" if "gt" in case["inputs"] else "gt_before_flip")
     flip = [image.get("flip", False) for image in images] * (len(hq) // len(images))
     hq = torch.stack([x.flip(-1) if f else x for x, f in zip(hq, flip)])
-    salt = case["inputs"]["draws"].get("salt", "")
-    fields = GivenFields(fill.normal(d["name"], d["shape"], d.get("salt", salt)) for d in get("draws") if d.get("kind") == "normal")
+    draws = {draw["label"]: draw for draw in get("draws")}
+    salt = case["inputs"]["draws"].get("salt", case["fill"]["salt"])
+    fields = GivenFields(fill.normal(d["name"], d["shape"], d.get("salt", salt)) for d in draws.values() if d.get("kind") == "normal")
+    clean = draws.get("no_degradation.coin", {"value": 1})["value"] < S3DIFF.clean
 
     steps = []
     lq, lq_up = apply(
         Plan(stage(plan, 1, k1), stage(plan, 2, k2), sinc, plan["final_order"].startswith("jpeg"), plan["resize3_mode"],
-             plan.get("resize_back_mode", "bicubic"), eight_bit=not s3diff),
+             plan.get("resize_back_mode", "bicubic"), eight_bit=not s3diff, clean=clean),
         hq, c["scale"], fields, steps,
     )  # fmt: skip
     outputs = {f"step{i:02}_{name}": x for i, (name, x) in enumerate(steps, 1)}
@@ -156,7 +158,7 @@ def metrics(case, get):
     outputs = {}
     for key in case["outputs"]:
         if key == "identical_images_psnr_y_pyiqa":
-            x, _ = byte_pair("noisy")
+            x, _ = byte_pair(next(iter(case["inputs"])).removesuffix("_a"))
             outputs[key] = psnr_y(x, x, pyiqa=True)
             continue
         name, crop, metric, how = re.fullmatch(r"(\w+)_crop(\d+)_(psnr|ssim)_(\w+)", key).groups()

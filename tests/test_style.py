@@ -1,0 +1,99 @@
+"""The promises of the design, kept by a machine. Run: python -m pytest tests/test_style.py"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(ROOT.glob("*.py"))
+MODELS = sorted((ROOT / "models").glob("*.py"))
+README = (ROOT / "README.md").read_text()
+PACKAGES = {"torch", "numpy", "PIL", "tqdm", "safetensors", "requests"}
+SYSTEMS = {"vosr", "s3diff", "gramsr"}
+BUDGETS = {"sample.py": 250, "training.py": 300, "degrade.py": 400, "train_vosr.py": 350, "train_s3diff.py": 350, "train_gramsr.py": 350,
+           **{f"models/{system}.py": 250 for system in SYSTEMS}}
+TOP_LEVEL = {"README.md", "LICENSE", "LOG.md", "requirements.txt", "pyproject.toml", "sample.py", "degrade.py", "training.py", "train_vosr.py",
+             "train_s3diff.py", "train_gramsr.py", "models", "assets", "tests"}
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path):
+    """Full names of everything a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", SCRIPTS + MODELS, ids=name)
+def test_file(path):
+    text = path.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= BUDGETS.get(name(path), 400), "over its budget"
+    assert max(map(len, lines)) <= 150
+    assert ast.get_docstring(ast.parse(text)), "opens with no docstring"
+    assert ".cuda(" not in text, "device is the caller's choice"
+    roots = {module.split(".")[0] for module in imports(path)}
+    own = {p.stem for p in SCRIPTS} | {"models"}
+    assert roots <= PACKAGES | own | set(sys.stdlib_module_names), "imports beyond the six packages"
+
+
+def test_imports_point_one_way():
+    for path in MODELS:
+        if path.stem not in SYSTEMS:
+            assert not imports(path) & {f"models.{system}" for system in SYSTEMS}, f"{name(path)} imports a system"
+        assert not imports(path) & {p.stem for p in SCRIPTS}, f"{name(path)} imports a script"
+
+
+def test_nothing_else_at_the_top():
+    visible = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    ignored = set((ROOT / ".gitignore").read_text().replace("/", "").split())
+    assert visible - ignored <= TOP_LEVEL
+
+
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if "add_argument" in p.read_text()], ids=name)
+def test_every_flag_is_read(path):
+    text = path.read_text()
+    flags = [m.replace("-", "_") for m in re.findall(r'add_argument\("(?:--)?([\w-]+)"', text)]
+    assert flags and len(flags) <= 30
+    for flag in flags:
+        assert re.search(rf"\bargs\.{flag}\b", text), f"--{flag} is read by nothing"
+
+
+def test_equations_are_where_readme_says():
+    """Each row names a tag and file:function; the tag stands in that function, and no tag of the code is missing from the table."""
+    rows = re.findall(r"^\|[^|]*\| `# (Eq\. [^`]+)` \| `([\w/.]+):(\w+)` \|", README, re.M)
+    assert rows
+    for tag, file, function in rows:
+        tree = ast.parse((ROOT / file).read_text())
+        bodies = [ast.get_source_segment((ROOT / file).read_text(), node) for node in ast.walk(tree)
+                  if isinstance(node, ast.FunctionDef) and node.name == function]
+        assert any(f"# {tag}" in body for body in bodies), f"{tag} is not in {file}:{function}"
+    tags = {tag for path in SCRIPTS + MODELS for tag in re.findall(r"# (Eq\. .+?)$", path.read_text(), re.M)}
+    assert tags == {tag for tag, _, _ in rows}
+
+
+def test_every_deviation_is_listed():
+    """README counts the `# official:` comments of each file."""
+    counts = {name(p): p.read_text().count("# official:") for p in SCRIPTS + MODELS}
+    said = {file: int(n) for file, n in re.findall(r"`([\w/.]+)` \((\d+)\)", README)}
+    assert {file: n for file, n in counts.items() if n} == said
+
+
+def test_files_named_in_readme_exist():
+    for file in set(re.findall(r"`((?:models|tests|assets)/[\w/.]+\.\w+)", README)) | set(re.findall(r"\]\((assets/[^)]+)\)", README)):
+        assert (ROOT / file).exists(), file
+
+
+def test_ci_runs_the_command_of_readme():
+    command = re.search(r"^ *(pip install .*pytest)$", README, re.M)[1]
+    assert command in (ROOT / ".ci" / "run").read_text()
