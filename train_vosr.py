@@ -57,7 +57,7 @@ TINY = VOSRConfig(
 PRESETS = {
     "tiny": (TINY, {
         "autoencoder": Stage(3000, 16, 3e-3, crop=128, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
-        "flow": Stage(4500, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(0.8, 0.8)),
+        "flow": Stage(2400, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.2, 1.2)),
         "distill": Stage(600, 8, 2e-4, crop=128, recipe="s3diff", ema=0.99, schedule="cosine", warmup=50, strength=(7.0, 1.0), omega=1.0),
     }),
 }
