@@ -28,7 +28,6 @@ from tqdm import tqdm
 from models import imaging
 
 # ---- recipes: what may be drawn, with which odds
-
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
 KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03, "plateau_iso": 0.12, "plateau_aniso": 0.03}
 SIZES = range(7, 22, 2)  # of a kernel, pixels
@@ -218,7 +217,8 @@ YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, 
 RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 LUMA_STEPS = torch.tensor([  # official: the transpose of the standard's table
     [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95], [16, 19, 24, 29, 56, 64, 87, 98],
-    [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100], [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99]])
+    [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100], [51, 60, 69, 80, 103, 113, 120, 103],
+    [61, 55, 56, 62, 77, 92, 101, 99]])
 CHROMA_STEPS = torch.full((8, 8), 99)
 CHROMA_STEPS[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
 DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2  # (frequency, pixel), orthonormal

@@ -196,7 +196,7 @@ def summarise(rows, sheet, originals, args):
     averages = {m: [fmean(row[c] for row in rows if c in row) for c in pair] for m, pair in columns.items()}
     print(f"average  {report(averages)}")
     print(f"protocol: pictures {len(rows)}, references {sum('psnr_y' in row for row in rows)}, seed {args.seed}; 8-bit RGB; bicubic (Pillow) "
-          f"in brackets; PSNR and SSIM on Y as BasicSR, {round(args.scale)} px border cut; NIQE {'as BasicSR' if args.niqe else f'needs {NIQE_FILE}'}")
+          f"in brackets; PSNR, SSIM on Y as BasicSR, {round(args.scale)} px border cut; NIQE {'as BasicSR' if args.niqe else f'needs {NIQE_FILE}'}")
 
 
 def main(argv=None):

@@ -50,14 +50,14 @@ class Stage:
 
 TINY = VOSRConfig(
     dit=DiTConfig(input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4, z_dims=128,
-                  predict="clean", rope_rescale=False),
+                  precondition=True, rope_rescale=False),
     vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2),
     vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, tile=128, overlap=32,
 )
 PRESETS = {
     "tiny": (TINY, {
         "autoencoder": Stage(3000, 16, 3e-3, crop=128, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
-        "flow": Stage(2400, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.2, 1.2)),
+        "flow": Stage(2000, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
         "distill": Stage(600, 8, 2e-4, crop=128, recipe="s3diff", ema=0.99, schedule="cosine", warmup=50, strength=(7.0, 1.0), omega=1.0),
     }),
 }
@@ -100,9 +100,7 @@ def build(args, cfg):
         return model, None, [model.vae]
     start = VOSR.from_pretrained(args.init)
     if args.stage == "flow":
-        if start.cfg.dit != cfg.dit:            # fresh DiT and ViT on the trained autoencoder
-            cfg = replace(cfg, vae=start.cfg.vae)
-        model = VOSR(cfg)
+        model = VOSR(replace(cfg, vae=start.cfg.vae))       # a fresh DiT and ViT on the trained autoencoder
         model.vae = start.vae
         return model, None, [model.dit, model.vit]
     cfg = replace(start.cfg, dit=replace(start.cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0)

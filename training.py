@@ -26,7 +26,7 @@ def one_line_errors(name):
     try:
         yield
     except (Quit, FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as e:
-        sys.exit(f"{name}: {e}")
+        sys.exit(f"{name}: {str(e).strip().splitlines()[-1]}")     # a loader's worker wraps its error in a traceback
     except torch.OutOfMemoryError:
         sys.exit(f"{name}: out of device memory; lower --batch-size or raise --accumulate")
 

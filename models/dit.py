@@ -5,7 +5,7 @@ Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOS
 Left out: options that no public checkpoint uses (class labels, learned sigma, fused layers, absolute positions).
 
 Beyond the official network: rectangles of any size, and two switches that only our tiny model flips
-(`predict` and `rope_rescale` in DiTConfig).
+(`precondition` and `rope_rescale` in DiTConfig).
 """
 
 import math
@@ -29,14 +29,12 @@ class DiTConfig:
     z_dims: int = 768           # width of the visual tokens
     encdim_ratio: int = 3       # inner width of the context MLP, in units of D
     auxiliary_time_cond: bool = False   # second time r: the one-step models
-    predict: str = "velocity"   # or "clean": the network corrects z_lq towards the clean latent, Eq. in `DiT.forward`
+    precondition: bool = False  # start from the best linear guess: see `DiT.forward`
     rope_rescale: bool = True   # squeeze the positions of other sizes into the trained range, as the official code does
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads}")
-        if self.predict not in ("velocity", "clean"):
-            raise ValueError(f"predict is {self.predict!r}, not 'velocity' or 'clean'")
 
 
 def modulate(x, shift, scale):
@@ -268,10 +266,13 @@ class DiT(nn.Module):
         p = self.cfg.patch_size
         h, w = z_t.shape[-2] // p, z_t.shape[-1] // p
         z_in = z_t
-        if self.cfg.predict == "clean":
-            # Wiener's estimate of a unit-variance latent from z_t: a small net would learn too slowly to look through the
-            # noise at t = 1. The floor lets a little of it in, or all seeds would give one picture in one step.
-            z_in = z_t * ((1 - t) / ((1 - t) ** 2 + t**2)).clamp(min=0.1)[:, None, None, None]
+        if self.cfg.precondition:
+            # As EDM (2206.00364) does for denoisers. If z_hq were normal around z_lq with unit variance, its mean given z_t would be
+            # z_lq + k (z_t - (1 - t) z_lq), k = (1 - t) / D. That second term is what the network sees; the floor lets some noise
+            # in at t = 1, or all seeds would give one picture in one step.
+            time = t[:, None, None, None]
+            D = (1 - time) ** 2 + time**2
+            z_in = ((1 - time) / D).clamp(min=0.1) * (z_t - (1 - time) * z_lq)
         x = self.x_embedder(torch.cat([z_lq, z_in], dim=1))                              # (B, N, D), LQ first
         c = self.t_embedder(t)
         if self.r_embedder:
@@ -284,7 +285,6 @@ class DiT(nn.Module):
             else:
                 x = block(x, ctx, c0, rope)
         out = self.unpatchify(self.final_layer(x, c), h, w)
-        if self.cfg.predict == "clean":
-            # x-prediction (JiT, arXiv 2511.13720): the net only corrects z_lq; v = (z_t - x) / t, t kept off 0.
-            out = (z_t - (z_lq + out)) / t.clamp(min=0.05)[:, None, None, None]
+        if self.cfg.precondition:
+            out = ((2 * time - 1) * z_t - time * z_lq) / D - out / D.sqrt()     # that mean's velocity, and the network's correction
         return out

@@ -67,11 +67,22 @@ def test_unpatchify_undoes_patches():
     assert torch.equal(dit.unpatchify(tokens, 2, 3), z)
 
 
-def test_first_velocity_is_zero_and_clean_prediction_starts_at_lq():
+def test_first_velocity_is_zero():
     z_t, z_lq, feat = inputs()
-    t = torch.ones(2)
-    assert not DiT(SMALL.dit)(z_t, z_lq, feat, t).any()
-    assert torch.allclose(z_t - DiT(replace(SMALL.dit, predict="clean"))(z_t, z_lq, feat, t), z_lq, atol=1e-6)
+    assert not DiT(SMALL.dit)(z_t, z_lq, feat, torch.ones(2)).any()
+
+
+def test_preconditioning_is_right_for_a_gaussian():
+    """Without a network: one step from noise is z_lq; at t = 0 the latent is known; and no other linear guess has a smaller loss."""
+    z_t, z_lq, feat = inputs()
+    dit = DiT(replace(SMALL.dit, precondition=True))
+    assert torch.allclose(z_t - dit(z_t, z_lq, feat, torch.ones(2)), z_lq, atol=1e-6)
+    assert torch.allclose(dit(z_t, z_lq, feat, torch.zeros(2)), -z_t, atol=1e-6)
+    z_hq, eps = z_lq + torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8, 8)
+    for t in (0.2, 0.6):
+        z_t = (1 - t) * z_hq + t * eps
+        error = (dit(z_t, z_lq, feat, torch.full((2,), t)) - (eps - z_hq)).flatten()
+        assert abs(torch.corrcoef(torch.stack([error, (z_t - (1 - t) * z_lq).flatten()]))[0, 1]) < 0.1
 
 
 def test_guidance_one_is_no_guidance():
