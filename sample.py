@@ -4,6 +4,7 @@ Upscale pictures, and measure the results where a reference or NIQE's parameter 
     python sample.py                                 the example picture, with the embedded model
     python sample.py photo.jpg holiday/ --out big    files and folders
     python sample.py lq/ --ref hq/                   PSNR and SSIM against pictures of the same names
+    python sample.py --list-weights                  which public weight files exist, and which are here
 
 Writes OUT/<name>.png for every picture, OUT/sheet.png to compare by eye, and OUT/metrics.csv if something was measured.
 """
@@ -22,6 +23,7 @@ import torch
 from models.imaging import PictureError, contact_sheet, list_pictures, read_picture, resize, round8, save_png, write_picture
 from models.metrics import load_niqe, niqe, psnr_y, ssim_y
 from models.vosr import VOSR
+from models.weights import list_weights, locate
 from training import choose_device, choose_dtype
 
 ROOT = Path(__file__).resolve().parent
@@ -57,6 +59,7 @@ def parse_args(argv):
     # measuring
     p.add_argument("--ref", type=Path, metavar="DIR", help="references: a folder with the same names, or one picture")
     p.add_argument("--niqe", type=Path, metavar="FILE", help=f"{NIQE_FILE} (default: looked for in the weights cache)")
+    p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     args = p.parse_args(argv)
 
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
@@ -98,10 +101,9 @@ def find_references(pictures, ref):
 
 
 def find_niqe(path):
-    """NIQE's parameters from `path`, or else from the weights cache or beside the repository; None if they are nowhere."""
-    folders = [Path(os.environ.get("NANOSR_CACHE", "~/.cache/nanosr")).expanduser(), ROOT.parent / "shared" / "public"]
-    files = [path] if path else [folder / NIQE_FILE for folder in folders]
-    return next((load_niqe(file) for file in files if file.exists()), None)
+    """NIQE's parameters from `path`, or else from the weights cache; None if they are not there, since nothing is downloaded unasked."""
+    path = path or locate(NIQE_FILE)
+    return path and load_niqe(path)
 
 
 def read_reference(path, ref, size):
@@ -123,9 +125,8 @@ def measure(sr, bicubic, hq, args):
     sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same or None -> {metric: (ours, bicubic's)}
     """
     tasks = {}
-    if hq is not None:
-        border = round(args.scale)  # the usual crop of BasicSR's test settings
-        tasks |= {"psnr_y": (psnr_y, hq, border), "ssim_y": (ssim_y, hq, border)}
+    if hq is not None:  # the border that is cut is the usual one of BasicSR's test settings
+        tasks = {"psnr_y": (psnr_y, hq, round(args.scale)), "ssim_y": (ssim_y, hq, round(args.scale))}
     if args.niqe is not None:
         tasks["niqe"] = (niqe, args.niqe)
     found = {}
@@ -183,10 +184,9 @@ def summarise(rows, sheet, originals, args):
     save_png(contact_sheet(sheet, captions), path)
     print(f"before and after: {path}")
 
-    measured = [m for m in METRICS if any(m in row for row in rows)]
-    if not measured:
+    columns = {m: (m, f"{m}_bicubic") for m in METRICS if any(m in row for row in rows)}
+    if not columns:
         return
-    columns = {m: (m, f"{m}_bicubic") for m in measured}
     part = args.out / "metrics.csv.part"
     with open(part, "w", newline="", encoding="utf-8") as f:
         table = csv.DictWriter(f, ["picture", "width", "height", "seconds", *sum(columns.values(), ())])
@@ -201,6 +201,8 @@ def summarise(rows, sheet, originals, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.list_weights:
+        return list_weights()
     rows, sheet, pictures, failures = [], [], [], []
 
     def fail(message):

@@ -57,7 +57,7 @@ TINY = VOSRConfig(
 PRESETS = {
     "tiny": (TINY, {
         "autoencoder": Stage(3000, 16, 3e-3, crop=128, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
-        "flow": Stage(2000, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
+        "flow": Stage(2600, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
         "distill": Stage(600, 8, 2e-4, crop=128, recipe="s3diff", ema=0.99, schedule="cosine", warmup=50, strength=(7.0, 1.0), omega=1.0),
     }),
 }
@@ -124,6 +124,24 @@ def losses(args, stage, model, teacher, hq, lq, g):
     return {"v": v_loss, "u": u_loss}
 
 
+@torch.no_grad()
+def evaluate(args, stage, ema, teacher, hq, lq):
+    """Loss with fixed draws, and the pictures the model makes by its own sampler.
+
+    hq, lq: (B, 3, H, W) in [-1, 1], held-out pairs -> loss, PSNR in dB over RGB, pictures like hq
+    """
+    terms = losses(args, stage, ema, teacher, hq, lq, training.generator(1))
+    if args.stage == "autoencoder":
+        sr = ema.vae.decode(ema.vae.encode(hq))
+    else:
+        z_lq = ema.vae.encode(lq)
+        eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
+        sr = ema.decode(ema.restore(z_lq, lq, eps, ema.cfg.steps, ema.cfg.guidance, ema.cfg.weak))
+    sr = sr.float().clamp(-1, 1)
+    psnr = -10 * ((sr - hq) / 2).square().mean((1, 2, 3)).log10().mean()
+    return float(sum(terms.values())), float(psnr), sr
+
+
 def main():
     args = parse_args()
     cfg, stages = PRESETS[args.preset]
@@ -168,21 +186,6 @@ def main():
     test_lq = degrade(test_hq, replace(recipe, branches_per="image"), training.generator(0))[1]
     test_hq, test_lq = 2 * test_hq - 1, 2 * test_lq - 1
 
-    @torch.no_grad()
-    def evaluate():
-        """Held-out loss of the EMA weights with fixed draws, PSNR of their results, a contact sheet -> {name: number}."""
-        with training.autocast(device, dtype):
-            terms = losses(args, stage, ema, teacher, test_hq, test_lq, training.generator(1))
-            if args.stage == "autoencoder":
-                sr = ema.vae.decode(ema.vae.encode(test_hq))
-            else:
-                z_lq = ema.vae.encode(test_lq)
-                eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
-                sr = ema.decode(ema.restore(z_lq, test_lq, eps, ema.cfg.steps, ema.cfg.guidance, ema.cfg.weak))
-        psnr = -10 * ((sr.float().clamp(-1, 1) - test_hq) / 2).square().mean((1, 2, 3)).log10().mean()
-        training.save_sheet(out / "sheet.png", {"LQ": test_lq[:6], f"result, step {step}": sr[:6], "HQ": test_hq[:6]})
-        return {"held_out": float(sum(terms.values())), "psnr": float(psnr)}
-
     def save():
         training.save_checkpoint(out / "checkpoint.pt", step=step, settings=settings, model=model.state_dict(), ema=ema.state_dict(),
                                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
@@ -220,16 +223,20 @@ def main():
         # ------------------------------------------------------------------------
 
         bar.update()
-        bar.set_postfix(loss=f"{mean_loss / since:.4f}", img_s=f"{bar.format_dict['rate'] * stage.batch_size if bar.format_dict['rate'] else 0:.1f}")
-        if step % 50 == 0 or step == stage.steps:           # once in a while: log, evaluate, save
-            due = step % args.save_every == 0 or step == stage.steps
-            results = evaluate() if due else {}
-            log.write(step=step, loss=mean_loss / since, grad_norm=grad_norm.item(), lr=lr, seconds=time.time() - seconds, **results)
+        bar.set_postfix(loss=f"{mean_loss / since:.4f}", img_s=f"{since * stage.batch_size / (time.time() - seconds):.1f}", refresh=False)
+        due = step % args.save_every == 0 or step == stage.steps
+        if due or step % 50 == 0:                           # once in a while: log
+            row = {"step": step, "loss": mean_loss / since, "grad_norm": grad_norm.item(), "lr": lr, "seconds": time.time() - seconds}
             mean_loss, since, seconds = 0.0, 0, time.time()
-            if due:
+            if due:                                         # once in a longer while: evaluate, save, draw
+                with training.autocast(device, dtype):
+                    row["held_out"], row["psnr"], sr = evaluate(args, stage, ema, teacher, test_hq, test_lq)
                 save()
+                training.save_sheet(out / "sheet.png", {"LQ": test_lq[:6], f"result, step {step}": sr[:6], "HQ": test_hq[:6]})
+                tqdm.write(f"step {step}: held-out loss {row['held_out']:.4f}, PSNR {row['psnr']:.2f} dB")
+            log.write(**row)
+            if due:
                 log.draw(out / "loss.png", ["loss", "held_out"], f"VOSR {args.preset}, stage {args.stage}")
-                tqdm.write(f"step {step}: held-out loss {results['held_out']:.4f}, PSNR {results['psnr']:.2f} dB")
     bar.close()
     if stop:
         save()

@@ -1,15 +1,257 @@
-"""Weight files: strict reading and safe writing, one line of explanation when something is wrong.
+"""Weight files: the table of public ones, fetching them, strict reading and safe writing; one line of explanation when something is wrong.
 
-Only our own layout so far: one .safetensors file, the model's config as JSON in its metadata.
+A public file has one name, in code and below our cache folder ($NANOSR_CACHE or ~/.cache/nanosr), where it can also be put by hand.
+Names of VOSR are the paths of the authors' own release folder.
 """
 
+import hashlib
 import json
 import os
-from dataclasses import asdict
+import re
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import requests
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+TRIES = 4               # of one source, without a byte gained
+TIMEOUT = 10, 60        # seconds to connect, and between two chunks
+LONGEST_WAIT = 60       # seconds, whatever Retry-After says
+BUSY = 408, 429, 500, 502, 503, 504
+
+
+class WeightError(ValueError):
+    """A weight file that cannot be had or read; the message is one line."""
+
+
+@dataclass(frozen=True)
+class PublicFile:
+    name: str               # also its path below our cache folder
+    sources: tuple          # in the order they are tried: "owner/repository:path" on the Hugging Face hub, or URLs; () = by hand only
+    users: str              # who needs it
+    licence: str            # of the weights, as their authors state it
+    size: int | None = None         # bytes
+    sha256: str | None = None       # of files at hand, or from their hub pages, or printed alike by independent projects; None: not known for sure
+    gated: bool = False             # the hub wants an account that has accepted the licence
+    note: str = ""                  # where to look for what is by hand only
+
+
+def vosr(name, users, *mirrors, **facts):
+    sources = f"CSWRY/VOSR:{name}", *mirrors, f"https://modelscope.cn/models/LULALULALU/VOSR_CKPT/resolve/master/{name}"
+    return PublicFile(name, sources, users, "Apache-2.0", **facts)
+
+
+def sd21(path, users, **facts):
+    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI took its own repository down in 2025; old caches still hold it
+    sources = *(f"{owner}/stable-diffusion-2-1-base:{path}" for owner in ("Manojb", "sd2-community", "stabilityai")), f"CSWRY/VOSR:{name}"
+    return PublicFile(name, sources, users, "CreativeML Open RAIL++-M", **facts)
+
+
+META, TORCHVISION, GITHUB = "https://dl.fbaipublicfiles.com", "https://download.pytorch.org/models", "https://raw.githubusercontent.com"
+LPIPS, GRAMSR = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1", f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints"
+FILES = {file.name: file for file in (
+    *(vosr(f"{model}/{path}", f"VOSR {model[5:]}") for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os")
+      for path in ("args.json", "checkpoints/ema_model.safetensors")),      # ms: multi-step, os: one step
+    *(vosr(f"Qwen-Image-vae-2d/{path}", "VOSR 1.4B") for path in ("config.json", "diffusion_pytorch_model.safetensors")),
+    vosr("sd21_lwdecoder.pth", "VOSR 0.5B"),
+    vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B", f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+         size=346378731, sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    vosr("torch_cache/checkpoints/dinov2_vitl14_pretrain.pth", "VOSR 1.4B", f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+         size=1217586395, sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    sd21("vae/diffusion_pytorch_model.safetensors", "VOSR 0.5B, GramSR",
+         size=334643276, sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
+    sd21("unet/diffusion_pytorch_model.safetensors", "GramSR", sha256="6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214"),
+    *(PublicFile(f"sd-turbo/{path}", (f"stabilityai/sd-turbo:{path}",), "S3Diff", "Stability AI Community License")
+      for path in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+                   "tokenizer/vocab.json", "tokenizer/merges.txt")),
+    PublicFile("s3diff.pkl", ("zhangap/S3Diff:s3diff.pkl",), "S3Diff", "Apache-2.0",
+               138118948, "92bb59d026b44c8a19fe8df2df356a25fd4c39b37d8b67f51af9e2c7228d56b5"),
+    PublicFile("de_net.pth", ("zhangap/S3Diff:de_net.pth",), "S3Diff", "Apache-2.0",
+               9424338, "a6e77c1cb0dd51e01ef60bbf7b9d85b3f9399c3c1253889ddb73de1436231b1a"),
+    PublicFile("dino_vitbase16_pretrain.pth", (f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",), "training S3Diff", "Apache-2.0",
+               343242485, "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e"),
+    *(PublicFile(f"dinov3-{model}-pretrain-lvd1689m/model.safetensors", (f"facebook/dinov3-{model}-pretrain-lvd1689m:model.safetensors",),
+                 users, "DINOv3 License", gated=True) for model, users in (("vitb16", "GramSR"), ("vits16plus", "training GramSR"))),
+    PublicFile("model_12501.pkl", (), "GramSR", "none stated", note="behind a link of the authors, see https://github.com/aimagelab/GramSR"),
+    *(PublicFile(name, (f"{GRAMSR}/{name}",), "GramSR", "none stated") for name in ("lora_weights_dino_53001.safetensors", "adapter_53001.pth")),
+    PublicFile("vgg16-397923af.pth", (f"{TORCHVISION}/vgg16-397923af.pth",), "LPIPS (VGG), training", "BSD-3-Clause",
+               553433881, "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    PublicFile("lpips_vgg.pth", (f"{LPIPS}/vgg.pth",), "LPIPS (VGG), training", "BSD-2-Clause",
+               7289, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    PublicFile("alexnet-owt-7be5be79.pth", (f"{TORCHVISION}/alexnet-owt-7be5be79.pth",), "LPIPS (AlexNet)", "BSD-3-Clause",
+               244408911, "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"),
+    PublicFile("lpips_alex.pth", (f"{LPIPS}/alex.pth",), "LPIPS (AlexNet)", "BSD-2-Clause",
+               6009, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
+    PublicFile("niqe_pris_params.npz", (f"{GITHUB}/XPixelGroup/BasicSR/HEAD/basicsr/metrics/niqe_pris_params.npz",), "NIQE", "Apache-2.0",
+               11850, "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296"),
+)}
+
+
+def cache_folder():
+    return Path(os.environ.get("NANOSR_CACHE") or "~/.cache/nanosr").expanduser().absolute()
+
+
+def hub_folder():
+    """Where huggingface_hub keeps what it downloaded."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser().absolute()
+
+
+def address(source):
+    """A source of the table -> URL."""
+    hub, (repository, _, path) = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", source.partition(":")
+    return source if "://" in source else f"{hub.rstrip('/')}/{repository}/resolve/main/{path}"
+
+
+def locate(name):
+    """A public file that is on this disk already -> Path, else None. No network; what has another size than the public file is not it."""
+    file, paths = FILES[name], []
+    for repository, _, path in (source.partition(":") for source in file.sources if "://" not in source):
+        folder = hub_folder() / f"models--{repository.replace('/', '--')}"
+        with suppress(OSError):
+            paths.append(folder / "snapshots" / (folder / "refs" / "main").read_text().strip() / path)
+    paths.append(cache_folder() / name)
+    return next((path for path in paths if path.is_file() and file.size in (None, path.stat().st_size)), None)
+
+
+def fetch(name, sleep=time.sleep):
+    """A public file, from this disk or else downloaded to our cache folder -> Path. Raises WeightError, which says where to put it by hand."""
+    if path := locate(name):
+        return path
+    file, target, failures = FILES[name], cache_folder() / name, []
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(cache_folder() / ".lock", "w") as lock:
+            with suppress(ImportError, OSError):    # Windows, or a file system without locks
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a training run one downloads, the others wait here
+            if path := locate(name):
+                return path
+            if target.exists():
+                raise WeightError(f"{target}: is not the public file, which has {file.size} bytes; delete it, then it is downloaded")
+            for source in file.sources:
+                try:
+                    return download(source, target, file, sleep)
+                except WeightError as e:
+                    failures.append(f"{address(source)}: {e}")
+    except OSError as e:
+        raise WeightError(f"{name}: cannot be stored: {e}; make room, or name another folder in NANOSR_CACHE") from None
+    raise WeightError(f"{name}: cannot be downloaded ({'; '.join(failures) or f'by hand only: {file.note}'}); put it at {target} yourself")
+
+
+def download(source, target, file, sleep):
+    """One source of file -> target, complete and checked. Raises WeightError with the reason, a phrase, and OSError when it cannot be stored.
+
+    target.part keeps what came before a cut, target.part.of the ETag or date of the file it began as: by If-Range the server sends only
+    the rest, or everything if its file is another one by now.
+    """
+    part, tag = (target.with_name(target.name + end) for end in (".part", ".part.of"))
+    url, best, tries, reason = address(source), size_of(part), 0, ""
+    while tries < TRIES:
+        have, wait = size_of(part) if size_of(tag) else 0, 2**tries
+        headers = {"Accept-Encoding": "identity"}       # gzip would change the length
+        if have:
+            headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
+        if "://" not in source and (token := os.environ.get("HF_TOKEN", "").strip()):
+            headers["Authorization"] = f"Bearer {token}"        # requests drops it where the hub redirects to another host
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+                code = answer.status_code
+                if code in (200, 206, 416):
+                    receive(answer, part, tag, have, file)
+                    os.replace(part, target)
+                    tag.unlink(missing_ok=True)
+                    return target
+                if code in (401, 403) and file.gated:
+                    page = url.partition("/resolve/")[0]
+                    raise WeightError(f"{code}, gated: accept the licence at {page} and set HF_TOKEN to a token of that account")
+                reason, asked = f"{code} {answer.reason}", answer.headers.get("Retry-After", "")
+                if code not in BUSY:
+                    raise WeightError(reason)
+                wait = min(int(asked), LONGEST_WAIT) if asked.isdecimal() else wait
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+            reason = f"no connection, or it was cut: {type(e).__name__}"
+        except (requests.RequestException, UnicodeError) as e:
+            raise WeightError(f"{type(e).__name__}; look at HF_ENDPOINT and HF_TOKEN") from None
+        best, tries = (size_of(part), 0) if size_of(part) > best else (best, tries + 1)
+        if tries < TRIES:
+            sleep(wait)
+    raise WeightError(f"{reason}, {TRIES} times")
+
+
+def receive(answer, part, tag, have, file):
+    """Add an answer's body to the `have` bytes of part, or start part again, and check the whole.
+
+    Raises WeightError when it is not the public file, ConnectionError of requests when another request may help.
+    """
+    start, total = 0, int(answer.headers.get("Content-Length", -1))
+    if answer.status_code != 200:
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", answer.headers.get("Content-Range", ""))
+        start, total = have, int(span[2]) if span else -1
+        if not span or int(span[1] or total) != have:       # 416 says * for the start, and is good news when nothing is missing
+            tag.unlink(missing_ok=True)                     # so that the next request asks for everything
+            raise requests.ConnectionError("not the range that was asked for")
+    linked = (re.fullmatch('"([0-9a-f]{64})"', r.headers.get("X-Linked-Etag", "")) for r in (*answer.history, answer))
+    linked = next((match[1] for match in linked if match), None)        # the hub names the SHA-256 of large files
+    length, wanted = file.size or total, file.sha256 or linked          # length -1: nobody says
+    if total not in (-1, length) or linked not in (None, wanted):
+        raise WeightError(f"the file there is another one, of {total} bytes")
+    if answer.status_code != 416:
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise WeightError("a web page came instead of the file")
+        if length < 0 and not wanted and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
+            raise WeightError("the server does not say how long the file is, so a cut would not be noticed")
+        etag = answer.headers.get("ETag", "W/")     # If-Range takes no weak one
+        bar = tqdm(total=length if length > 0 else None, initial=start, unit="B", unit_scale=True, desc=file.name, disable=None)
+        with open(part, "ab" if start else "wb") as f, bar:
+            tag.write_text(answer.headers.get("Last-Modified", "") if etag.startswith("W/") else etag)
+            for chunk in answer.iter_content(1 << 16):
+                bar.update(f.write(chunk))
+    if length not in (-1, size_of(part)):
+        raise requests.ConnectionError("cut")
+    if wanted and sha256_of(part) != wanted:
+        part.unlink(), tag.unlink(missing_ok=True)
+        raise requests.ConnectionError("damaged") if have else WeightError(f"what came has another SHA-256 than {wanted}")
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def list_weights():
+    """Print the table: what is present and where, or where it would come from."""
+    found = {name: locate(name) for name in FILES}
+    for name, file in FILES.items():
+        size = f"{file.size:,} bytes" if file.size else ""
+        print(f"[{'x' if found[name] else ' '}] {name:66} {size:>19}  {file.users:22} {file.licence}{', gated' * file.gated}")
+        print(f"    {found[name] or next(map(address, file.sources), f'by hand only: {file.note}')}")
+    print(f"{sum(map(bool, found.values()))} of {len(FILES)} present in {hub_folder()} or {cache_folder()}; vosr-tiny needs none of them")
+
+
+def read_tensors(path):
+    """A public file, .safetensors or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is refused, not run."""
+    try:
+        tensors = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightError(f"{path}: no such file") from None
+    except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError and more at a wrong file
+        raise WeightError(f"{path}: is broken, or holds more than tensors and may run code ({type(e).__name__}); get it again") from None
+    if not isinstance(tensors, dict):
+        raise WeightError(f"{path}: holds a {type(tensors).__name__}, not a dict of tensors")
+    return tensors
 
 
 def save_model(path, model, note=""):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.metrics import YIQ, half, load_niqe, niqe, psnr, psnr_y, ssim_y  # noqa: E402
+from models.metrics import YIQ, half, load_niqe, niqe, psnr, psnr_y, ssim_y, to_y  # noqa: E402
 
 PARAMS = ROOT.parent / "shared" / "public" / "niqe_pris_params.npz"
 
@@ -86,3 +86,14 @@ def test_niqe_parameters_that_are_none(tmp_path):
         with pytest.raises(ValueError, match=name) as error:
             niqe(textured(), tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_equals_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is a reference for this test only")
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 40, 52, generator=g)
+    y = (x + 0.1 * torch.randn(3, 40, 52, generator=g)).clamp(0, 1)
+    a, b = (to_y(z).numpy() for z in (x, y))
+    assert psnr_y(x, y) == pytest.approx(metrics.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-6)
+    ssim = metrics.structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    assert ssim_y(x, y) == pytest.approx(ssim, abs=1e-6)

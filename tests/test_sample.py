@@ -143,6 +143,24 @@ def test_unknown_model(run):
     assert status == 1 and err == ["sample.py: nothing: no such model"]
 
 
+def test_list_weights(run):
+    status, out, err = run("--list-weights")
+    assert not status and not err and not Path("out").exists()
+    assert any("s3diff.pkl" in line for line in out) and "vosr-tiny" in out[-1]
+
+
+def test_niqe_from_the_weights_cache(tmp_path, monkeypatch):
+    """Used when it is there, never downloaded; a file of another size is not it."""
+    monkeypatch.setenv("NANOSR_CACHE", str(tmp_path))
+    monkeypatch.setattr(sample, "load_niqe", lambda path: path)
+    assert sample.find_niqe(None) is None and sample.find_niqe(Path("own.npz")) == Path("own.npz")
+    file = tmp_path / sample.NIQE_FILE
+    file.write_bytes(bytes(100))
+    assert sample.find_niqe(None) is None
+    file.write_bytes(bytes(11850))
+    assert sample.find_niqe(None) == file
+
+
 @pytest.mark.skipif(not WEIGHTS.exists(), reason=f"{WEIGHTS} is not there yet; train_vosr.py makes it")
 def test_example_with_the_real_model(tmp_path):
     """From any folder, without arguments."""
