@@ -22,7 +22,7 @@ from tqdm import tqdm
 import training
 from degrade import RECIPES, Photos, degrade, list_photos
 from models.dit import DiTConfig
-from models.flow import Draws, loss_distill, loss_flow
+from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import VOSR, VOSRConfig
@@ -52,13 +52,14 @@ TINY = VOSRConfig(
     dit=DiTConfig(input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4, z_dims=128,
                   precondition=True, rope_rescale=False),
     vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2),
-    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, tile=128, overlap=32,
+    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.5, torch_bicubic=True,
+    tile=128, overlap=32,
 )
 PRESETS = {
     "tiny": (TINY, {
         "autoencoder": Stage(3000, 16, 3e-3, crop=128, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
         "flow": Stage(2600, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
-        "distill": Stage(600, 8, 2e-4, crop=128, recipe="s3diff", ema=0.99, schedule="cosine", warmup=50, strength=(7.0, 1.0), omega=1.0),
+        "distill": Stage(60, 8, 5e-5, crop=128, recipe="s3diff", ema=0.9, schedule="cosine", warmup=10, strength=(7.0, 1.0), omega=1.0),
     }),
 }
 
@@ -99,12 +100,11 @@ def build(args, cfg):
         model = VOSR(cfg)
         return model, None, [model.vae]
     start = VOSR.from_pretrained(args.init)
-    if args.stage == "flow":
-        model = VOSR(replace(cfg, vae=start.cfg.vae))       # a fresh DiT and ViT on the trained autoencoder
-        model.vae = start.vae
+    if args.stage == "flow":                    # a fresh DiT and ViT on the trained autoencoder
+        model = VOSR(cfg)
+        model.vae.load_state_dict(start.vae.state_dict())
         return model, None, [model.dit, model.vit]
-    cfg = replace(start.cfg, dit=replace(start.cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0)
-    model = VOSR(cfg)
+    model = VOSR(replace(cfg, dit=replace(cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0))
     missing, unexpected = model.load_state_dict(start.state_dict(), strict=False)
     assert not unexpected and all(k.startswith("dit.r_embedder.") for k in missing), (missing, unexpected)
     return model, start.dit.requires_grad_(False), [model.dit]
@@ -126,20 +126,26 @@ def losses(args, stage, model, teacher, hq, lq, g):
 
 @torch.no_grad()
 def evaluate(args, stage, ema, teacher, hq, lq):
-    """Loss with fixed draws, and the pictures the model makes by its own sampler.
+    """Held-out loss with fixed draws, and the pictures the model makes by its own sampler.
 
-    hq, lq: (B, 3, H, W) in [-1, 1], held-out pairs -> loss, PSNR in dB over RGB, pictures like hq
+    Distillation has a moving target, so its own loss says little; there it is the distance from the student's one step to the teacher's
+    25 steps from the same noise. hq, lq: (B, 3, H, W) in [-1, 1] -> loss, PSNR in dB over RGB, pictures like hq
     """
-    terms = losses(args, stage, ema, teacher, hq, lq, training.generator(1))
     if args.stage == "autoencoder":
         sr = ema.vae.decode(ema.vae.encode(hq))
     else:
-        z_lq = ema.vae.encode(lq)
+        z_lq, feat = ema.vae.encode(lq), ema.tokens(lq)
         eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
-        sr = ema.decode(ema.restore(z_lq, lq, eps, ema.cfg.steps, ema.cfg.guidance, ema.cfg.weak))
+        sr = ema.decode(ema.restore(z_lq, lq, ema.cfg.temperature * eps, ema.cfg.steps, ema.cfg.guidance, ema.cfg.weak))
+    if args.stage == "distill":
+        one = sample(lambda z, t, r: guided(ema.dit, z, z_lq, feat, t, r), eps, 1)
+        many = sample(lambda z, t, r: guided(teacher, z, z_lq, feat, t, r, stage.omega), eps, 25)
+        loss = (one - many).square().mean()
+    else:
+        loss = sum(losses(args, stage, ema, teacher, hq, lq, training.generator(1)).values())
     sr = sr.float().clamp(-1, 1)
     psnr = -10 * ((sr - hq) / 2).square().mean((1, 2, 3)).log10().mean()
-    return float(sum(terms.values())), float(psnr), sr
+    return float(loss), float(psnr), sr
 
 
 def main():
@@ -194,6 +200,8 @@ def main():
     loader = iter(DataLoader(photos, batch_size=stage.batch_size, sampler=range(step * stage.batch_size, stage.steps * stage.batch_size),
                              num_workers=args.workers, pin_memory=device.type == "cuda"))
     log = training.Log(out / "log.csv", ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"], step)
+    if step == 0:
+        log.write(step=0, held_out=evaluate(args, stage, ema, teacher, test_hq, test_lq)[0])
     stop = training.Stop()
     bar = tqdm(total=stage.steps, initial=step, unit="step", dynamic_ncols=True)
     mean_loss, since, seconds = 0.0, 0, time.time()

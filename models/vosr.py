@@ -36,6 +36,8 @@ class VOSRConfig:
     steps: int = 25                 # Euler steps of the sampler
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
     weak: float = 0.15              # strength of the weak condition in sampling
+    temperature: float = 1.0        # deviation of the starting noise; below 1 a one-step result is smoother and more faithful
+    torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does in training, not as the official scripts do (Pillow)
     tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
     overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
 
@@ -88,10 +90,11 @@ class VOSR(nn.Module):
         return sample(velocity, eps, steps)
 
     @torch.no_grad()
-    def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, tile=0, overlap=0, color="adain"):
+    def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, temperature=None, tile=0, overlap=0,
+                color="adain"):
         """Super-resolution of one picture.
 
-        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; steps, guidance, weak: None = the checkpoint's own
+        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; steps, guidance, weak, temperature: None = the checkpoint's own
         tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet or none
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """
@@ -99,11 +102,11 @@ class VOSR(nn.Module):
             return getattr(self.cfg, name) if value is None else value
 
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq_up = resize(lq, (H, W))
+        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else resize(lq, (H, W))
         generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size).to(self.dit.t_block[1].weight)
         z_lq = self.vae.encode(x, generator)
-        eps = torch.randn(z_lq.shape, generator=generator).to(z_lq)
+        eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq)
         z = self.restore(z_lq, x, eps, own("steps", steps), own("guidance", guidance), own("weak", weak),
                          tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = (self.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
