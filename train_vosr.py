@@ -52,14 +52,14 @@ TINY = VOSRConfig(
     dit=DiTConfig(input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4, z_dims=128,
                   precondition=True, rope_rescale=False),
     vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2),
-    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.5, torch_bicubic=True,
+    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.25, torch_bicubic=True,
     tile=128, overlap=32,
 )
 PRESETS = {
     "tiny": (TINY, {
         "autoencoder": Stage(3000, 16, 3e-3, crop=128, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
         "flow": Stage(2600, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
-        "distill": Stage(60, 8, 5e-5, crop=128, recipe="s3diff", ema=0.9, schedule="cosine", warmup=10, strength=(7.0, 1.0), omega=1.0),
+        "distill": Stage(20, 8, 5e-5, crop=128, recipe="s3diff", ema=0.8, schedule="cosine", warmup=5, strength=(7.0, 1.0), omega=1.0),
     }),
 }
 
