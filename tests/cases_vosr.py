@@ -13,6 +13,7 @@ import torch
 from models.dit import DiT, DiTConfig, rope_table
 from models.flow import Draws, column, conditions, correction_rcgm, guided, loss_distill, loss_flow, sample, teach
 from models.imaging import adain, from_uint8, resize, tile_starts, tile_weight, wavelet
+from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import LightDecoder, VAEConfig
 from models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
@@ -194,6 +195,16 @@ def make_vosr(c, salt):
 
 
 @torch.no_grad()
+def qwen_vae_2d(case, get):
+    vae = fill_module(QwenVAE(known(QwenVAEConfig, case["config"])), case["fill"]["salt"])
+    x, z = tensors(get, "x", "z")
+    mean, std = vae.moments(x)
+    raw = vae.decoder(vae.post_quant_conv(z))                       # z as it leaves the encoder; decode() takes it scaled
+    return {"mode": mean, "posterior_std": std, "mode_normalised": vae.encode(x), "decoded_before_clamp": raw,
+            "decoded": raw.clamp(-1, 1), "decoded_from_normalised": vae.decode(z).clamp(-1, 1)}
+
+
+@torch.no_grad()
 def pipeline(case, get):
     c = case["config"]
     model = make_vosr(c, case["fill"].get("salt", ""))
@@ -211,6 +222,6 @@ def pipeline(case, get):
 CASES = {
     "dit_ms": dit, "dit_os": dit, "dit_flexible": dit, "sample_multistep": sample_multistep, "sample_onestep": sample_onestep,
     "loss_flow": flow, "loss_shortcut": distill, "loss_rcgm": distill, "loss_rcgm_coarse": distill, "dinov2": dinov2,
-    "venc_preprocess": venc_preprocess, "light_decoder": light_decoder, "color": color, "tile_starts": starts,
+    "qwen_vae_2d": qwen_vae_2d, "venc_preprocess": venc_preprocess, "light_decoder": light_decoder, "color": color, "tile_starts": starts,
     "pipeline": pipeline, "pipeline_tiled": pipeline,
 }
