@@ -201,7 +201,8 @@ def main():
                              num_workers=args.workers, pin_memory=device.type == "cuda"))
     log = training.Log(out / "log.csv", ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"], step)
     if step == 0:
-        log.write(step=0, held_out=evaluate(args, stage, ema, teacher, test_hq, test_lq)[0])
+        with training.autocast(device, dtype):
+            log.write(step=0, held_out=evaluate(args, stage, ema, teacher, test_hq, test_lq)[0])
     stop = training.Stop()
     bar = tqdm(total=stage.steps, initial=step, unit="step", dynamic_ncols=True)
     mean_loss, since, seconds = 0.0, 0, time.time()

@@ -16,6 +16,13 @@ import torch.nn.functional as F
 # ---- the velocity and the sampler -----------------------------------------------------------------------------------
 
 
+def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None):
+    """Both velocities of a guidance from one batch of twice the size: under z_lq with feat, under z_weak without -> v_cond, v_weak."""
+    feats = torch.cat([feat, torch.zeros_like(feat)])
+    both = dit(z_t.repeat(2, 1, 1, 1), torch.cat([z_lq, z_weak]), feats, t.repeat(2), r if r is None else r.repeat(2))
+    return both.chunk(2)
+
+
 def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1.0)):
     """Restoration-oriented guidance: the reference is a WEAK condition, not an absent one.
 
@@ -29,8 +36,7 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
     t, r = (torch.full((len(z_t),), float(x), device=z_t.device) for x in (t, r))
     if guidance == 1:
         return dit(z_t, z_lq, feat, t, r)
-    both = dit(z_t.repeat(2, 1, 1, 1), torch.cat([z_lq, weak * z_lq]), torch.cat([feat, torch.zeros_like(feat)]), t.repeat(2), r.repeat(2))
-    v_cond, v_weak = both.chunk(2)
+    v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r)
     return v_weak + guidance * (v_cond - v_weak)                # Eq. guidance
 
 
@@ -109,8 +115,7 @@ def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
 
 def teach(teacher, z_t, noised, weak, feat, t, omega, interval=(0.0, 1.0)):
     """The frozen multi-step teacher's guided velocity; omega counts only for t inside the interval, else 1."""
-    both = teacher(z_t.repeat(2, 1, 1, 1), torch.cat([noised, weak]), torch.cat([feat, torch.zeros_like(feat)]), t.repeat(2))
-    v_cond, v_weak = both.float().chunk(2)
+    v_cond, v_weak = (v.float() for v in two_branches(teacher, z_t, noised, weak, feat, t))
     omega = column(torch.where((interval[0] <= t) & (t <= interval[1]), omega, 1.0))
     return v_weak + omega * (v_cond - v_weak)
 

@@ -15,7 +15,7 @@ from models.flow import Draws, column, conditions, correction_rcgm, guided, loss
 from models.imaging import adain, from_uint8, resize, tile_starts, tile_weight, wavelet
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import LightDecoder, VAEConfig
-from models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTConfig
+from models.vit import ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
 
 
