@@ -4,7 +4,7 @@
 
 A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end. `draw_plan` draws every
 choice as a literal, even the seeds of the noise fields; `apply` turns a plan and pictures into degraded pictures. A plan can be printed, kept, or
-written by hand. Pictures are float (B, 3, H, W), RGB in [0, 1], on any device. The photo-crop dataset is here too, and a command for test sets:
+written by hand. Pictures are float (B, 3, H, W), RGB in [0, 1], on any device. A command makes test sets:
 
     python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0      ->  OUT_DIR/lq/*.png and OUT_DIR/hq/*.png
 
@@ -19,13 +19,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from models import imaging
+from models.photos import list_photos
 
 # ---- recipes: what may be drawn, with which odds
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
@@ -288,76 +287,6 @@ def degrade(hq, recipe, generator, scale=4):
     return apply(draw_plan(recipe, len(hq), generator), hq, scale)
 
 
-# ---- photos
-
-def list_photos(folder):
-    """Sorted paths of the pictures in a folder and its subfolders, hidden files left out."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give one with pictures ({' '.join(sorted(imaging.SUFFIXES))})")
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in imaging.SUFFIXES and p.name[0] != "." and p.is_file())
-    if not files:
-        raise ValueError(f"{folder}: no pictures in this folder; put some there ({' '.join(sorted(imaging.SUFFIXES))})")
-    return files
-
-
-class Photos(torch.utils.data.Dataset):
-    """Random crops of a folder's pictures, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) float in [0, 1].
-
-    Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged (bicubic) to fit; one smaller
-    than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why. Each process keeps cache_mb of pixels.
-    """
-
-    def __init__(self, folder, crop, seed=0, flip=False, files=None, cache_mb=1024):
-        self.files = [Path(p) for p in files] if files is not None else list_photos(folder)
-        self.crop, self.seed, self.flip, self.cache_left = crop, seed, flip, cache_mb * 2**20
-        self.skipped, self.cache, self.epoch = {}, {}, None
-        for path in self.files:  # headers only; damage further in shows when a file's turn comes
-            try:
-                with Image.open(path) as img:
-                    if 2 * min(img.size) < crop:
-                        self.skip(path, f"{path}: its {img.width} x {img.height} pixels are less than half of the crop {crop}")
-            except Exception:
-                self.pixels(path)  # says what is wrong
-        if len(self.skipped) == len(self.files):
-            raise ValueError(f"{folder}: none of its {len(self)} pictures can be used for crops of {crop}; give others or a smaller crop")
-
-    def __len__(self):
-        return len(self.files)
-
-    def skip(self, path, reason):
-        self.skipped[path] = str(reason)
-        print(f"{reason}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
-
-    def pixels(self, path):
-        """Decoded picture, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
-        if path in self.skipped or path in self.cache:
-            return self.cache.get(path)
-        try:
-            x, _ = imaging.read_picture(path)
-        except imaging.PictureError as error:
-            return self.skip(path, error)
-        grow = self.crop / min(x.shape[2:])
-        if grow > 1:  # official: VOSR enlarges however small a picture is
-            x = imaging.resize(x, [round(side * grow) for side in x.shape[2:]])
-        array = imaging.to_uint8(x[0])
-        if array.nbytes <= self.cache_left:
-            self.cache[path], self.cache_left = array, self.cache_left - array.nbytes
-        return array
-
-    def __getitem__(self, i):
-        epoch, n = i // len(self), len(self)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(n)
-        turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))  # the first is taken, unless it is no good
-        array = next((array for array in turn if array is not None), None)
-        if array is None:
-            raise ValueError(f"{self.files[0].parent}: none of the {n} pictures can be read; see the lines above")
-        rng = np.random.default_rng((self.seed, 1, i))
-        y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
-        array = array[y : y + self.crop, x : x + self.crop]
-        return imaging.from_uint8(array[:, ::-1] if self.flip and rng.random() < 0.5 else array)[0]
-
-
 # ---- the command: a folder of pictures -> a paired test set
 
 def main():
@@ -369,7 +298,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
     args = parser.parse_args()
     try:
-        files = list_photos(args.hr_dir)
+        if args.hr_dir.is_file():
+            raise ValueError(f"{args.hr_dir}: is no folder; give one with pictures")
+        files = [file for file in list_photos(args.hr_dir) if isinstance(file, Path)]
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:

@@ -1,5 +1,4 @@
-"""
-Upscale pictures, and measure the results where a reference or NIQE's parameter file is at hand.
+"""Upscale pictures, and measure the results where a reference or NIQE's parameter file is at hand.
 
     python sample.py                                 the example picture, with the embedded model
     python sample.py photo.jpg holiday/ --out big    files and folders
@@ -45,7 +44,7 @@ def parse_args(argv):
                    help="pictures and folders of pictures (default: the example)")  # fmt: skip
     p.add_argument("--out", type=Path, default="out", metavar="DIR", help="folder for the results (default out)")
     # model
-    p.add_argument("--model", default="vosr-tiny", help="name of a model, or a folder or file with its weights (default vosr-tiny)")
+    p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], or a file or folder with weights")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on cuda, else float32")
     # sampling; what is not given is the model's own setting
@@ -55,6 +54,7 @@ def parse_args(argv):
     p.add_argument("--guidance", type=float, help="1: conditional only; smaller: more invented detail; larger: more faithful")
     p.add_argument("--weak", type=float, help="strength of the weak condition that guidance starts from, 0 to 1")
     p.add_argument("--tile", type=int, default=0, metavar="PX", help="side of the tiles in output pixels (default 0: the model's choice)")
+    p.add_argument("--overlap", type=int, default=0, metavar="PX", help="pixels that tiles share (default 0: the model's choice), at least 1/8 tile")
     p.add_argument("--color", default="adain", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default adain)")
     # measuring
     p.add_argument("--ref", type=Path, metavar="DIR", help="references: a folder with the same names, or one picture")
@@ -65,7 +65,7 @@ def parse_args(argv):
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
         if path is not None and not path.exists():
             p.error(f"argument {option}: {path} does not exist")
-    for option, value, least in (("--seed", args.seed, 0), ("--tile", args.tile, 0), ("--steps", args.steps, 1)):
+    for option, value, least in (("--seed", args.seed, 0), ("--tile", args.tile, 0), ("--overlap", args.overlap, 0), ("--steps", args.steps, 1)):
         if value is not None and not least <= value < 2**63:
             p.error(f"argument {option}: {value} is out of range; give {least} or more")
     try:
@@ -155,7 +155,7 @@ def upscale(model, path, target, ref, args):
     lq, alpha = read_picture(path)
     start = time.perf_counter()
     sr = model.upscale(lq, scale=args.scale, seed=args.seed, steps=args.steps, guidance=args.guidance, weak=args.weak,
-                       tile=args.tile, color=args.color).float().cpu()  # fmt: skip
+                       tile=args.tile, overlap=args.overlap, color=args.color).float().cpu()  # fmt: skip
     seconds = time.perf_counter() - start
     if not sr.isfinite().all():
         raise PictureError(f"{path}: the result is not a number; try --dtype float32")

@@ -4,15 +4,20 @@
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
     python train_vosr.py --stage distill     --data PHOTOS --out runs/distill --init runs/flow
 
+    torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
+
 The same command again goes on where it stopped, exactly: every step's photos, crops, degradations and noise are
-functions of (seed, step). Ctrl-C saves first. --out holds model.safetensors (the EMA weights, which sample.py
-loads), checkpoint.pt, log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos).
+functions of (seed, step). Ctrl-C saves first. --out holds the model for sample.py (the EMA weights: model.safetensors,
+or args.json and checkpoints/ as the authors have them), checkpoint.pt, log.csv, loss.png and sheet.png (LQ | result | HQ
+of held-out photos).
 """
 
 import argparse
 import copy
 import time
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,23 +25,26 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import training
-from degrade import RECIPES, Photos, degrade, list_photos
-from models.dit import DiTConfig
+from degrade import RECIPES, degrade
+from models.dit import DiT, DiTConfig
 from models.flow import Draws, guided, loss_distill, loss_flow, sample
+from models.photos import Photos, list_photos
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
-from models.vosr import VOSR, VOSRConfig
-from models.weights import save_model
+from models.vosr import SIZES, VOSR, VOSRConfig
+from models.weights import save_model, save_release
 
 
 @dataclass
 class Stage:
-    """What a stage's paper fixes; --steps, --batch-size and --lr override it."""
+    """What a stage's paper fixes; --steps, --batch-size, --lr and --save-every override it."""
 
     steps: int
-    batch_size: int
+    batch_size: int                     # of all processes together
     lr: float
-    crop: int = 256                     # pixels
+    crop: int = 512                     # pixels
+    shrink: bool = False                # photos to the crop's size first, so that a crop shows nearly all of them
+    flip: bool = False
     recipe: str = "vosr"                # of degrade.py
     betas: tuple = (0.9, 0.95)
     weight_decay: float = 0.01
@@ -46,6 +54,7 @@ class Stage:
     strength: tuple = (5.0, 1.0)        # mu, sigma of the LQ condition's strength
     lognorm: tuple | None = None        # mu, sigma of the flow's times; None = uniform
     omega: float = 0.5                  # the teacher's guidance in distillation
+    save_every: int = 500               # steps
 
 
 TINY = VOSRConfig(
@@ -55,59 +64,84 @@ TINY = VOSRConfig(
     vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.25, torch_bicubic=True,
     tile=128, overlap=32,
 )
-PRESETS = {
-    "tiny": (TINY, {
-        "autoencoder": Stage(3000, 16, 3e-3, crop=128, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
-        "flow": Stage(2600, 8, 8e-4, crop=128, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
-        "distill": Stage(20, 8, 5e-5, crop=128, recipe="s3diff", ema=0.8, schedule="cosine", warmup=5, strength=(7.0, 1.0), omega=1.0),
-    }),
+AUTHORS = {     # the settings of the authors' code, for both sizes
+    "flow": Stage(400_001, 8, 5e-5, save_every=10_000),
+    "distill": Stage(100_001, 32, 2e-5, save_every=5_000),
 }
+PAPER = {       # the paper's, as far as they are known: 100 million pictures of the web, and the machines for it
+    "flow256": Stage(400_000, 1024, 1e-4, crop=256, shrink=True, save_every=10_000),
+    "flow": Stage(400_000, 256, 5e-5, save_every=10_000),
+    "distill": Stage(50_000, 32, 2e-5, save_every=5_000),
+}
+TINY_STAGES = {
+    "autoencoder": Stage(3000, 16, 3e-3, crop=128, flip=True, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
+    "flow": Stage(2600, 8, 8e-4, crop=128, flip=True, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0),
+                  lognorm=(1.0, 1.2)),
+    "distill": Stage(20, 8, 5e-5, crop=128, flip=True, recipe="s3diff", ema=0.8, schedule="cosine", warmup=5, strength=(7.0, 1.0), omega=1.0),
+}
+PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
+           "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", required=True, choices=("autoencoder", "flow", "distill"))
-    p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters")
-    p.add_argument("--data", required=True, help="folder of high-quality photos, searched recursively")
+    p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "distill"))
+    p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
+    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
-    p.add_argument("--init", help="model to start from: the earlier stage's --out, or a .safetensors file")
+    p.add_argument("--init", help="model to start from: the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     # optimisation
     p.add_argument("--steps", type=int, help="optimizer steps in all (default: the preset's)")
-    p.add_argument("--batch-size", type=int, help="photos per optimizer step")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step, to save memory")
+    p.add_argument("--batch-size", type=int, help="photos per optimizer step, of all processes together")
+    p.add_argument("--micro-batch", type=int, help="photos that one process computes at once (default: its share of the batch)")
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0)
     # machine
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; weights stay float32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the transformer")
-    p.add_argument("--workers", type=int, default=0, help="processes that read photos")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--checkpointing", action="store_true", help="compute the transformer's blocks a second time in backward: less memory")
+    p.add_argument("--fsdp", action="store_true", help="with torchrun: spread the weights over the processes (FSDP2) instead of copying them (DDP)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    p.add_argument("--workers", type=int, default=0, help="processes that read photos, for each training process")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints, held-out losses and pictures")
     args = p.parse_args()
+    cfg, stages = PRESETS[args.preset]
+    if args.stage not in stages:
+        p.error(f"preset {args.preset} has no --stage {args.stage}, only {', '.join(stages)}")
     if args.distill and args.stage != "distill":
         p.error(f"--distill is not read by --stage {args.stage}")
     if args.init and args.stage == "autoencoder":
         p.error("--init is not read by --stage autoencoder")
-    if not args.init and args.stage != "autoencoder":
+    if not args.init and (args.stage == "distill" or args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig)):
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
+    if args.fsdp and (args.dtype == "float16" or args.stage == "autoencoder"):
+        p.error("--fsdp goes with --stage flow and distill, in bfloat16 or float32")
     return args
 
 
 def build(args, cfg):
-    """Model to train and, for distillation, its frozen teacher -> model, teacher or None, list of trained modules."""
+    """Model to train, its frozen teacher, and which networks learn -> VOSR, DiT or None, names of modules, a line on their origin."""
     if args.stage == "autoencoder":
-        model = VOSR(cfg)
-        return model, None, [model.vae]
-    start = VOSR.from_pretrained(args.init)
-    if args.stage == "flow":                    # a fresh DiT and ViT on the trained autoencoder
+        return VOSR(cfg), None, ["vae"], "FROM SCRATCH"
+    if not args.init:
+        model = VOSR.with_frozen(cfg)
+        model.dit = DiT(cfg.dit)
+        return model, None, ["dit"], "transformer FROM SCRATCH"
+    start = VOSR.from_pretrained(args.init).train()
+    if args.stage != "distill" and isinstance(cfg.vae, TinyVAEConfig):
         model = VOSR(cfg)
         model.vae.load_state_dict(start.vae.state_dict())
-        return model, None, [model.dit, model.vit]
-    model = VOSR(replace(cfg, dit=replace(cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0))
-    missing, unexpected = model.load_state_dict(start.state_dict(), strict=False)
-    assert not unexpected and all(k.startswith("dit.r_embedder.") for k in missing), (missing, unexpected)
-    return model, start.dit.requires_grad_(False), [model.dit]
+        return model, None, ["dit", "vit"], f"autoencoder from {args.init}, transformers FROM SCRATCH"
+    if start.cfg.dit != cfg.dit:
+        raise training.Quit(f"{args.init}: is not what stage {args.stage} of preset {args.preset} starts from: {start.cfg.dit}")
+    if args.stage != "distill":
+        return start, None, ["dit"], f"from {args.init}"
+    teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
+    missing, unexpected = start.dit.load_state_dict(teacher.state_dict(), strict=False)
+    assert not unexpected and all(k.startswith("r_embedder.") for k in missing), (missing, unexpected)
+    start.cfg = replace(cfg, dit=start.dit.cfg, light_decoder=start.cfg.light_decoder, steps=1, guidance=1.0)
+    return start, teacher, ["dit"], f"from {args.init}"
 
 
 def losses(args, stage, model, teacher, hq, lq, g):
@@ -115,9 +149,9 @@ def losses(args, stage, model, teacher, hq, lq, g):
     if args.stage == "autoencoder":
         return dict(zip(("all", "first_k"), model.vae.loss(hq, g)))
     with torch.no_grad():
-        z_hq, z_lq = model.vae.encode(hq, g), model.vae.encode(lq, g)
+        z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
     feat = model.tokens(lq)
-    if args.stage == "flow":
+    if args.stage != "distill":
         return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, Draws.flow(z_hq, g, stage.lognorm), strength=stage.strength)}
     v_loss, u_loss = loss_distill(model.dit, teacher, z_hq, z_lq, feat, Draws.distill(z_hq, g), args.distill or "rcgm",
                                   stage.omega, strength=stage.strength)
@@ -134,7 +168,7 @@ def evaluate(args, stage, ema, teacher, hq, lq):
     if args.stage == "autoencoder":
         sr = ema.vae.decode(ema.vae.encode(hq))
     else:
-        z_lq, feat = ema.vae.encode(lq), ema.tokens(lq)
+        z_lq, feat = ema.vae.encode(lq).float(), ema.tokens(lq)
         eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
         sr = ema.decode(ema.restore(z_lq, lq, ema.cfg.temperature * eps, ema.cfg.steps, ema.cfg.guidance, ema.cfg.weak))
     if args.stage == "distill":
@@ -152,19 +186,33 @@ def main():
     args = parse_args()
     cfg, stages = PRESETS[args.preset]
     stage = stages[args.stage]
-    stage = replace(stage, steps=args.steps or stage.steps, batch_size=args.batch_size or stage.batch_size, lr=args.lr or stage.lr)
-    if stage.batch_size % args.accumulate:
-        raise training.Quit(f"--batch-size {stage.batch_size} is no multiple of --accumulate {args.accumulate}")
+    given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "save_every": args.save_every}
+    stage = replace(stage, **{k: v for k, v in given.items() if v is not None})
     device = training.choose_device(args.device)
     dtype = training.choose_dtype(args.dtype, device)
+    rank, world = training.join(device)
+    if args.fsdp and not torch.distributed.is_initialized():
+        raise training.Quit("--fsdp needs several processes: torchrun --nproc_per_node=N train_vosr.py ...")
+    share = stage.batch_size // world           # photos of a step that are this process's
+    micro = args.micro_batch or max(share, 1)
+    parts = share // micro
+    if share * world != stage.batch_size or share % micro:
+        raise training.Quit(f"--batch-size {stage.batch_size} is not {world} processes x a whole number of --micro-batch {micro}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)                # the initial weights; everything later has generators of its own
-    model, teacher, trained = build(args, cfg)
+    model, teacher, names, origin = build(args, cfg)
+    frozen = {name: m for name, m in model.named_children() if name not in names}
+    if dtype == torch.bfloat16 and "vae" in frozen and not isinstance(cfg.vae, TinyVAEConfig):
+        for m in frozen.values():               # official: the autoencoder stays in float32
+            m.to(dtype)
     model, teacher = model.to(device), teacher and teacher.to(device)
-    params = training.trainable_groups(model, trained)
-    ema = copy.deepcopy(model).eval()
+    ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
+    if args.fsdp:
+        for m in filter(None, (teacher, *(getattr(x, name) for x in (model, ema) for name in names))):
+            training.shard(m, device)
+    params = training.trainable_groups(model, [getattr(model, name) for name in names])
     optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -172,58 +220,74 @@ def main():
     step = 0
     checkpoint = training.load_checkpoint(out / "checkpoint.pt", settings)
     if checkpoint:
-        step = checkpoint["step"]
-        for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(checkpoint[name])
-    start = f"resumed from {out / 'checkpoint.pt'} at step {step}" if step else f"from {args.init}" if args.init else "FROM SCRATCH"
-    print(f"train_vosr: {args.preset} {args.stage}, {start}, on {device} in {dtype}".replace("torch.", ""))
+        step, origin = checkpoint["step"], f"resumed from {out / 'checkpoint.pt'} at step {checkpoint['step']}"
+        training.restore(checkpoint, model, ema, optimizer, scaler)
+    print(f"train_vosr: {args.preset} {args.stage}, {origin}, on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", ""))
     print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters; "
-          f"batch {stage.batch_size} = {args.accumulate} x {stage.batch_size // args.accumulate}; {stage}")
+          f"batch {stage.batch_size} = {world} x {parts} x {micro}; {stage}")
+    model.dit.checkpointing = args.checkpointing
     if args.compile:
-        model.dit.compile()
+        for block in model.dit.blocks:          # all alike: one is compiled, the others follow at once
+            block.compile()
+    objective = partial(losses, args, stage, model, teacher)
+    ddp = world > 1 and not args.fsdp
+    if ddp:
+        objective = training.replicate(model, objective, device)
 
     files = list_photos(args.data)
     held_out, files = files[::30], [f for i, f in enumerate(files) if i % 30]
     if not files:
         raise training.Quit(f"{args.data}: one photo only; every 30th is held out, so at least two are needed")
-    photos = Photos(args.data, stage.crop, seed=args.seed, flip=True, files=files)
+    photos = Photos(args.data, stage.crop, seed=args.seed, flip=stage.flip, shrink=stage.shrink, files=files)
     recipe = RECIPES[stage.recipe]
-    test_hq = torch.stack([photo for photo, _ in zip(Photos(args.data, stage.crop, files=held_out), range(16))]).to(device)
+    test_hq = torch.stack([photo for photo, _ in zip(Photos(args.data, stage.crop, shrink=stage.shrink, files=held_out), range(16))]).to(device)
     test_lq = degrade(test_hq, replace(recipe, branches_per="image"), training.generator(0))[1]
     test_hq, test_lq = 2 * test_hq - 1, 2 * test_lq - 1
 
     def save():
-        training.save_checkpoint(out / "checkpoint.pt", step=step, settings=settings, model=model.state_dict(), ema=ema.state_dict(),
-                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        save_model(out / "model.safetensors", ema, note=f"{args.preset} {args.stage}, step {step}")
+        """Every process helps to gather what is sharded, the first one writes."""
+        learned = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in names}
+        averaged = training.gather(ema.state_dict())
+        state = training.gather({"model": learned, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        if rank > 0:
+            return
+        training.save_checkpoint(out / "checkpoint.pt", step=step, settings=settings, ema={k: averaged[k] for k in learned}, **state)
+        if isinstance(cfg.vae, TinyVAEConfig):
+            save_model(out / "model.safetensors", model.cfg, averaged, note=f"{args.preset} {args.stage}, step {step}")
+        else:
+            dit = {k.removeprefix("dit."): v for k, v in averaged.items() if k.startswith("dit.")}
+            save_release(out, dit, {**asdict(model.cfg.dit), "stage": args.stage, "steps": step, "weak_cond_strength_aelq_list": [0.05, 0.25]})
 
-    loader = iter(DataLoader(photos, batch_size=stage.batch_size, sampler=range(step * stage.batch_size, stage.steps * stage.batch_size),
-                             num_workers=args.workers, pin_memory=device.type == "cuda"))
-    log = training.Log(out / "log.csv", ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"], step)
+    mine = (s * stage.batch_size + rank * share + i for s in range(step, stage.steps) for i in range(share))
+    loader = iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    log = training.Log(out / "log.csv", ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"], step) if rank == 0 else None
     if step == 0:
         with training.autocast(device, dtype):
-            log.write(step=0, held_out=evaluate(args, stage, ema, teacher, test_hq, test_lq)[0])
+            held = evaluate(args, stage, ema, teacher, test_hq, test_lq)[0]
+        if rank == 0:
+            log.write(step=0, held_out=held)
     stop = training.Stop()
-    bar = tqdm(total=stage.steps, initial=step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=stage.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     mean_loss, since, seconds = 0.0, 0, time.time()
     model.train()
-    while step < stage.steps and not stop:
+    while step < stage.steps and not training.mean_of_all(bool(stop), device):
         lr = training.learning_rate(step, stage.steps, stage.lr, stage.schedule, stage.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # ---------------------------------------------------------------- the step
-        batch = next(loader).to(device, non_blocking=True)
-        for i, hq in enumerate(batch.chunk(args.accumulate)):
-            g = training.generator(args.seed, step, i)
+        for i in range(parts):
+            hq = next(loader).to(device, non_blocking=True)
+            g = training.generator(args.seed, step, rank * parts + i)       # the same numbers, whoever computes this part of the batch
             lq = degrade(hq, recipe, g)[1] if args.stage != "autoencoder" else hq
-            with training.autocast(device, dtype):
-                terms = losses(args, stage, model, teacher, 2 * hq - 1, 2 * lq - 1, g)
-                loss = sum(terms.values()) / args.accumulate
-            scaler.scale(loss).backward()
+            with objective.no_sync() if ddp and i < parts - 1 else nullcontext():    # gradients are averaged with the last part
+                with training.autocast(device, dtype):
+                    terms = objective(2 * hq - 1, 2 * lq - 1, g)
+                    loss = sum(terms.values()) / parts
+                scaler.scale(loss).backward()
             mean_loss += loss.item()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        grad_norm = training.whole(torch.nn.utils.clip_grad_norm_(params, 1.0))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -233,23 +297,26 @@ def main():
 
         bar.update()
         bar.set_postfix(loss=f"{mean_loss / since:.4f}", img_s=f"{since * stage.batch_size / (time.time() - seconds):.1f}", refresh=False)
-        due = step % args.save_every == 0 or step == stage.steps
+        due = step % stage.save_every == 0 or step == stage.steps
         if due or step % 50 == 0:                           # once in a while: log
-            row = {"step": step, "loss": mean_loss / since, "grad_norm": grad_norm.item(), "lr": lr, "seconds": time.time() - seconds}
+            row = {"step": step, "loss": training.mean_of_all(mean_loss / since, device), "grad_norm": grad_norm.item(), "lr": lr,
+                   "seconds": time.time() - seconds}
             mean_loss, since, seconds = 0.0, 0, time.time()
             if due:                                         # once in a longer while: evaluate, save, draw
                 with training.autocast(device, dtype):
                     row["held_out"], row["psnr"], sr = evaluate(args, stage, ema, teacher, test_hq, test_lq)
                 save()
+            if rank == 0:
+                log.write(**row)
+            if rank == 0 and due:
                 training.save_sheet(out / "sheet.png", {"LQ": test_lq[:6], f"result, step {step}": sr[:6], "HQ": test_hq[:6]})
                 tqdm.write(f"step {step}: held-out loss {row['held_out']:.4f}, PSNR {row['psnr']:.2f} dB")
-            log.write(**row)
-            if due:
                 log.draw(out / "loss.png", ["loss", "held_out"], f"VOSR {args.preset}, stage {args.stage}")
     bar.close()
-    if stop:
+    if step < stage.steps:
         save()
         print(f"\nstopped at step {step} and saved; the same command goes on from here")
+    training.leave()
 
 
 if __name__ == "__main__":

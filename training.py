@@ -1,6 +1,6 @@
 """What the three training scripts share: plain functions, nothing that hides a loop.
 
-Set-up and precision, seeds, learning rate, exponential moving average, checkpoints, logs and pictures of progress.
+Set-up and precision, several processes, seeds, learning rate, exponential moving average, checkpoints, logs and pictures of progress.
 """
 
 import csv
@@ -8,10 +8,14 @@ import math
 import os
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from models.imaging import contact_sheet, loss_curves, save_png
 
@@ -28,7 +32,7 @@ def one_line_errors(name):
     except (Quit, FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as e:
         sys.exit(f"{name}: {str(e).strip().splitlines()[-1]}")     # a loader's worker wraps its error in a traceback
     except torch.OutOfMemoryError:
-        sys.exit(f"{name}: out of device memory; lower --batch-size or raise --accumulate")
+        sys.exit(f"{name}: out of device memory; lower --micro-batch, or add --checkpointing")
 
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
@@ -39,7 +43,7 @@ def choose_device(name):
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))      # torchrun numbers the processes of a machine
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -52,6 +56,82 @@ def choose_dtype(name, device):
 
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def join(device):
+    """Join the processes that torchrun started; all but the first fall silent -> rank, number of processes (0, 1 without torchrun)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mean_of_all(x, device):
+    """The mean of a number over the processes."""
+    if not dist.is_initialized():
+        return x
+    x = torch.tensor(float(x), device=device)
+    dist.all_reduce(x)
+    return x.item() / dist.get_world_size()
+
+
+class Replicate(torch.nn.Module):
+    """A function of a model, as the module whose forward DistributedDataParallel wants to be called."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.forward = model, function
+
+
+def replicate(model, function, device):
+    """function, whose backward now also averages the gradients of model over the processes, each of which holds all of it (DDP)."""
+    module = Replicate(model, function)
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def shard(module, device):
+    """Spread a transformer's weights, gradients and optimizer state over the processes (FSDP2); a block is whole only while it computes."""
+    from torch.distributed.fsdp import fully_shard      # torch >= 2.6
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # about in-place changes to it, which we do not make
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*module.blocks, module):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the outermost too, or its EMA would stay whole after an evaluation
+
+
+def whole(x):
+    """A tensor with the pieces of all processes, all of which must call this."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gather(state):
+    """A state dict with whole tensors on the CPU of the first process; all must call it, and the others get None for tensors."""
+    if isinstance(state, dict):
+        return {k: gather(v) for k, v in state.items()}
+    if not torch.is_tensor(state):
+        return state
+    x = whole(state)
+    return None if dist.is_initialized() and dist.get_rank() > 0 else x.cpu()
+
+
+def scatter(tensor, like):
+    """The opposite of `whole`: this process's piece where `like` is sharded."""
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
+# ---- seeds, parameters, schedules -----------------------------------------------------------------------------------
 
 
 def generator(*numbers):
@@ -109,9 +189,9 @@ class Stop:
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.ask)
 
-    def ask(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt     # a second Ctrl-C does not wait
+    def ask(self, number, _):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt     # a second Ctrl-C does not wait; torchrun follows the first with SIGTERM, which does
         self.asked = True
 
     def __bool__(self):
@@ -140,6 +220,20 @@ def load_checkpoint(path, must_match):
         if state["settings"].get(name) != value:
             raise Quit(f"{path}: was written with {name} {state['settings'].get(name)}, not {value}; use that or another --out")
     return state
+
+
+def restore(state, model, ema, optimizer, scaler):
+    """Put a checkpoint's numbers where they were, whatever the number of processes now and then."""
+    for module, tensors in ((model, state["model"]), (ema, state["ema"])):
+        own = module.state_dict()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(scatter(tensor, own[name]))
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, tensors in state["optimizer"]["state"].items():
+        tensors |= {k: scatter(v, params[i]) for k, v in tensors.items() if v.shape == params[i].shape}
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
 
 
 # ---- logs and pictures ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -35,6 +36,22 @@ class DiTConfig:
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads}")
+
+    @classmethod
+    def from_tensors(cls, tensors, path):
+        """The sizes of a public file, read off its tensors: neither its name nor args.json can be wrong about them. Raises ValueError."""
+        shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        try:
+            D, C_in, p, _ = shape["x_embedder.proj.weight"]
+            tokens = shape.get("feat_rope.freqs_cos", [(cls.input_size // p) ** 2])[0]
+            return cls(
+                input_size=round(tokens**0.5) * p, patch_size=p, in_channels=C_in, out_channels=shape["final_layer.linear.weight"][0] // p**2,
+                hidden_size=D, depth=len({name.split(".")[1] for name in shape if name.startswith("blocks.")}),
+                num_heads=D // shape["blocks.0.attn.q_norm.weight"][0], z_dims=shape["layer_norm.weight"][0],
+                encdim_ratio=shape["mlp_ca.fc1.weight"][0] // D, auxiliary_time_cond="r_embedder.mlp.0.weight" in shape,
+            )
+        except (KeyError, ValueError, ZeroDivisionError) as e:
+            raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
 
 
 def modulate(x, shift, scale):
@@ -131,12 +148,26 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(D // nh)
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x, ctx):
-        q, k, v = (linear(y).unflatten(-1, (self.nh, -1)).transpose(1, 2)                # each (B, nh, N or M, hd)
-                   for linear, y in ((self.q_linear, x), (self.k_linear, ctx), (self.v_linear, ctx)))
-        q, k = self.q_norm(q), self.k_norm(k)
-        x = F.scaled_dot_product_attention(q, k, v.type_as(q))
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def heads(self, x):
+        return x.unflatten(-1, (self.nh, -1)).transpose(1, 2)   # (B, N, D) -> (B, nh, N, hd)
+
+    def forward(self, x, ctx, blind, cache=None):
+        """x: (B, N, D) -> (B, N, D)
+
+        ctx: (S, M, D) context of the first S pictures; blind: (D,) what each context token of the other B - S pictures is
+        cache: a list; the first call puts keys and values there, later ones read them and need no ctx
+        """
+        k, v = cache or (self.k_norm(self.heads(self.k_linear(ctx))), self.heads(self.v_linear(ctx)))
+        if cache == []:
+            cache += [k, v]
+        S = len(k)
+        q = self.q_norm(self.heads(self.q_linear(x[:S])))
+        y = self.proj(F.scaled_dot_product_attention(q, k, v.type_as(q)).transpose(1, 2).flatten(2))
+        if S == len(x):
+            return y
+        # Among equal keys softmax has no choice, and any average of equal values is that value.
+        constant = self.proj(self.v_linear(blind))
+        return torch.cat([y, constant.expand(len(x) - S, x.shape[1], -1)])
 
 
 class SwiGLU(nn.Module):
@@ -171,11 +202,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(D, int(2 / 3 * int(D * cfg.mlp_ratio)))
         self.scale_shift_table = nn.Parameter(torch.empty(6, D))
 
-    def forward(self, x, ctx, c0, rope):
-        """x: (B, N, D), ctx: (B, M, D), c0: (B, 6, D) shared by all blocks -> (B, N, D)."""
+    def forward(self, x, ctx, blind, c0, rope, cache=None):
+        """x: (B, N, D), c0: (B, 6, D) shared by all blocks; ctx, blind, cache: see CrossAttention -> (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + c0).unbind(1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
-        x = x + self.cross_attn(x, ctx)         # official: no norm before it, no gate after it
+        x = x + self.cross_attn(x, ctx, blind, cache)   # official: no norm before it, no gate after it
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
@@ -196,7 +227,8 @@ class Rope(nn.Module):
 
     def __init__(self, side, head_dim):
         super().__init__()
-        cos, sin = rope_table(torch.arange(side).float(), torch.arange(side).float(), head_dim)
+        positions = torch.arange(side, device="cpu").float()    # real numbers even where the rest is built on the meta device
+        cos, sin = rope_table(positions, positions, head_dim)
         self.register_buffer("freqs_cos", cos)
         self.register_buffer("freqs_sin", sin)
 
@@ -238,7 +270,7 @@ class DiT(nn.Module):
 
     def rope(self, h, w, device):
         """Rotary tables for h x w tokens -> cos, sin, each (h*w, hd)."""
-        if h == w == self.side:
+        if h == w == self.side and self.feat_rope.freqs_cos.dtype == torch.float32:     # .to(bfloat16) has rounded them
             return self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
         # official: squares only. One factor for both axes keeps a rectangle's aspect and its longer side in the trained range.
         scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
@@ -255,12 +287,13 @@ class DiT(nn.Module):
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                             # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def forward(self, z_t, z_lq, feat, t, r=None):
+    def forward(self, z_t, z_lq, feat, t, r=None, cache=None):
         """Velocity of the flow, or its average from t down to r.
 
         z_t:  (B, C, h, w) noisy latent;  z_lq: (B, C, h, w) LQ latent;  h, w multiples of the patch size
-        feat: (B, M, z_dims) visual tokens of the LQ picture, zeros for none
+        feat: (S, M, z_dims) visual tokens of the first S LQ pictures, S <= B; the others have none, and zeros are none too
         t, r: (B,) in [0, 1], 1 = noise, 0 = clean; r only with auxiliary_time_cond
+        cache: a dict, empty at first; as long as feat stays the same, cross-attention's keys and values are computed once
         -> (B, C, h, w) velocity eps - hq
         """
         p = self.cfg.patch_size
@@ -278,12 +311,13 @@ class DiT(nn.Module):
         if self.r_embedder:
             c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)                    # exactly c(t) where r = t
         c0 = self.t_block(c).unflatten(-1, (6, -1))
-        ctx, rope = self.context(feat), self.rope(h, w, x.device)
-        for block in self.blocks:
+        ctx = None if cache else self.context(feat)
+        blind, rope = self.mlp_ca(self.layer_norm.bias), self.rope(h, w, x.device)
+        for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, ctx, c0, rope, use_reentrant=False)
+                x = checkpoint(block, x, ctx, blind, c0, rope, use_reentrant=False)
             else:
-                x = block(x, ctx, c0, rope)
+                x = block(x, ctx, blind, c0, rope, None if cache is None else cache.setdefault(i, []))
         out = self.unpatchify(self.final_layer(x, c), h, w)
         if self.cfg.precondition:
             out = ((2 * time - 1) * z_t - time * z_lq) / D - out / D.sqrt()     # that mean's velocity, and the network's correction

@@ -16,27 +16,25 @@ import torch.nn.functional as F
 # ---- the velocity and the sampler -----------------------------------------------------------------------------------
 
 
-def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None):
+def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None, cache=None):
     """Both velocities of a guidance from one batch of twice the size: under z_lq with feat, under z_weak without -> v_cond, v_weak."""
-    feats = torch.cat([feat, torch.zeros_like(feat)])
-    both = dit(z_t.repeat(2, 1, 1, 1), torch.cat([z_lq, z_weak]), feats, t.repeat(2), r if r is None else r.repeat(2))
-    return both.chunk(2)
+    return dit(z_t.repeat(2, 1, 1, 1), torch.cat([z_lq, z_weak]), feat, t.repeat(2), r if r is None else r.repeat(2), cache).chunk(2)
 
 
-def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1.0)):
+def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1.0), cache=None):
     """Restoration-oriented guidance: the reference is a WEAK condition, not an absent one.
 
     z_t, z_lq: (B, C, h, w); feat: (B, M, z_dims); t, r: numbers in [0, 1], r is read by one-step models only
     guidance: 1 = conditional only, one pass; 0 = weak only; negative goes past it. Against habit, smaller is more
               generative and larger more faithful: the weak branch knows less of the picture and invents more.
-    interval: guidance counts for t inside it -> (B, C, h, w) velocity
+    interval: guidance counts for t inside it;  cache: DiT's, a dict to keep from step to step -> (B, C, h, w) velocity
     """
     if not interval[0] <= t <= interval[1]:
         guidance = 1
     t, r = (torch.full((len(z_t),), float(x), device=z_t.device) for x in (t, r))
     if guidance == 1:
-        return dit(z_t, z_lq, feat, t, r)
-    v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r)
+        return dit(z_t, z_lq, feat, t, r, cache)
+    v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r, cache)
     return v_weak + guidance * (v_cond - v_weak)                # Eq. guidance
 
 
@@ -45,11 +43,11 @@ def sample(velocity, eps, steps):
 
     velocity: function (z_t, t, r) -> velocity from t towards r;  eps: (B, C, h, w) standard normal -> (B, C, h, w)
     """
-    z = eps
+    z = eps.float()                                             # many small steps would be lost in half precision
     times = torch.linspace(1, 0, steps + 1).tolist()
     for t, r in zip(times, times[1:]):
-        z = z - (t - r) * velocity(z, t, r)                     # Eq. Euler
-    return z
+        z = z - (t - r) * velocity(z.to(eps.dtype), t, r)       # Eq. Euler
+    return z.to(eps.dtype)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------

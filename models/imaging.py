@@ -72,23 +72,25 @@ def list_pictures(paths):
     return found
 
 
-def read_picture(path):
+def read_picture(path, file=None):
     """Any picture file as RGB and, if it has transparency, alpha; turned as its EXIF orientation says.
 
+    file: open binary file to read instead, path is then only its name for messages
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
-    path = Path(path)
-    if not path.exists():
-        raise PictureError(f"{path}: no such file; check the spelling")
-    if path.is_dir():
-        raise PictureError(f"{path}: is a folder; name a picture in it")
-    if path.stat().st_size == 0:
-        raise PictureError(f"{path}: is empty (0 bytes); copy or download it again")
+    if file is None:
+        path = Path(path)
+        if not path.exists():
+            raise PictureError(f"{path}: no such file; check the spelling")
+        if path.is_dir():
+            raise PictureError(f"{path}: is a folder; name a picture in it")
+        if path.stat().st_size == 0:
+            raise PictureError(f"{path}: is empty (0 bytes); copy or download it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # chatter about odd metadata ...
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
-            with Image.open(path) as img:
+            with Image.open(file or path) as img:
                 img.load()
                 return decode(ImageOps.exif_transpose(img))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -4,8 +4,9 @@ The autoencoder of Qwen-Image for single pictures; VOSR-1.4B works on its latent
 Papers:  Qwen-Image Technical Report, 2508.02324 (the autoencoder, trained further from that of Wan); Wan, 2503.20314 (its architecture, for video).
 Weights: Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors of VOSR; or vae/diffusion_pytorch_model.safetensors of Qwen-Image itself, the video
          form, which load_state_dict takes as it is: load hooks cut it down. Parameter names are the public ones.
-Left out: everything about time (a picture is a video's first frame, and that one sees no other), training losses, tiling;
-         attn_scales of the public configurations, always empty (the official class cannot run with any).
+Left out: everything about time (a picture is a video's first frame, and that one sees no other), training losses;
+         attn_scales of the public configurations, always empty (the official class cannot run with any);
+         tiles: large pictures are computed exactly, in strips (strips.py).
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from models.strips import attention, in_strips, norm_silu_conv
 
 # Of each latent channel over natural pictures; diffusion happens on (latent - mean) / std. There is no common scale as in Stable Diffusion.
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -82,9 +85,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if c_in == c_out else Conv(c_in, c_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h, into=h)
+        return in_strips(lambda h, x: h + self.conv_shortcut(x), h, x, into=h)
 
 
 class Attention(nn.Module):
@@ -98,7 +101,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H*W, 3C)
-        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        h = attention(*qkv.chunk(3, dim=-1))
         return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
@@ -123,29 +126,31 @@ def drop_time_conv(module, state_dict, prefix, *_):
 class Resample(nn.Module):
     """A step in resolution: what changes the size, and a convolution, under the public names resample.0 and resample.1."""
 
-    def __init__(self, *layers):
+    def __init__(self, rate, *layers):
         super().__init__()
+        self.rate = rate
         self.resample = nn.Sequential(*layers)
         self.register_load_state_dict_pre_hook(drop_time_conv)
 
     def forward(self, x):
-        return self.resample(x)
+        return in_strips(self.resample, x, rate=self.rate)
 
 
 def downsample(channels):
     """(B, C, H, W) -> (B, C, H/2, W/2)"""
-    return Resample(nn.ZeroPad2d((0, 1, 0, 1)), Conv(channels, channels, stride=2, padding=0))  # trap: zeros right and below only
+    return Resample(0.5, nn.ZeroPad2d((0, 1, 0, 1)), Conv(channels, channels, stride=2, padding=0))  # trap: zeros right and below only
 
 
 def upsample(channels):
     """(B, C, H, W) -> (B, C/2, 2H, 2W)"""
-    return Resample(nn.Upsample(scale_factor=2, mode="nearest"), Conv(channels, channels // 2))  # trap: half the channels
+    return Resample(2, nn.Upsample(scale_factor=2, mode="nearest"), Conv(channels, channels // 2))  # trap: half the channels
 
 
 class UpBlock(nn.Module):
     """All resnets of one resolution, then the step to the next one (absent at the last level).
 
-    x: (B, c_in, H, W) -> (B, c_out/2, 2H, 2W), or (B, c_out, H, W) without the step
+    A list without a forward, which would hold on to its input while every layer but the first is done with it.
+    (B, c_in, H, W) -> (B, c_out/2, 2H, 2W), or (B, c_out, H, W) without the step
     """
 
     def __init__(self, c_in, c_out, layers, last):
@@ -153,10 +158,8 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(layers)])
         self.upsamplers = nn.ModuleList([] if last else [upsample(c_out)])
 
-    def forward(self, x):
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+    def __iter__(self):
+        return iter((*self.resnets, *self.upsamplers))
 
 
 # -----------------------------------------------------------------------------
@@ -181,10 +184,10 @@ class Encoder(nn.Module):
         self.conv_out = Conv(widths[-1], c_out)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+        x = in_strips(self.conv_in, x)
+        for layer in self.down_blocks:
+            x = layer(x)
+        return norm_silu_conv(self.norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -202,10 +205,11 @@ class Decoder(nn.Module):
         self.conv_out = Conv(widths[-1], 3)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(in_strips(self.conv_in, z))
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            for layer in block:
+                x = layer(x)
+        return norm_silu_conv(self.norm_out, self.conv_out, x)
 
 
 # -----------------------------------------------------------------------------

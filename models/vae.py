@@ -5,7 +5,7 @@ Papers:  Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion 
          VOSR, 2604.03225 (a decoder of a fifth of the size for the same latents).
 Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout (VAE);
          sd21_lwdecoder.pth of VOSR (LightDecoder). Parameter names are the public ones.
-Left out: training losses (KL, LPIPS, GAN), tiling, original LDM key names.
+Left out: training losses (KL, LPIPS, GAN), original LDM key names, tiles: large pictures are computed exactly, in strips (strips.py).
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from models.strips import attention, in_strips, norm_silu_conv
 
 SD_VAE_SCALE = 0.18215  # one over the standard deviation of SD's latents; diffusion happens on latents times this
 
@@ -47,9 +49,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h, into=h)
+        return in_strips(lambda h, x: h + self.conv_shortcut(x), h, x, into=h)
 
 
 def rename_old_attention(module, state_dict, prefix, *_):
@@ -76,7 +78,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H*W, C)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out(h).squeeze(1).transpose(1, 2).reshape(B, C, H, W)
 
 
@@ -100,7 +102,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # trap: zeros on the right and at the bottom only, not padding=1
+        pad = (0, 1, 0, 1)  # trap: zeros on the right and at the bottom only, not padding=1
+        return in_strips(lambda x: self.conv(F.pad(x, pad)), x, rate=0.5)
 
 
 class Upsample(nn.Module):
@@ -111,13 +114,14 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return in_strips(lambda x: self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), x, rate=2)
 
 
 class Level(nn.Module):
     """All resnets of one resolution, then the step to the next one (absent at the last level).
 
-    x: (B, c_in, H, W) -> (B, c_out, H, W), half or twice that resolution if there is a step
+    A list without a forward, which would hold on to its input while every layer but the first is done with it.
+    (B, c_in, H, W) -> (B, c_out, H, W), half or twice that resolution if there is a step
     """
 
     def __init__(self, c_in, c_out, layers, groups, step=None):
@@ -128,11 +132,8 @@ class Level(nn.Module):
         if step is Upsample:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
-    def forward(self, x):
-        for layers in self.children():
-            for layer in layers:
-                x = layer(x)
-        return x
+    def __iter__(self):
+        return (layer for layers in self.children() for layer in layers)
 
 
 # -----------------------------------------------------------------------------
@@ -152,10 +153,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = in_strips(self.conv_in, x)
+        for level in self.down_blocks:
+            for layer in level:
+                x = layer(x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -176,10 +178,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.mid_block(in_strips(self.conv_in, z))
+        for level in self.up_blocks:
+            for layer in level:
+                x = layer(x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 # -----------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """VOSR: super-resolution by a diffusion transformer that never saw a text prompt.
 
 Paper:   VOSR, arXiv 2604.03225.
-Weights: vosr_tiny.safetensors beside this file: ours, trained by train_vosr.py.
+Weights: VOSR_{0.5B,1.4B}_{ms,os} of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and models/weights.py;
+         vosr_tiny.safetensors beside this file: ours, trained by train_vosr.py.
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
 A system is wiring. Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the
 clean latent, conditioned on both (DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn as nn
@@ -18,19 +21,22 @@ import torch.nn.functional as F
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
 from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
-from models.vae import LightDecoder, TinyVAE, TinyVAEConfig, VAE, VAEConfig
+from models.qwen_vae import QwenVAE, QwenVAEConfig
+from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTConfig
-from models.weights import load_strictly, read_model
+from models.weights import WeightError, fetch, find_args, find_weights, load_strictly, read_json, read_model, read_tensors
 
 TINY = Path(__file__).with_name("vosr_tiny.safetensors")
+AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
+TILES_AT_ONCE = 4
 
 
 @dataclass
 class VOSRConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
-    vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
-    light_decoder: dict | None = None   # LightDecoder's arguments, where it stands in for the VAE's own
+    vae: VAEConfig | QwenVAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
+    light_decoder: dict | None = None   # LightDecoder's arguments, where it stands in for the VAE's own decoder
     vit_input: int = 448            # pixels per side of what the vision encoder sees, whatever the picture's shape
     vit_layer: int | None = 8       # its tokens after this block; None = after the last block and the final norm
     steps: int = 25                 # Euler steps of the sampler
@@ -43,16 +49,45 @@ class VOSRConfig:
 
     @staticmethod
     def from_dict(d):
-        vae = (TinyVAEConfig if "whitening" in d["vae"] else VAEConfig)(**d["vae"])
+        vae = next(c for c in AUTOENCODERS if {f.name for f in fields(c)} == set(d["vae"]))(**d["vae"])
         return VOSRConfig(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
+
+
+# The two published sizes: the transformer, and the frozen networks around it.
+SIZES = {
+    "0.5b": VOSRConfig(light_decoder={}, tile=512),
+    "1.4b": VOSRConfig(
+        dit=DiTConfig(in_channels=32, out_channels=16, hidden_size=1536, depth=36, num_heads=24, z_dims=1024),
+        vit=ViTConfig(embed_dim=1024, depth=24, num_heads=16), vit_layer=17, vae=QwenVAEConfig(), tile=512,
+    ),
+}
+PUBLIC = {      # name: size, folder of the release (ms: multi-step, os: one step)
+    "vosr-0.5b": ("0.5b", "VOSR_0.5B_ms"), "vosr-0.5b-1step": ("0.5b", "VOSR_0.5B_os"),
+    "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"),
+}
+
+
+def light_settings(content, path):
+    """LightDecoder's arguments in what the authors' file holds, where more settings may stand beside them -> dict. Raises WeightError."""
+    try:
+        config = content.get("config", {})
+        settings = {k: config[k] for k in signature(LightDecoder).parameters if k in config}
+        with torch.device("meta"):
+            LightDecoder(**settings)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise WeightError(f"{path}: its config is not one of a light decoder ({type(e).__name__}: {e}); get it again") from None
+    return settings
 
 
 class VOSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.vae = TinyVAE(cfg.vae) if isinstance(cfg.vae, TinyVAEConfig) else VAE(cfg.vae)
-        self.light_decoder = LightDecoder(**cfg.light_decoder) if cfg.light_decoder else None
+        self.vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
+        self.light_decoder = None
+        if cfg.light_decoder is not None:
+            self.light_decoder = LightDecoder(**cfg.light_decoder)
+            del self.vae.decoder, self.vae.post_quant_conv
         self.vit, self.dit = ViT(cfg.vit), DiT(cfg.dit)
 
     def decode(self, z):
@@ -76,16 +111,20 @@ class VOSR(nn.Module):
         (h, w), f, p = z_lq.shape[-2:], self.vae.factor, self.cfg.dit.patch_size
         side = tile // f // p * p
         if side == 0 or (h <= side and w <= side):
-            feat = self.tokens(x)
-            return sample(lambda z, t, r: guided(self.dit, z, z_lq, feat, t, r, guidance, weak), eps, steps)
+            feat, cache = self.tokens(x), {} if steps > 1 else None
+            return sample(lambda z, t, r: guided(self.dit, z, z_lq, feat, t, r, guidance, weak, cache=cache), eps, steps)
 
         boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
         z_lqs = torch.cat([z_lq[..., row, col] for row, col in boxes])
         crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes]
         feats = torch.cat([self.tokens(crop) for crop in crops])    # every tile has its own visual tokens
+        # Keys and values of one tile take 235 MB (0.5B, float32), so those of many tiles are made anew in every step.
+        cache = {} if 1 < steps and len(boxes) <= TILES_AT_ONCE else None
 
         def velocity(z, t, r):
-            return blend_tiles(lambda tiles, n: guided(self.dit, tiles, z_lqs[n], feats[n], t, r, guidance, weak), z, boxes)
+            def on_tiles(tiles, n):
+                return guided(self.dit, tiles, z_lqs[n], feats[n], t, r, guidance, weak, cache=cache)
+            return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE)
 
         return sample(velocity, eps, steps)
 
@@ -104,8 +143,9 @@ class VOSR(nn.Module):
         H, W = (round(side * scale) for side in lq.shape[-2:])
         lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else resize(lq, (H, W))
         generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
-        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size).to(self.dit.t_block[1].weight)
-        z_lq = self.vae.encode(x, generator)
+        like = self.dit.t_block[1].weight                           # the networks' device and dtype; pictures stay float32
+        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size).to(like.device)
+        z_lq = self.vae.encode(x.to(like), generator)
         eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq)
         z = self.restore(z_lq, x, eps, own("steps", steps), own("guidance", guidance), own("weak", weak),
                          tile or self.cfg.tile, overlap or self.cfg.overlap)
@@ -114,16 +154,82 @@ class VOSR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):
-        """The embedded model by its name, or a .safetensors file of ours, or the --out folder of train_vosr.py.
+        """A model by its name (vosr-tiny, or one of PUBLIC, whose files are fetched), or from a file or folder.
 
-        Raises FileNotFoundError or ValueError, one line with the remedy.
+        A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError, one line with the remedy.
         """
-        path = TINY if name == "vosr-tiny" else Path(name)
-        path = path / "model.safetensors" if path.is_dir() else path
-        config, tensors = read_model(path)
-        try:
-            model = cls(VOSRConfig.from_dict(config))
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path}: its config is not one of VOSR ({e})") from None
-        load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
+        if name in PUBLIC:
+            size, folder = PUBLIC[name]
+            args, weights = fetch(f"{folder}/args.json"), fetch(f"{folder}/checkpoints/ema_model.safetensors")
+            model = cls.from_release(weights, args, size)
+        else:
+            path = TINY if name == "vosr-tiny" else Path(name)
+            weights = find_weights(path)
+            if weights is None:
+                raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, or a folder with a .safetensors file")
+            config, tensors = read_model(weights)
+            model = cls.from_ours(config, tensors, weights) if config else cls.from_release(weights, find_args(path))
         return model.to(device=device, dtype=dtype).eval()
+
+    @classmethod
+    def from_ours(cls, config, tensors, path):
+        """What `save_model` wrote: all networks in one file."""
+        try:
+            with torch.device("meta"):
+                model = cls(VOSRConfig.from_dict(config))
+        except (KeyError, TypeError, ValueError, StopIteration) as e:
+            raise ValueError(f"{path}: its config is not one of VOSR ({type(e).__name__}: {e})") from None
+        load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
+        return model
+
+    @classmethod
+    def from_release(cls, weights, args, size=None):
+        """The authors' transformer in file weights, with the public networks around it.
+
+        args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError, WeightError.
+        """
+        tensors, settings = read_tensors(weights), read_json(args) if args else {}
+        dit = DiTConfig.from_tensors(tensors, weights)
+        if size is None:
+            size = next((s for s, c in SIZES.items() if (c.dit.out_channels, c.dit.z_dims) == (dit.out_channels, dit.z_dims)), None)
+        elif dit != replace(SIZES[size].dit, auxiliary_time_cond=dit.auxiliary_time_cond):
+            raise WeightError(f"{weights}: is not the public {size} model but {dit}; delete it, then it is downloaded again")
+        if size is None:
+            raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} are no public combination")
+        weak = settings.get("weak_cond_strength_aelq_list") or [SIZES[size].weak]
+        try:
+            cfg = replace(SIZES[size], dit=dit, weak=fmean(weak))
+        except TypeError:
+            raise WeightError(f"{args}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
+        if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # a newer one-step model has no second time
+            cfg = replace(cfg, steps=1, guidance=1.0)
+        model = cls.with_frozen(cfg, args and args.parent.parent)
+        load_strictly(model.dit, tensors, weights, may_miss=("freqs_cos", "freqs_sin"))
+        return model
+
+    @classmethod
+    def with_frozen(cls, cfg, release=None):
+        """Autoencoder and vision transformer from their public files, the DiT without numbers, on the meta device.
+
+        release: the authors' release folder; what is not there is fetched. Raises WeightError.
+        """
+        def public(name):
+            path = release and release / name
+            return path if path and path.is_file() else fetch(name)
+
+        if cfg.light_decoder is not None:
+            light_file = public("sd21_lwdecoder.pth")
+            light = read_tensors(light_file)
+            cfg = replace(cfg, light_decoder=light_settings(light, light_file))
+        with torch.device("meta"):
+            model = cls(cfg)
+        qwen = isinstance(cfg.vae, QwenVAEConfig)
+        vae_file = public(f"{'Qwen-Image-vae-2d' if qwen else 'stable-diffusion-2-1-base/vae'}/diffusion_pytorch_model.safetensors")
+        vae = read_tensors(vae_file)
+        if cfg.light_decoder is not None:
+            load_strictly(model.light_decoder, light.get("model_state_dict", light), light_file)
+            vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
+        load_strictly(model.vae, vae, vae_file)
+        vit_file = public(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth")
+        load_strictly(model.vit, read_tensors(vit_file), vit_file)
+        return model

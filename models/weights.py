@@ -57,7 +57,7 @@ LPIPS, GRAMSR = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v
 FILES = {file.name: file for file in (
     *(vosr(f"{model}/{path}", f"VOSR {model[5:]}") for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os")
       for path in ("args.json", "checkpoints/ema_model.safetensors")),      # ms: multi-step, os: one step
-    *(vosr(f"Qwen-Image-vae-2d/{path}", "VOSR 1.4B") for path in ("config.json", "diffusion_pytorch_model.safetensors")),
+    vosr("Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors", "VOSR 1.4B", "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"),
     vosr("sd21_lwdecoder.pth", "VOSR 0.5B"),
     vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B", f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
          size=346378731, sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
@@ -241,6 +241,31 @@ def list_weights():
     print(f"{sum(map(bool, found.values()))} of {len(FILES)} present in {hub_folder()} or {cache_folder()}; vosr-tiny needs none of them")
 
 
+def find_weights(path):
+    """The .safetensors file that a file or folder means, in the order of VOSR's official loader -> Path or None."""
+    if path.is_file():
+        return path
+    likely = [folder / f"{name}.safetensors" for folder in (path / "clean_weights", path / "checkpoints", path) for name in ("ema_model", "model")]
+    return next(iter([*filter(Path.is_file, likely), *sorted(path.rglob("*.safetensors"))]), None)
+
+
+def find_args(path):
+    """VOSR's args.json in the folder path (or of the file path) or in one of the four above it -> Path or None."""
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    return next(filter(Path.is_file, (f / "args.json" for f in (folder, *folder.parents[:4]))), None)
+
+
+def read_json(path):
+    """Settings by name -> dict. Raises WeightError."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise WeightError(f"{path}: cannot be read as JSON ({e}); get it again") from None
+    if not isinstance(settings, dict):
+        raise WeightError(f"{path}: holds a {type(settings).__name__}, not settings by name; get it again")
+    return settings
+
+
 def read_tensors(path):
     """A public file, .safetensors or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is refused, not run."""
     try:
@@ -254,42 +279,52 @@ def read_tensors(path):
     return tensors
 
 
-def save_model(path, model, note=""):
-    """Write model's tensors in float16 with its cfg (a dataclass) and a note as metadata.
+def save_model(path, cfg, tensors, note=""):
+    """Write a model's tensors in float16 with its cfg (a dataclass) and a note as metadata.
 
     Written under a temporary name, then renamed. The rotary tables are left out: they follow from the config, and float16 would spoil them.
     """
-    tensors = {k: v.half().contiguous().cpu() for k, v in model.state_dict().items() if "freqs_" not in k}
+    tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
     part = f"{path}.part"
-    save_file(tensors, part, metadata={"config": json.dumps(asdict(model.cfg)), "note": note})
+    save_file(tensors, part, metadata={"config": json.dumps(asdict(cfg)), "note": note})
     os.replace(part, path)
 
 
+def save_release(folder, tensors, settings):
+    """Write a transformer's tensors as VOSR's authors do, in float32, for their code and ours. settings: dict for args.json."""
+    target = Path(folder, "checkpoints", "ema_model.safetensors")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for path, write in ((Path(folder, "args.json"), lambda part: part.write_text(json.dumps(settings, indent=2))),
+                        (target, lambda part: save_file({k: v.contiguous() for k, v in tensors.items()}, part))):
+        write(part := path.with_name(path.name + ".part"))
+        os.replace(part, path)
+
+
 def read_model(path):
-    """What `save_model` wrote -> config as a dict, tensors by name. Raises FileNotFoundError or ValueError, one line each."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, or the --out folder of train_vosr.py")
+    """What `save_model` wrote -> config as a dict ({} in a file of others), tensors by name. Raises WeightError."""
+    tensors = read_tensors(path)
     try:
         with safe_open(path, framework="pt") as f:
-            return json.loads(f.metadata()["config"]), load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise ValueError(f"{path}: is not a model that train_vosr.py wrote ({reason}); copy or train it again") from None
+            return json.loads((f.metadata() or {}).get("config", "{}")), tensors
+    except (SafetensorError, ValueError) as e:
+        raise WeightError(f"{path}: is not .safetensors, or its config is damaged ({e}); copy or train it again") from None
 
 
 def load_strictly(module, tensors, path, may_miss=()):
-    """Copy tensors into module; names the first missing, unexpected and mis-shaped one in a ValueError.
+    """Make tensors the module's own, as they are (dtype, device), through its load hooks, which know older names and shapes.
 
-    may_miss: endings of names that the file need not hold.
+    may_miss: endings of names that the file need not hold. Raises WeightError: the first missing, unexpected and mis-shaped name.
     """
-    own = module.state_dict()
-    missing = [k for k in own if k not in tensors and not k.endswith(tuple(may_miss))]
-    unexpected = [k for k in tensors if k not in own]
-    shapes = [f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    faults = [f"{what} {found[0]} ({len(found)} in all)"
-              for what, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes)) if found]
-    if faults:
-        raise ValueError(f"{path}: does not fit this network: {'; '.join(faults)}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
+        raise WeightError(f"{path}: holds other things than tensors by name; get it again")
+    given = {k: v for k, v in module.state_dict().items() if k.endswith(tuple(may_miss))} | tensors
+    try:
+        module.load_state_dict(given, assign=True)
+    except RuntimeError as e:
+        text = str(e)       # torch's message has one line for all missing names, one for the unexpected ones, one a tensor for shapes
+        found = {what: re.findall('"(.+?)"', "".join(line for line in text.splitlines() if f"{what.capitalize()} key" in line))
+                 for what in ("missing", "unexpected")}
+        shapes = re.findall(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]", text)
+        found["mis-shaped"] = [f"{name} is ({theirs}), not ({ours})" for name, theirs, ours in shapes]
+        faults = [f"{what} {names[0]} ({len(names)} in all)" for what, names in found.items() if names]
+        raise WeightError(f"{path}: does not fit this network: {'; '.join(faults) or text.splitlines()[-1].strip()}") from None

@@ -1,4 +1,4 @@
-"""The degradation, the photo-crop dataset and the command.    python -m pytest tests/test_degrade.py"""
+"""The degradation and the command.    python -m pytest tests/test_degrade.py"""
 
 import json
 import random
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import degrade as module  # noqa: E402
-from degrade import (GRAMSR, KINDS, RECIPES, S3DIFF, SIZES, VOSR, Fields, Photos, apply, blur, degrade, draw_kernel, draw_plan, jpeg,  # noqa: E402
-                     kernel, list_photos, noise_field, stack_kernels)
+from degrade import (GRAMSR, KINDS, RECIPES, S3DIFF, SIZES, VOSR, Fields, apply, blur, degrade, draw_kernel, draw_plan, jpeg,  # noqa: E402
+                     kernel, noise_field, stack_kernels)
 
 STORED = json.loads((ROOT / "tests" / "golden" / "degrade.json").read_text())
 
@@ -170,54 +170,6 @@ def test_clean_replacement_leaves_lq_degraded():
     lq, lq_up = apply(plan, hq)
     assert torch.equal(lq_up, hq) and not torch.equal(lq, hq[..., ::4, ::4])
 
-
-# -----------------------------------------------------------------------------
-# photos
-
-def test_photos_are_a_function_of_seed_and_index(tmp_path):
-    folder = save_photos(tmp_path, [(40, 50), (64, 32), (90, 40)])
-    photos, again = Photos(folder, 32, seed=3, flip=True), Photos(folder, 32, seed=3, flip=True, cache_mb=0)
-    assert len(photos) == 3
-    drawn = [photos[i] for i in range(12)]
-    for i in (11, 0, 7, 3):  # any order, with or without the cache
-        assert torch.equal(again[i], drawn[i])
-    assert all(x.shape == (3, 32, 32) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1 for x in drawn)
-    assert not torch.equal(Photos(folder, 32, seed=4)[0], drawn[0])
-    epochs = [sorted(photos.files[photos.order[j]].name for j in range(3)) for _ in [photos[0], photos[300]]]
-    assert epochs == [["0.png", "1.png", "2.png"]] * 2
-
-
-def test_photos_skip_and_name_what_is_no_good(tmp_path, capsys):
-    folder = save_photos(tmp_path / "a", [(64, 64), (40, 20), (20, 12)])  # good, to be enlarged, below half of the crop
-    (folder / "text.png").write_text("no picture")
-    cut = save_photos(tmp_path / "b", [(99, 99)]) / "0.png"
-    (folder / "cut.png").write_bytes(cut.read_bytes()[:9000])
-    (folder / "._0.png").write_text("a shadow that macOS leaves")
-    photos = Photos(folder, 32)
-    assert {path.name for path in photos.skipped} == {"2.png", "text.png"}  # by their headers
-    assert all(photos[i].shape == (3, 32, 32) for i in range(10))
-    assert {path.name for path in photos.skipped} == {"2.png", "text.png", "cut.png"}
-    err = capsys.readouterr().err
-    assert all(err.count(f"{name}:") == 1 for name in ("2.png", "text.png", "cut.png")) and "3 of 5 files" in err
-    with pytest.raises(ValueError, match="none of its 5 pictures"):
-        Photos(folder, 1000)
-
-
-def test_photos_honour_orientation_and_modes(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    Image.fromarray(np.arange(40 * 60, dtype=np.uint8).reshape(40, 60)).save(tmp_path / "grey.png", exif=exif)
-    assert Photos(tmp_path, 40).pixels(tmp_path / "grey.png").shape == (60, 40, 3)
-
-
-def test_list_photos(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        list_photos(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no pictures"):
-        list_photos(tmp_path)
-    save_photos(tmp_path / "deep" / "er", [(8, 8)], ".JPG")
-    save_photos(tmp_path, [(8, 8)])
-    assert [path.name for path in list_photos(tmp_path)] == ["0.png", "0.JPG"]
 
 
 # -----------------------------------------------------------------------------

@@ -192,7 +192,8 @@ def test_tiles_cover_everything():
 # ---- colours
 
 def test_colour_fixes():
-    x, ref = torch.rand(1, 3, 24, 30), 0.2 + 0.5 * torch.rand(1, 3, 24, 30)
+    torch.manual_seed(0)
+    x, ref = torch.rand(1, 3, 24, 30), 0.2 + 0.4 * torch.rand(1, 3, 24, 30)
     for fix in (adain, wavelet):
         assert torch.allclose(fix(x, x), x, atol=1e-5)
         assert abs(fix(x, ref) - x).max() > 0.1

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.qwen_vae import LATENTS_MEAN, LATENTS_STD, QwenVAE, QwenVAEConfig
+from models import strips
+from models.qwen_vae import LATENTS_MEAN, LATENTS_STD, QwenVAE, QwenVAEConfig, downsample, upsample
 
 MANIFEST = Path(__file__).resolve().parents[2] / "shared" / "manifests" / "qwen_image_vae_2d.json"
 TINY = QwenVAEConfig(base_dim=8, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, latents_mean=LATENTS_MEAN[:4], latents_std=LATENTS_STD[:4])
@@ -109,6 +111,46 @@ def test_norm_of_nothing_and_of_much():
     x = torch.zeros(1, 16, 1, 2, dtype=torch.half)
     x[..., 1] = 3e4  # its square is beyond float16
     assert norm(x)[..., 0].eq(0).all() and torch.allclose(norm(x)[0, :, 0, 1], norm.gamma[:, 0, 0], rtol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [0, 50, 300])
+@pytest.mark.parametrize("h, w", [(1, 31), (31, 1), (5, 7), (12, 5)])
+def test_strips_equal_whole(monkeypatch, limit, h, w):
+    vae, x, z = tiny(), torch.rand(2, 3, 4 * h + 3, 4 * w + 1) * 2 - 1, torch.randn(2, 4, h, w)
+    expected = vae.encode(x), vae.decode(z)
+    monkeypatch.setattr(strips, "LIMIT", limit)
+    monkeypatch.setattr(strips, "QUERIES", 4)
+    x_before, z_before = x.clone(), z.clone()
+    for ours, whole in zip((vae.encode(x), vae.decode(z)), expected):
+        assert ours.shape == whole.shape
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+    assert torch.equal(x, x_before) and torch.equal(z, z_before)
+
+
+@torch.no_grad()
+def test_small_pictures_take_the_plain_formulas():
+    vae = tiny()
+    for block, x in ((vae.encoder.down_blocks[0], torch.randn(2, 8, 12, 10)), (vae.encoder.down_blocks[2], torch.randn(2, 8, 12, 10))):
+        h = block.conv2(F.silu(block.norm2(block.conv1(F.silu(block.norm1(x))))))
+        assert torch.equal(block(x), block.conv_shortcut(x) + h)
+    attention, x = vae.encoder.mid_block.attentions[0], torch.randn(2, 16, 12, 10)
+    q, k, v = attention.to_qkv(attention.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+    h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
+    assert torch.equal(attention(x), x + attention.proj(h))
+    for step in (downsample(16), upsample(16)):
+        assert torch.equal(step(x), step.resample(x))
+
+
+def test_gradients_do_not_depend_on_strips(monkeypatch):
+    def gradients():
+        vae = tiny()
+        vae.decode(vae.encode(torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(0)))).square().sum().backward()
+        return [p.grad for p in vae.parameters()]
+
+    expected = gradients()
+    monkeypatch.setattr(strips, "LIMIT", 0)
+    assert all(map(torch.equal, gradients(), expected))
 
 
 def test_constants_must_fit_the_channels():

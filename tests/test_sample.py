@@ -29,7 +29,7 @@ class Bicubic:
             raise FileNotFoundError(f"{name}: no such model")
         return cls()
 
-    def upscale(self, lq, scale, seed, steps, guidance, weak, tile, color):
+    def upscale(self, lq, scale, seed, steps, guidance, weak, tile, overlap, color):
         if lq.shape[-1] == 13:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         if lq.shape[-1] == 14:

@@ -70,7 +70,7 @@ def autoencoder(monkeypatch, photos, tmp_path):
 def test_three_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys):
     train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
     for kind in ("rcgm", "shortcut"):
-        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "flow", "--distill", kind, "--accumulate", 2)
+        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "flow", "--distill", kind, "--micro-batch", 1)
         model = VOSR.from_pretrained(tmp_path / kind)
         assert model.cfg.dit.auxiliary_time_cond and model.cfg.steps == 1
     a, b = load_file(tmp_path / "flow" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
@@ -78,7 +78,7 @@ def test_three_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, 
     for name in ("log.csv", "loss.png", "sheet.png", "checkpoint.pt"):
         assert (tmp_path / "rcgm" / name).stat().st_size > 0
     said = capsys.readouterr().out
-    assert "small distill, from" in said and "float32" in said and "batch 2 = 2 x 1" in said
+    assert "small distill, from" in said and "float32" in said and "batch 2 = 1 x 2 x 1" in said
     Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
     assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path / "rcgm"), "--out", str(tmp_path / "out")]) == 0
     assert Image.open(tmp_path / "out" / "teal.png").size == (36, 28)

@@ -5,16 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.vae import SD_VAE_SCALE, VAE, LightDecoder, VAEConfig
+from models import strips
+from models.vae import SD_VAE_SCALE, VAE, Attention, Downsample, LightDecoder, ResnetBlock, Upsample, VAEConfig
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"
 TINY = VAEConfig(widths=(32, 64), layers_per_block=1)  # two levels: a factor of 2
 
 
-def tiny(seed=0):
+def random_norms(model):
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.1)
+    return model.eval()
+
+
+def tiny(seed=0, config=TINY):
     torch.manual_seed(seed)
-    return VAE(TINY).eval()
+    return random_norms(VAE(config))
 
 
 @pytest.mark.parametrize("name, make", [("sd_vae", VAE), ("sd21_lwdecoder", LightDecoder)])
@@ -87,6 +96,60 @@ def test_light_decoder():
     z = torch.randn(1, 4, 5, 6)
     assert decoder.decode(z).shape == (1, 3, 10, 12)
     assert torch.equal(decoder.decode(z), decoder(z / SD_VAE_SCALE))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [0, 50, 300])
+@pytest.mark.parametrize("h, w", [(1, 31), (31, 1), (5, 7), (12, 5)])
+def test_strips_equal_whole(monkeypatch, limit, h, w):
+    vae = tiny(config=VAEConfig(widths=(32, 64, 64), layers_per_block=1))
+    light = random_norms(LightDecoder(block_out_channels=[32, 64, 64], layers_per_block=1))
+    x, z = torch.rand(2, 3, 4 * h + 3, 4 * w + 1) * 2 - 1, torch.randn(2, 4, h, w)
+    expected = vae.encode(x), vae.decode(z), light.decode(z)
+    monkeypatch.setattr(strips, "LIMIT", limit)
+    monkeypatch.setattr(strips, "QUERIES", 4)
+    x_before, z_before = x.clone(), z.clone()
+    for ours, whole in zip((vae.encode(x), vae.decode(z), light.decode(z)), expected):
+        assert ours.shape == whole.shape
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+    assert torch.equal(x, x_before) and torch.equal(z, z_before)
+
+
+@torch.no_grad()
+def test_small_pictures_take_the_plain_formulas():
+    x = torch.randn(2, 32, 12, 10)
+    for c_out in (32, 64):
+        block = random_norms(ResnetBlock(32, c_out, 32))
+        h = block.conv2(F.silu(block.norm2(block.conv1(F.silu(block.norm1(x))))))
+        assert torch.equal(block(x), block.conv_shortcut(x) + h)
+    attention = random_norms(Attention(32, 32))
+    tokens = attention.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)
+    h = attention.to_out(F.scaled_dot_product_attention(attention.to_q(tokens), attention.to_k(tokens), attention.to_v(tokens)))
+    assert torch.equal(attention(x), x + h.squeeze(1).transpose(1, 2).reshape(x.shape))
+    down, up = Downsample(32), Upsample(32)
+    assert torch.equal(down(x), down.conv(F.pad(x, (0, 1, 0, 1)))) and torch.equal(up(x), up.conv(F.interpolate(x, scale_factor=2.0)))
+
+
+def test_gradients_do_not_depend_on_strips(monkeypatch):
+    def gradients():
+        vae = tiny()
+        vae.decode(vae.encode(torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(0)))).square().sum().backward()
+        return [p.grad for p in vae.parameters()]
+
+    expected = gradients()
+    monkeypatch.setattr(strips, "LIMIT", 0)
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [0, 512 * 512])
+def test_half_a_model(monkeypatch, limit):
+    """VOSR decodes with its own decoder and deletes this one."""
+    monkeypatch.setattr(strips, "LIMIT", limit)
+    vae, x = tiny(), torch.rand(1, 3, 12, 20)
+    expected = vae.encode(x)
+    del vae.decoder, vae.post_quant_conv
+    assert torch.equal(vae.encode(x), expected)
 
 
 def test_every_parameter_learns():

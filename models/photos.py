@@ -1,0 +1,161 @@
+"""Good photos as training data: folders, text lists with weights, .tar shards; random crops without end.
+
+Left out: streams that are read once from front to back. A .tar is indexed instead (Python's tarfile, headers only), so every picture
+can be had at any time, and shuffling, resuming and sharing between processes need no state: sample i is a function of (seed, i).
+"""
+
+import io
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models import imaging
+
+KINDS = " ".join(sorted(imaging.SUFFIXES))
+
+
+@dataclass(frozen=True)
+class Member:
+    """A picture inside a .tar file: size bytes from offset on."""
+
+    tar: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self):
+        return f"{self.tar}/{self.name}"
+
+    def open(self):
+        with open(self.tar, "rb") as f:
+            f.seek(self.offset)
+            return io.BytesIO(f.read(self.size))
+
+
+def is_picture(name):
+    return Path(name).suffix.lower() in imaging.SUFFIXES and not Path(name).name.startswith(".")
+
+
+def list_photos(source):
+    """All photos of a source, each as often as its weight says: list of Path and Member.
+
+    source: a folder (pictures and .tar files anywhere below it, hidden ones left out), a picture, a .tar of pictures, or a .txt list
+    Raises FileNotFoundError, ValueError.
+    """
+    photos = list(expand(Path(source), ()))
+    if not photos:
+        raise ValueError(f"{source}: no pictures in it; put some there ({KINDS})")
+    return photos
+
+
+def expand(source, lists):
+    """Yield the photos of a source; lists: the text lists it was reached through."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such folder, list or file{f' (named in {lists[-1]})' if lists else ''}; check the spelling")
+    if source.is_dir():
+        for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name[0] != "."):
+            if path.suffix.lower() == ".tar" or is_picture(path):
+                yield from expand(path, lists)
+    elif source.suffix.lower() == ".tar":
+        yield from members(source)
+    elif source.suffix.lower() == ".txt":
+        if source.resolve() in lists:
+            raise ValueError(f"{source}: this list leads back to itself; remove that line")
+        yield from listed(source, (*lists, source.resolve()))
+    elif is_picture(source):
+        yield source
+    else:
+        raise ValueError(f"{source}: is no source of photos; give a folder, a plain .tar, a .txt list or a picture ({KINDS})")
+
+
+def listed(path, lists):
+    """Yield the photos of a text list: a line holds a source, and maybe a comma and how often an epoch shows its photos (once)."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = line.strip()
+        if not line or line[0] == "#":
+            continue
+        name, comma, weight = line.rpartition(",")
+        if not comma or not weight.strip().lstrip("+-").isdecimal():
+            name, weight = line, "1"        # a comma may belong to the name
+        if int(weight) < 1:
+            raise ValueError(f"{path}, line {number}: the weight {weight.strip()} is no whole number from 1 on")
+        # official: of .tar shards the weight is a probability, whatever their size; of lists it repeats, as here
+        yield from int(weight) * list(expand(path.parent / name.strip(), lists))
+
+
+def members(path):
+    """Yield the pictures of an uncompressed .tar file."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                if m.isfile() and is_picture(m.name):
+                    yield Member(path, m.name, m.offset_data, m.size)
+    except (tarfile.TarError, OSError) as e:
+        raise ValueError(f"{path}: cannot be read as a plain .tar ({e}); unpack it, or copy it again") from None
+
+
+class Photos(torch.utils.data.Dataset):
+    """Random crops of photos, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) float in [0, 1].
+
+    So a resumed run starts at a later i, and workers and processes share the i between them; nothing else is to be remembered.
+    Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged (bicubic) to fit; one smaller
+    than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why. Each process keeps cache_mb of pixels.
+
+    files: what list_photos gives, None = list_photos(source); flip: mirror every other one; shrink: large pictures, too, are brought to the
+    crop's size, by their shorter side, so that a crop shows nearly all of the picture
+    """
+
+    def __init__(self, source, crop, seed=0, flip=False, shrink=False, files=None, cache_mb=1024):
+        self.files = list(files) if files is not None else list_photos(source)
+        self.crop, self.seed, self.flip, self.shrink, self.cache_left = crop, seed, flip, shrink, cache_mb * 2**20
+        self.skipped, self.cache, self.epoch = {}, {}, None
+        for file in dict.fromkeys(self.files):  # headers only; damage further in shows when a file's turn comes
+            try:
+                with Image.open(file if isinstance(file, Path) else file.open()) as img:
+                    if 2 * min(img.size) < crop:
+                        self.skip(file, f"{file}: its {img.width} x {img.height} pixels are less than half of the crop {crop}")
+            except Exception:
+                self.pixels(file)  # says what is wrong
+        if all(file in self.skipped for file in self.files):
+            raise ValueError(f"{source}: none of its {len(self)} pictures can be used for crops of {crop}; give others or a smaller crop")
+
+    def __len__(self):
+        return len(self.files)
+
+    def skip(self, file, reason):
+        self.skipped[file] = str(reason)
+        print(f"{reason}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
+
+    def pixels(self, file):
+        """Decoded picture, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
+        if file in self.skipped or file in self.cache:
+            return self.cache.get(file)
+        try:
+            x, _ = imaging.read_picture(file, None if isinstance(file, Path) else file.open())
+        except imaging.PictureError as error:
+            return self.skip(file, error)
+        factor = self.crop / min(x.shape[2:])
+        if factor > 1 or self.shrink:  # official: VOSR enlarges however small a picture is
+            x = imaging.resize(x, [round(side * factor) for side in x.shape[2:]])
+        array = imaging.to_uint8(x[0])
+        if array.nbytes <= self.cache_left:
+            self.cache[file], self.cache_left = array, self.cache_left - array.nbytes
+        return array
+
+    def __getitem__(self, i):
+        epoch, n = i // len(self), len(self)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(n)
+        turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))  # the first is taken, unless it is no good
+        array = next((array for array in turn if array is not None), None)
+        if array is None:
+            raise ValueError(f"{self.files[0]}: neither this nor the other {n - 1} pictures can be read; see the lines above")
+        rng = np.random.default_rng((self.seed, 1, i))
+        y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
+        array = array[y : y + self.crop, x : x + self.crop]
+        return imaging.from_uint8(array[:, ::-1] if self.flip and rng.random() < 0.5 else array)[0]

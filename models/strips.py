@@ -1,0 +1,91 @@
+"""
+Large feature maps in horizontal strips: the same numbers in a fraction of the memory.
+
+An autoencoder run on tiles forgets what lies beyond a tile's edge and normalises each tile by itself: seams, jumps in brightness.
+Here the picture stays whole and every layer is cut instead. A 3x3 convolution needs one more row above and below its strip and nothing
+else; a group norm takes its statistics from the whole map before the first strip; attention, which sees every cell, is cut by queries.
+Nothing is forgotten, so the result is that of the whole picture up to rounding. Two feature maps are in memory at a time, the one a
+layer reads and the one it writes; all that lies between them is the size of a strip.
+
+Plain, as if this file did not exist: maps of up to 512x512 pixels; and whatever records gradients, which keeps every map anyway.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+LIMIT = 512 * 512  # pixels of a map up to which it is computed whole; a strip has at most a quarter of them
+QUERIES = 4096  # up to which attention is computed at once, and then at a time
+
+
+def plain(pixels):
+    return pixels <= LIMIT or torch.is_grad_enabled()
+
+
+def rows_at_a_time(width):
+    return max(2, LIMIT // 4 // width // 2 * 2)  # even, so that half of them are whole rows too
+
+
+def in_strips(f, *maps, rate=1, into=None):
+    """f(*maps), a strip at a time if that is large.
+
+    maps: (B, C, H, W), C may differ; rate: rows of the result per row of the maps: 1, 2 or 0.5
+    f: anything in which a row of the result depends on the row of the maps at its height and the next ones above and below, no others;
+       at the borders it pads with zeros by itself
+    into: a map to write the result in, of the same shape; may be one of maps that nobody needs afterwards
+    -> (B, C', H * rate, W * rate)
+    """
+    H, W = maps[0].shape[2:]
+    if plain(H * W * max(1, rate**2)):
+        return f(*maps)
+    height, rows = int(H * rate), rows_at_a_time(int(W * max(rate, 1 / rate)))
+    halo = max(1, int(1 / rate))  # rows of the maps around those of a strip; even where every second one is a centre
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        top, bottom = max(int(start / rate) - halo, 0), min(int(stop / rate) + halo, H)
+        strip = f(*(x[:, :, top:bottom] for x in maps))
+        if start == 0:
+            out = strip.new_empty(*strip.shape[:2], height, strip.shape[3]) if into is None else into
+        else:
+            out[:, :, start - rows : start] = finished  # not before its successor has seen what it may overwrite
+        finished = strip[:, :, int(start - top * rate) : int(stop - top * rate)]  # less the halo, where f padded inside the picture
+    out[:, :, start:] = finished
+    return out
+
+
+def statistics(x, groups):
+    """Mean and biased variance of each group of channels over the whole map, in float32.  x: (B, C, H, W) -> two of (B, groups)"""
+    shares, means, variances = [], [], []
+    for strip in x.split(rows_at_a_time(x.shape[3]), dim=2):
+        variance, mean = torch.var_mean(strip.float().unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0)
+        shares.append(strip.shape[2] / x.shape[2])
+        means.append(mean)
+        variances.append(variance)
+    shares, means, variances = torch.tensor(shares, device=x.device).view(-1, 1, 1), torch.stack(means), torch.stack(variances)
+    mean = (shares * means).sum(0)
+    return mean, (shares * (variances + (means - mean) ** 2)).sum(0)  # the mean of the variances plus the variance of the means
+
+
+def fixed(norm, x):
+    """norm as a function of strips of x: a group norm with the statistics of all of x; any other sees one pixel at a time and stays as it is."""
+    if not isinstance(norm, nn.GroupNorm) or plain(x.shape[2] * x.shape[3]):
+        return norm
+    mean, variance = (s.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for s in statistics(x, norm.num_groups))
+    scale = norm.weight.float() * (variance + norm.eps).rsqrt()
+    shift = norm.bias.float() - mean * scale
+    scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+    return lambda strip: (strip * scale + shift).to(strip.dtype)
+
+
+def norm_silu_conv(norm, conv, x, into=None):
+    """conv(silu(norm(x))), the step these networks are made of.  (B, C, H, W) -> (B, C', H, W)"""
+    norm = fixed(norm, x)
+    return in_strips(lambda strip: conv(F.silu(norm(strip))), x, into=into)
+
+
+def attention(q, k, v):
+    """Attention of all tokens to all tokens, which never holds all their pairs.  Three of (B, nh, N, hd) -> (B, nh, N, hd)"""
+    if q.shape[2] <= QUERIES:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (x.contiguous() for x in (q, k, v))  # PyTorch's frugal kernels take no other layout
+    return torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(QUERIES, dim=2)], dim=2)

@@ -1,0 +1,141 @@
+"""A release of random weights in the authors' layout, and a server that hands it out as the Hugging Face hub does.
+
+The public files are gigabytes, so files of the same names, shapes and types with random numbers stand in for them in the tests:
+tiny ones in test_release.py, which shrinks models.vosr.SIZES first, full-size ones in full_size.py.
+"""
+
+import json
+import re
+import shutil
+import threading
+import zlib
+from dataclasses import replace
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from models.dit import DiT
+from models.qwen_vae import QwenVAE
+from models.vae import VAE, LightDecoder
+from models.vit import ViT
+from models.vosr import SIZES
+from models.weights import FILES, sha256_of
+
+ARGS = {"ae_type": "sd2", "weak_cond_strength_aelq_list": [0.05, 0.25], "distill_type": "rcgm", "resume_ckpt": None}   # of some eighty entries
+SD_VAE, QWEN_VAE = (f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("stable-diffusion-2-1-base/vae", "Qwen-Image-vae-2d"))
+LIGHT, DINO_B, DINO_L = "sd21_lwdecoder.pth", *(f"torch_cache/checkpoints/dinov2_vit{letter}14_pretrain.pth" for letter in "bl")
+FOLDERS = {"vosr-0.5b": "VOSR_0.5B_ms", "vosr-0.5b-1step": "VOSR_0.5B_os", "vosr-1.4b": "VOSR_1.4B_ms", "vosr-1.4b-1step": "VOSR_1.4B_os"}
+LIGHT_CONFIG = {"in_channels": 4, "out_channels": 3, "block_out_channels": [64, 128, 256, 256], "layers_per_block": 2}
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+def numbers(name, shape, generator):
+    """A parameter, also where training starts from zero: gains 1 +- 0.1, biases +- 0.1, the rest with deviation 1/sqrt(fan-in)."""
+    x = torch.randn(shape, generator=generator)
+    if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
+        return x.mul_(0.1).add_(1)
+    return x.mul_(0.1 if len(shape) == 1 else (shape[0] / x.numel()) ** 0.5)
+
+
+def random_tensors(network, *config, **arguments):
+    """State dict of network(*config, **arguments); what is no parameter, the rotary tables, keeps its values."""
+    with torch.device("meta"):
+        state = network(*config, **arguments).state_dict()
+    generator = torch.Generator().manual_seed(zlib.crc32(network.__name__.encode()))
+    return {name: numbers(name, x.shape, generator) if x.is_meta else x for name, x in state.items()}
+
+
+def old_names(tensors):
+    """Attention layers as diffusers named them when Stable Diffusion 2.1 came out."""
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        tensors = {name.replace(f".{new}.", f".{old}."): x for name, x in tensors.items()}
+    return tensors
+
+
+def contents(model):
+    """The weight files that a public model needs -> {name in FILES: function that makes what is in it}"""
+    size = model[5:9]
+    cfg = SIZES[size]
+    own = {f"{FOLDERS[model]}/checkpoints/ema_model.safetensors":
+           lambda: random_tensors(DiT, replace(cfg.dit, auxiliary_time_cond=model.endswith("1step")))}
+    if size == "1.4b":
+        return own | {QWEN_VAE: lambda: random_tensors(QwenVAE, cfg.vae), DINO_L: lambda: random_tensors(ViT, cfg.vit)}
+    return own | {
+        SD_VAE: lambda: old_names(random_tensors(VAE, cfg.vae)),    # whole, though only its encoder is needed
+        LIGHT: lambda: {"config": LIGHT_CONFIG | cfg.light_decoder, "model_state_dict": random_tensors(LightDecoder, **cfg.light_decoder)},
+        DINO_B: lambda: random_tensors(ViT, cfg.vit),
+    }
+
+
+def write_release(root, *models):
+    """The release folder `root` with what these public models need, at the sizes in SIZES; one network in memory at a time."""
+    for model in models:
+        for name, content in contents(model).items():
+            path = root / name
+            if not path.exists():       # the frozen networks serve several models
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (save_file if path.suffix == ".safetensors" else torch.save)(content(), path)
+        (root / FOLDERS[model] / "args.json").write_text(json.dumps(ARGS))
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+
+def rows():
+    """FILES' rows of what is in the release, without the sizes and hashes that random files cannot have, and with the hub as only source."""
+    of_hub = {name: f"CSWRY/VOSR:{name}" for name in FILES}
+    return {name: replace(FILES[name], size=None, sha256=None, sources=(source,)) for name, source in of_hub.items() if source in FILES[name].sources}
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the release folder `root`; `seen` lists the files asked for, `sent` counts bytes.
+
+    As at Hugging Face, weights are elsewhere: the hub says where and names their SHA-256, and only there a part can be asked for.
+    """
+
+    def __init__(self, root):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.seen, self.sent, self.digest = Path(root), [], 0, cache(sha256_of)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def environment(self, home):
+        """Variables of a user who knows no other hub, has no token, no proxy, and whose caches are in the folder `home`."""
+        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "NO_PROXY": "*", "HF_TOKEN": "",
+                "HF_HOME": f"{home}/huggingface", "HF_HUB_CACHE": f"{home}/huggingface/hub", "NANOSR_CACHE": f"{home}/nanosr"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        place, _, name = self.path.removeprefix("/").partition("/resolve/main/" if "/resolve/" in self.path else "/")
+        path = self.server.root / name
+        if place != "blob":
+            self.server.seen.append(name)
+        if place not in ("blob", "CSWRY/VOSR") or not path.is_file():
+            return self.send_error(404)
+        if place != "blob" and path.suffix != ".json":
+            return self.head(302, {"Location": f"/blob/{name}", "X-Linked-Etag": f'"{self.server.digest(path)}"', "Content-Length": 0})
+        size, tag = path.stat().st_size, f'"{path.stat().st_mtime_ns:x}"'
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked and self.headers["If-Range"] == tag else 0
+        if start >= size:
+            return self.head(416, {"Content-Range": f"bytes */{size}", "Content-Length": 0})
+        span = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
+        self.head(206 if start else 200, {"Content-Length": size - start, "ETag": tag, **span})
+        with open(path, "rb") as f:
+            f.seek(start)
+            shutil.copyfileobj(f, self.wfile, 1 << 20)      # never a whole file in memory
+        self.server.sent += size - start
+
+    def head(self, code, headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass

@@ -1,0 +1,100 @@
+"""Training on several processes, here two on one CPU with gloo: the same numbers as one process. Run: python -m pytest tests/test_distributed.py"""
+
+import csv
+import os
+import socket
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_train import STAGE, photos  # noqa: F401 (a fixture)
+from test_vosr import SMALL
+
+import train_vosr
+import training
+
+STAGES = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "distill": STAGE}
+
+
+def work(rank, world, port, words, stop_at):
+    """One process of a run, as torchrun would start it."""
+    if world:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    train_vosr.PRESETS["small"] = (replace(SMALL, tile=64), STAGES)
+
+    class Stop:
+        steps = 0
+
+        def __bool__(self):
+            self.steps += 1
+            return self.steps > stop_at
+
+    training.Stop = Stop
+    sys.argv = ["train_vosr.py", "--preset", "small", "--device", "cpu", *words]
+    train_vosr.main()
+
+
+def run(photos, out, world, *more, stop_at=99):  # noqa: F811
+    """Train on `world` processes, 0 = without torchrun -> weights of the EMA, losses of the log."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = ["--data", str(photos), "--out", str(out), *map(str, more)]
+    mp.spawn(work, (world, port, words, stop_at), nprocs=max(world, 1))
+    with open(out / "log.csv", newline="") as f:
+        losses = {(row["step"], name): float(row[name]) for row in csv.DictReader(f) for name in ("loss", "held_out", "grad_norm") if row[name]}
+    return load_file(out / "model.safetensors"), losses
+
+
+def same(a, b, resumed=False):
+    """Equal up to the order of additions; weights were stored in float16. The log's loss is a mean since the run began."""
+    assert a[0].keys() == b[0].keys()
+    for name, tensor in a[0].items():
+        torch.testing.assert_close(tensor, b[0][name], atol=2e-3, rtol=2e-3, msg=name)
+    x, y = ({key: loss for key, loss in losses.items() if not (resumed and key[1] == "loss")} for _, losses in (a, b))
+    assert len(x) > 2 and x == pytest.approx(y, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def start(photos, tmp_path_factory):  # noqa: F811
+    """An autoencoder and a flow trained by one process."""
+    folder = tmp_path_factory.mktemp("start")
+    run(photos, folder / "ae", 0, "--stage", "autoencoder")
+    run(photos, folder / "flow", 0, "--stage", "flow", "--init", folder / "ae")
+    return {"flow": folder / "ae", "distill": folder / "flow"}
+
+
+@pytest.mark.parametrize("stage", ["flow", "distill"])
+def test_two_processes_equal_one(photos, start, tmp_path, stage):  # noqa: F811
+    """The same global batch in the same parts: by one process, by two copies (DDP), in two pieces (FSDP2)."""
+    words = ["--stage", stage, "--init", start[stage], "--batch-size", 4, "--micro-batch", 1]
+    one = run(photos, tmp_path / "one", 0, *words)
+    assert one[1]["0", "held_out"] != one[1]["4", "held_out"], "nothing was learned"
+    for name, more in (("ddp", []), ("fsdp", ["--fsdp"])):
+        same(one, run(photos, tmp_path / name, 2, *words, *more))
+
+
+@pytest.mark.parametrize("before, after", [((2, []), (0, [])), ((0, []), (2, ["--fsdp"])), ((2, ["--fsdp"]), (2, []))])
+def test_resume_on_another_number_of_processes(photos, start, tmp_path, before, after):  # noqa: F811
+    words = ["--stage", "flow", "--init", start["flow"], "--batch-size", 4, "--micro-batch", 2]
+    straight = run(photos, tmp_path / "straight", 0, *words)
+    half = run(photos, tmp_path / "parts", before[0], *words, *before[1], stop_at=2)
+    rest = run(photos, tmp_path / "parts", after[0], *words, *after[1])
+    same(straight, rest, resumed=True)
+    assert not torch.equal(half[0]["dit.blocks.0.mlp.w3.weight"], rest[0]["dit.blocks.0.mlp.w3.weight"])
+
+
+def test_each_process_needs_its_photos(photos, tmp_path, monkeypatch):  # noqa: F811
+    """Three photos cannot be shared by two processes, and FSDP is nothing for one."""
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "autoencoder", "--data", str(photos), "--out", str(tmp_path), "--batch-size", "3"])
+    monkeypatch.setattr(training, "join", lambda device: (0, 2))
+    with pytest.raises(training.Quit, match="--batch-size 3 is not 2 processes x"):
+        train_vosr.main()
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "flow", "--init", "x", "--data", str(photos), "--out", str(tmp_path), "--fsdp"])
+    with pytest.raises(training.Quit, match="torchrun"):
+        train_vosr.main()

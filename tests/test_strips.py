@@ -1,0 +1,159 @@
+"""Strips equal the whole, in less memory.    python -m pytest tests/test_strips.py"""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import strips
+from models.qwen_vae import QwenVAE, QwenVAEConfig
+from models.strips import attention, fixed, in_strips, norm_silu_conv, plain, statistics
+from models.vae import VAE, VAEConfig
+
+CONV = nn.Conv2d(4, 4, 3, padding=1)
+UP = nn.Sequential(nn.Upsample(scale_factor=2), CONV)
+DOWN = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 6, 3, stride=2))
+
+
+class Meter(TorchDispatchMode):
+    """`peak`: bytes of all that was in memory at one time, of what operations made or had in hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+def watched(f):
+    """f, and the list of heights of what it is given."""
+    heights = []
+
+    def g(*maps):
+        heights.append(maps[0].shape[2])
+        return f(*maps)
+
+    return g, heights
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [0, 100, 333])
+@pytest.mark.parametrize("f, rate", [(CONV, 1), (UP, 2), (DOWN, 0.5)], ids=["same", "up", "down"])
+@pytest.mark.parametrize("H, W", [(1, 800), (2, 401), (37, 20), (24, 31), (41, 50), (801, 1)])
+def test_strips_equal_whole(monkeypatch, limit, f, rate, H, W):
+    if f is DOWN and min(H, W) < 2:
+        pytest.skip("nothing to halve")
+    monkeypatch.setattr(strips, "LIMIT", limit)
+    x = torch.randn(2, 4, H, W)
+    given = x.clone()
+    g, heights = watched(f)
+    torch.testing.assert_close(in_strips(g, x, rate=rate), f(x), rtol=0, atol=1e-5)
+    assert torch.equal(x, given), "its input is untouched"
+    assert sum(heights) >= H - H % 2
+    if H > 2:
+        assert len(heights) > 1 and max(heights) * W <= max(limit / 4, 4 * W) + 4 * W
+
+
+@torch.no_grad()
+def test_written_where_it_was_read(monkeypatch):
+    monkeypatch.setattr(strips, "LIMIT", 40)
+    h, x = torch.randn(2, 2, 4, 13, 6)
+    expected = CONV(h) + F.avg_pool2d(x, 3, 1, 1)
+    out = in_strips(lambda h, x: CONV(h) + F.avg_pool2d(x, 3, 1, 1), h, x, into=h)
+    assert out is h
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_small_maps_are_not_cut():
+    """Of 512x512 pictures none is, however many there are; where a step enlarges, the result counts."""
+    assert plain(512 * 512) and not plain(512 * 513)
+    for shape, rate, cut in [((1, 1, 512, 512), 1, False), ((8, 64, 256, 256), 1, False), ((1, 1, 512, 513), 1, True), ((1, 1, 256, 256), 2, False),
+                             ((1, 1, 256, 257), 2, True), ((1, 1, 512, 512), 0.5, False), ((1, 1, 512, 513), 0.5, True)]:  # fmt: skip
+        seen = []
+        in_strips(lambda x: seen.append(x) or torch.zeros(1, 1, int(x.shape[2] * rate), 1), torch.zeros(1).expand(shape), rate=rate)
+        assert (len(seen) > 1) == cut and (cut or seen[0].shape == shape)
+
+
+def test_gradients_take_the_plain_path(monkeypatch):
+    monkeypatch.setattr(strips, "LIMIT", 0)
+    x, norm = torch.randn(1, 4, 9, 5), nn.GroupNorm(2, 4)
+    h = x.clone()
+    assert in_strips(lambda x: x, x) is x and fixed(norm, x) is norm
+    assert torch.equal(norm_silu_conv(norm, CONV, h, into=h), CONV(F.silu(norm(x)))) and torch.equal(h, x), "nothing is written in place"
+    with torch.no_grad():
+        assert in_strips(lambda x: x, x) is not x and fixed(norm, x) is not norm
+
+
+@pytest.mark.parametrize("limit", [0, 60, 200])
+def test_statistics_far_from_zero(monkeypatch, limit):
+    """A mean a thousand times the deviation, rows of different brightness, and values whose squares float16 cannot hold."""
+    monkeypatch.setattr(strips, "LIMIT", limit)
+    x = 1000 + torch.randn(2, 8, 23, 10) + torch.linspace(-3, 3, 23).view(-1, 1)
+    for x in (x, x.half()):
+        groups = x.double().view(2, 4, -1)
+        mean, variance = statistics(x, 4)
+        assert mean.dtype == variance.dtype == torch.float32
+        assert torch.allclose(mean.double(), groups.mean(-1), rtol=1e-6) and torch.allclose(variance.double(), groups.var(-1, correction=0), rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_group_norm_of_the_whole(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr(strips, "LIMIT", 60)
+    norm = nn.GroupNorm(4, 8, eps=0.1)  # an epsilon that shows
+    norm.weight.normal_(1), norm.bias.normal_()
+    norm, x = norm.to(dtype), torch.randn(2, 8, 23, 10).add(torch.linspace(-3, 3, 23).view(-1, 1)).to(dtype)
+    out = in_strips(fixed(norm, x), x)
+    assert out.dtype == dtype
+    expected = F.group_norm(x.float(), 4, norm.weight.float(), norm.bias.float(), 0.1)
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+    assert (fixed(norm, x[:, :, :12])(x[:, :, :12]) - expected[:, :, :12]).abs().max() > 0.1  # what tiles would do
+
+
+@torch.no_grad()
+def test_attention_by_queries(monkeypatch):
+    q, k, v = torch.randn(2, 600, 3 * 16).transpose(1, 2).reshape(3, 2, 1, 16, 600).transpose(3, 4)  # as from a convolution: no contiguous rows
+    whole = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(attention(q, k, v), whole)
+
+    def pairs():
+        with Meter() as meter, sdpa_kernel(SDPBackend.MATH):
+            torch.testing.assert_close(attention(q, k, v), whole, rtol=0, atol=1e-5)
+        return meter.peak / (2 * 600 * 600 * 4)
+
+    assert pairs() > 1
+    monkeypatch.setattr(strips, "QUERIES", 64)
+    assert pairs() < 0.5
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # which refuses what is not contiguous
+        torch.testing.assert_close(attention(q, k, v), whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("net, half, in_maps", [(VAE, "encode", 2), (VAE, "decode", 3), (QwenVAE, "encode", 2), (QwenVAE, "decode", 2)])
+def test_two_maps_at_a_time(monkeypatch, net, half, in_maps):
+    """In the unit of one full-size map of the smallest width; SD's decoder steps up with twice that width."""
+    model = net({VAE: VAEConfig(widths=(32, 64, 64)), QwenVAE: QwenVAEConfig(base_dim=32, dim_mult=(1, 2, 2))}[net])
+    x = torch.rand(1, 3, 128, 128) if half == "encode" else torch.randn(1, 4 if net is VAE else 16, 32, 32)
+
+    def maps():
+        with Meter() as meter:
+            getattr(model, half)(x)
+        return meter.peak / (32 * 128 * 128 * 4)
+
+    assert maps() > in_maps + 1.5
+    monkeypatch.setattr(strips, "LIMIT", 32 * 32)
+    monkeypatch.setattr(strips, "QUERIES", 64)
+    assert in_maps <= maps() < in_maps + 0.5
