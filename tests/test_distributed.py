@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_train import STAGE, photos  # noqa: F401 (a fixture)
+from test_train import STAGE, launch, photos  # noqa: F401 (photos is a fixture)
 from test_vosr import SMALL
 
 import train_vosr
@@ -19,32 +19,28 @@ import training
 STAGES = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "distill": STAGE}
 
 
-def work(rank, world, port, words, stop_at):
-    """One process of a run, as torchrun would start it."""
-    if world:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_here(photos, out, words, stop_at):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_vosr.PRESETS, "small", (replace(SMALL, tile=64), STAGES))
+        launch(patch, photos, out, *words, stop_at=stop_at)
+
+
+def work(rank, world, port, *run):
+    """One process of several, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    train_vosr.PRESETS["small"] = (replace(SMALL, tile=64), STAGES)
-
-    class Stop:
-        steps = 0
-
-        def __bool__(self):
-            self.steps += 1
-            return self.steps > stop_at
-
-    training.Stop = Stop
-    sys.argv = ["train_vosr.py", "--preset", "small", "--device", "cpu", *words]
-    train_vosr.main()
+    train_here(*run)
 
 
-def run(photos, out, world, *more, stop_at=99):  # noqa: F811
-    """Train on `world` processes, 0 = without torchrun -> weights of the EMA, losses of the log."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    words = ["--data", str(photos), "--out", str(out), *map(str, more)]
-    mp.spawn(work, (world, port, words, stop_at), nprocs=max(world, 1))
+def run(photos, out, world, *words, stop_at=None):  # noqa: F811
+    """Train on `world` processes, 0 = without torchrun -> weights of the EMA, figures of the log."""
+    if world:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        mp.spawn(work, (world, port, photos, out, words, stop_at), nprocs=world)
+    else:
+        train_here(photos, out, words, stop_at)
     with open(out / "log.csv", newline="") as f:
         losses = {(row["step"], name): float(row[name]) for row in csv.DictReader(f) for name in ("loss", "held_out", "grad_norm") if row[name]}
     return load_file(out / "model.safetensors"), losses
@@ -63,25 +59,29 @@ def same(a, b, resumed=False):
 def start(photos, tmp_path_factory):  # noqa: F811
     """An autoencoder and a flow trained by one process."""
     folder = tmp_path_factory.mktemp("start")
-    run(photos, folder / "ae", 0, "--stage", "autoencoder")
-    run(photos, folder / "flow", 0, "--stage", "flow", "--init", folder / "ae")
+    run(photos, folder / "ae", 0, "autoencoder")
+    run(photos, folder / "flow", 0, "flow", "--init", folder / "ae")
     return {"flow": folder / "ae", "distill": folder / "flow"}
 
 
 @pytest.mark.parametrize("stage", ["flow", "distill"])
 def test_two_processes_equal_one(photos, start, tmp_path, stage):  # noqa: F811
     """The same global batch in the same parts: by one process, by two copies (DDP), in two pieces (FSDP2)."""
-    words = ["--stage", stage, "--init", start[stage], "--batch-size", 4, "--micro-batch", 1]
+    words = [stage, "--init", start[stage], "--batch-size", 4, "--micro-batch", 1]
     one = run(photos, tmp_path / "one", 0, *words)
     assert one[1]["0", "held_out"] != one[1]["4", "held_out"], "nothing was learned"
     for name, more in (("ddp", []), ("fsdp", ["--fsdp"])):
         same(one, run(photos, tmp_path / name, 2, *words, *more))
 
 
+@pytest.fixture(scope="module")
+def straight(photos, start, tmp_path_factory):  # noqa: F811
+    return run(photos, tmp_path_factory.mktemp("straight"), 0, "flow", "--init", start["flow"], "--batch-size", 4, "--micro-batch", 2)
+
+
 @pytest.mark.parametrize("before, after", [((2, []), (0, [])), ((0, []), (2, ["--fsdp"])), ((2, ["--fsdp"]), (2, []))])
-def test_resume_on_another_number_of_processes(photos, start, tmp_path, before, after):  # noqa: F811
-    words = ["--stage", "flow", "--init", start["flow"], "--batch-size", 4, "--micro-batch", 2]
-    straight = run(photos, tmp_path / "straight", 0, *words)
+def test_resume_on_another_number_of_processes(photos, start, straight, tmp_path, before, after):  # noqa: F811
+    words = ["flow", "--init", start["flow"], "--batch-size", 4, "--micro-batch", 2]
     half = run(photos, tmp_path / "parts", before[0], *words, *before[1], stop_at=2)
     rest = run(photos, tmp_path / "parts", after[0], *words, *after[1])
     same(straight, rest, resumed=True)

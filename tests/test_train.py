@@ -41,7 +41,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def train(monkeypatch, photos, out, stage, *more, stop_at=None):
+def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="small"):
     """Run a stage in this process; stop_at: steps after which Ctrl-C comes."""
     class Stop:
         steps = 0
@@ -51,10 +51,15 @@ def train(monkeypatch, photos, out, stage, *more, stop_at=None):
             return stop_at is not None and self.steps > stop_at
 
     monkeypatch.setattr(training, "Stop", Stop)
-    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", "small", "--stage", stage, "--data", str(photos), "--out", str(out),
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", preset, "--stage", stage, "--data", str(photos), "--out", str(out),
                                       "--device", "cpu", *map(str, more)])
     train_vosr.main()
-    return load_file(out / "model.safetensors")
+
+
+def train(monkeypatch, photos, out, stage, *more, preset="small", **kwargs):
+    """`launch` -> the tensors it wrote."""
+    launch(monkeypatch, photos, out, stage, *more, preset=preset, **kwargs)
+    return load_file(out / ("model.safetensors" if preset == "small" else "checkpoints/ema_model.safetensors"))
 
 
 def same(a, b):
