@@ -9,7 +9,6 @@ runs sample.py against that server in a process of its own, whose peak memory is
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -60,19 +59,18 @@ def main():
     p.add_argument("--side", default="100x75", help="width x height of the input, enlarged 4 times")
     p.add_argument("--keep", type=Path, metavar="DIR", help="folder for the files of the release")
     args, others = p.parse_known_args()     # the others are sample.py's: --steps, --tile, --device, ...
-    if shutil.disk_usage(args.keep or tempfile.gettempdir()).free < (needed := {"0.5b": 6e9, "1.4b": 16e9}[PUBLIC[args.model][0]]):
-        sys.exit(f"full_size.py: needs {needed / 1e9:.0f} GB of disk")
+    needed = {"0.5b": 6e9, "1.4b": 16e9}[PUBLIC[args.model][0]]
+    if shutil.disk_usage(tempfile.gettempdir()).free < needed:
+        sys.exit(f"full_size.py: {tempfile.gettempdir()} has less than {needed / 1e9:.0f} GB left; name another folder in TMPDIR")
 
     with tempfile.TemporaryDirectory(prefix="nanosr-") as folder:
         folder = Path(folder)
         root = args.keep or folder / "release"
-        # In a process of its own too: on Linux a process begins with the peak memory of the one that started it.
-        writer = multiprocessing.get_context("spawn").Process(target=write_release, args=(root, args.model))
         start = time.perf_counter()
-        writer.start(), writer.join()
+        write_release(root, args.model)
         hub, files = Hub(root), [root / name for name in contents(args.model)]
         for file in files:
-            hub.digest(file)    # the real hub knows them
+            hub.digest(file)    # the real hub has them at hand
         print(f"{args.model}: {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes, made in {time.perf_counter() - start:.0f} s", flush=True)
 
         width, height = map(int, args.side.split("x"))

@@ -126,10 +126,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.head(416, {"Content-Range": f"bytes */{size}", "Content-Length": 0})
         span = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
         self.head(206 if start else 200, {"Content-Length": size - start, "ETag": tag, **span})
+        self.server.sent += size - start                    # first, so that it is right when the client has the last byte
         with open(path, "rb") as f:
             f.seek(start)
             shutil.copyfileobj(f, self.wfile, 1 << 20)      # never a whole file in memory
-        self.server.sent += size - start
 
     def head(self, code, headers):
         self.send_response(code)

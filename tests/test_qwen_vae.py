@@ -113,10 +113,19 @@ def test_norm_of_nothing_and_of_much():
     assert norm(x)[..., 0].eq(0).all() and torch.allclose(norm(x)[0, :, 0, 1], norm.gamma[:, 0, 0], rtol=1e-2)
 
 
+@pytest.fixture
+def one_thread():
+    """For thousands of tiny operations: threads that wait for each other take minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0, 50, 300])
-@pytest.mark.parametrize("h, w", [(1, 31), (31, 1), (5, 7), (12, 5)])
-def test_strips_equal_whole(monkeypatch, limit, h, w):
+@pytest.mark.parametrize("h, w", [(1, 23), (13, 1), (5, 7), (8, 5)])
+def test_strips_equal_whole(monkeypatch, one_thread, limit, h, w):
     vae, x, z = tiny(), torch.rand(2, 3, 4 * h + 3, 4 * w + 1) * 2 - 1, torch.randn(2, 4, h, w)
     expected = vae.encode(x), vae.decode(z)
     monkeypatch.setattr(strips, "LIMIT", limit)

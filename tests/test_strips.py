@@ -48,13 +48,24 @@ def watched(f):
     return g, heights
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For thousands of tiny operations: threads that wait for each other take minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SIZES = [(2, 401), (401, 2), (37, 20), (24, 31)]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0, 100, 333])
-@pytest.mark.parametrize("f, rate", [(CONV, 1), (UP, 2), (DOWN, 0.5)], ids=["same", "up", "down"])
-@pytest.mark.parametrize("H, W", [(1, 800), (2, 401), (37, 20), (24, 31), (41, 50), (801, 1)])
+@pytest.mark.parametrize("f, rate, H, W", [*((CONV, 1, *size) for size in [(1, 800), (801, 1), *SIZES]),
+                                           *((UP, 2, *size) for size in [(1, 800), (401, 1), *SIZES]),
+                                           *((DOWN, 0.5, *size) for size in SIZES)])  # fmt: skip
 def test_strips_equal_whole(monkeypatch, limit, f, rate, H, W):
-    if f is DOWN and min(H, W) < 2:
-        pytest.skip("nothing to halve")
     monkeypatch.setattr(strips, "LIMIT", limit)
     x = torch.randn(2, 4, H, W)
     given = x.clone()
@@ -63,7 +74,7 @@ def test_strips_equal_whole(monkeypatch, limit, f, rate, H, W):
     assert torch.equal(x, given), "its input is untouched"
     assert sum(heights) >= H - H % 2
     if H > 2:
-        assert len(heights) > 1 and max(heights) * W <= max(limit / 4, 4 * W) + 4 * W
+        assert len(heights) > 1 and max(heights) * W <= max(limit / 4, 2 * W / min(rate, 1)) + 4 * W  # a strip, and a halo of two rows at most
 
 
 @torch.no_grad()
@@ -106,7 +117,8 @@ def test_statistics_far_from_zero(monkeypatch, limit):
         groups = x.double().view(2, 4, -1)
         mean, variance = statistics(x, 4)
         assert mean.dtype == variance.dtype == torch.float32
-        assert torch.allclose(mean.double(), groups.mean(-1), rtol=1e-6) and torch.allclose(variance.double(), groups.var(-1, correction=0), rtol=1e-4)
+        assert torch.allclose(mean.double(), groups.mean(-1), rtol=1e-6)
+        assert torch.allclose(variance.double(), groups.var(-1, correction=0), rtol=1e-4)
 
 
 @torch.no_grad()

@@ -98,10 +98,19 @@ def test_light_decoder():
     assert torch.equal(decoder.decode(z), decoder(z / SD_VAE_SCALE))
 
 
+@pytest.fixture
+def one_thread():
+    """For thousands of tiny operations: threads that wait for each other take minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0, 50, 300])
-@pytest.mark.parametrize("h, w", [(1, 31), (31, 1), (5, 7), (12, 5)])
-def test_strips_equal_whole(monkeypatch, limit, h, w):
+@pytest.mark.parametrize("h, w", [(1, 23), (13, 1), (5, 7), (8, 5)])
+def test_strips_equal_whole(monkeypatch, one_thread, limit, h, w):
     vae = tiny(config=VAEConfig(widths=(32, 64, 64), layers_per_block=1))
     light = random_norms(LightDecoder(block_out_channels=[32, 64, 64], layers_per_block=1))
     x, z = torch.rand(2, 3, 4 * h + 3, 4 * w + 1) * 2 - 1, torch.randn(2, 4, h, w)
