@@ -301,6 +301,8 @@ def main():
         if args.hr_dir.is_file():
             raise ValueError(f"{args.hr_dir}: is no folder; give one with pictures")
         files = [file for file in list_photos(args.hr_dir) if isinstance(file, Path)]
+        if not files:
+            raise ValueError(f"{args.hr_dir}: its pictures are all in .tar files; unpack them")
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:

@@ -235,7 +235,8 @@ def main():
         objective = training.replicate(model, objective, device)
 
     files = list_photos(args.data)
-    held_out, files = files[::30], [f for i, f in enumerate(files) if i % 30]
+    held_out = dict.fromkeys(list(dict.fromkeys(files))[::30])      # of photos that a list repeats, all copies
+    files = [f for f in files if f not in held_out]
     if not files:
         raise training.Quit(f"{args.data}: one photo only; every 30th is held out, so at least two are needed")
     photos = Photos(args.data, stage.crop, seed=args.seed, flip=stage.flip, shrink=stage.shrink, files=files)

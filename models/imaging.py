@@ -90,7 +90,7 @@ def read_picture(path, file=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # chatter about odd metadata ...
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
-            with Image.open(file or path) as img:
+            with Image.open(path if file is None else file) as img:
                 img.load()
                 return decode(ImageOps.exif_transpose(img))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

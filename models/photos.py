@@ -4,15 +4,16 @@ Left out: streams that are read once from front to back. A .tar is indexed inste
 can be had at any time, and shuffling, resuming and sharing between processes need no state: sample i is a function of (seed, i).
 """
 
-import io
+import re
 import sys
 import tarfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ContainerIO, Image
 
 from models import imaging
 
@@ -31,10 +32,11 @@ class Member:
     def __str__(self):
         return f"{self.tar}/{self.name}"
 
-    def open(self):
-        with open(self.tar, "rb") as f:
-            f.seek(self.offset)
-            return io.BytesIO(f.read(self.size))
+    @contextmanager
+    def open(self, mode="rb"):
+        """The picture as a binary file, like Path.open; anew each time, since processes that share a handle would move each other's place."""
+        with open(self.tar, mode) as f:
+            yield ContainerIO.ContainerIO(f, self.offset, self.size)
 
 
 def is_picture(name):
@@ -47,16 +49,16 @@ def list_photos(source):
     source: a folder (pictures and .tar files anywhere below it, hidden ones left out), a picture, a .tar of pictures, or a .txt list
     Raises FileNotFoundError, ValueError.
     """
-    photos = list(expand(Path(source), ()))
+    photos = list(expand(Path(source)))
     if not photos:
         raise ValueError(f"{source}: no pictures in it; put some there ({KINDS})")
     return photos
 
 
-def expand(source, lists):
-    """Yield the photos of a source; lists: the text lists it was reached through."""
+def expand(source, lists=(), where=""):
+    """Yield the photos of a source; lists: the text lists it was reached through; where: which line names it, for messages."""
     if not source.exists():
-        raise FileNotFoundError(f"{source}: no such folder, list or file{f' (named in {lists[-1]})' if lists else ''}; check the spelling")
+        raise FileNotFoundError(f"{source}: no such folder, list or file{where}; check the spelling")
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name[0] != "."):
             if path.suffix.lower() == ".tar" or is_picture(path):
@@ -65,38 +67,47 @@ def expand(source, lists):
         yield from members(source)
     elif source.suffix.lower() == ".txt":
         if source.resolve() in lists:
-            raise ValueError(f"{source}: this list leads back to itself; remove that line")
+            raise ValueError(f"{source}: this list leads back to itself{where}; remove that line")
         yield from listed(source, (*lists, source.resolve()))
     elif is_picture(source):
         yield source
     else:
-        raise ValueError(f"{source}: is no source of photos; give a folder, a plain .tar, a .txt list or a picture ({KINDS})")
+        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a plain .tar, a .txt list or a picture ({KINDS})")
 
 
 def listed(path, lists):
     """Yield the photos of a text list: a line holds a source, and maybe a comma and how often an epoch shows its photos (once)."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        line = line.strip()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # sig: Windows' editors begin a file with a mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is no text in UTF-8; save it as such") from None
+    for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line[0] == "#":
             continue
-        name, comma, weight = line.rpartition(",")
-        if not comma or not weight.strip().lstrip("+-").isdecimal():
-            name, weight = line, "1"        # a comma may belong to the name
-        if int(weight) < 1:
-            raise ValueError(f"{path}, line {number}: the weight {weight.strip()} is no whole number from 1 on")
+        name, weight = re.fullmatch(r"(.*?)(?:,\s*([+-]?\d+))?", line).groups()  # any other comma belongs to the name
+        weight = int(weight or 1)
+        if weight < 1:
+            raise ValueError(f"{path}, line {number}: the weight {weight} is no whole number from 1 on; correct it or remove the line")
         # official: of .tar shards the weight is a probability, whatever their size; of lists it repeats, as here
-        yield from int(weight) * list(expand(path.parent / name.strip(), lists))
+        yield from weight * list(expand(path.parent / name.strip(), lists, f" (named in {path}, line {number})"))
 
 
 def members(path):
-    """Yield the pictures of an uncompressed .tar file."""
+    """The pictures of an uncompressed .tar file; of one that breaks off, with a line on stderr, those up to there."""
+    found = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:") as tar:  # the colon: a compressed file has no offsets to go to
             for m in tar:
                 if m.isfile() and is_picture(m.name):
-                    yield Member(path, m.name, m.offset_data, m.size)
+                    found.append(Member(path, m.name, m.offset_data, m.size))
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end; the true end is a block of zeros
+                raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError) as e:
-        raise ValueError(f"{path}: cannot be read as a plain .tar ({e}); unpack it, or copy it again") from None
+        if not found:
+            raise ValueError(f"{path}: cannot be read as a plain .tar ({e}); unpack it if it is compressed, else copy it again") from None
+        print(f"{path}: breaks off ({e}), only its first {len(found)} pictures are used; copy it again", file=sys.stderr)
+    return found
 
 
 class Photos(torch.utils.data.Dataset):
@@ -116,7 +127,7 @@ class Photos(torch.utils.data.Dataset):
         self.skipped, self.cache, self.epoch = {}, {}, None
         for file in dict.fromkeys(self.files):  # headers only; damage further in shows when a file's turn comes
             try:
-                with Image.open(file if isinstance(file, Path) else file.open()) as img:
+                with file.open("rb") as f, Image.open(f) as img:
                     if 2 * min(img.size) < crop:
                         self.skip(file, f"{file}: its {img.width} x {img.height} pixels are less than half of the crop {crop}")
             except Exception:
@@ -136,8 +147,9 @@ class Photos(torch.utils.data.Dataset):
         if file in self.skipped or file in self.cache:
             return self.cache.get(file)
         try:
-            x, _ = imaging.read_picture(file, None if isinstance(file, Path) else file.open())
-        except imaging.PictureError as error:
+            with nullcontext() if isinstance(file, Path) else file.open() as f:
+                x, _ = imaging.read_picture(file, f)
+        except (imaging.PictureError, OSError) as error:  # OSError: the .tar itself is gone or may not be read
             return self.skip(file, error)
         factor = self.crop / min(x.shape[2:])
         if factor > 1 or self.shrink:  # official: VOSR enlarges however small a picture is

@@ -23,7 +23,7 @@ def plain(pixels):
 
 
 def rows_at_a_time(width):
-    return max(2, LIMIT // 4 // width // 2 * 2)  # even, so that half of them are whole rows too
+    return max(1, LIMIT // 4 // width)
 
 
 def in_strips(f, *maps, rate=1, into=None):

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,7 +206,11 @@ def test_command_makes_pairs_and_names_a_bad_file(tmp_path):
 
 def test_command_refuses_in_one_line(tmp_path, monkeypatch):
     folder = save_photos(tmp_path / "hr", [(40, 40)])
-    for args, reason in (((tmp_path / "nowhere", tmp_path / "out"), "no such folder"), ((folder, folder / "out"), "lies inside")):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        tar.add(folder / "0.png", "0.png")
+    for args, reason in (((tmp_path / "nowhere", tmp_path / "out"), "no such folder"), ((folder, folder / "out"), "lies inside"),
+                         ((tmp_path / "tars", tmp_path / "out"), "all in .tar files"), ((folder / "0.png", tmp_path / "out"), "is no folder")):
         monkeypatch.setattr(sys, "argv", ["degrade.py", *map(str, args)])
         with pytest.raises(SystemExit, match=reason) as stop:
             module.main()

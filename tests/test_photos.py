@@ -1,21 +1,23 @@
 """Photos as training data: folders, lists, tar shards.    python -m pytest tests/test_photos.py"""
 
 import io
+import random
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ContainerIO import ContainerIO
 from test_degrade import save_photos
 from torch.utils.data import DataLoader
 
-from models.photos import Member, Photos, list_photos
+from models.photos import Photos, list_photos
 
 
 def pack(folder, tar, mode="w"):
     """All files of a folder in a .tar, with what should not be found there."""
-    with tarfile.open(tar, mode) as t:
+    with tarfile.open(tar, mode, format=tarfile.GNU_FORMAT) as t:  # one header block each
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             t.add(path, path.relative_to(folder))
         for name in ("notes.txt", "._0.png"):
@@ -33,9 +35,13 @@ def test_photos_are_a_function_of_seed_and_index(tmp_path):
     for i in (11, 0, 7, 3):  # any order, with or without the cache
         assert torch.equal(again[i], drawn[i])
     assert all(x.shape == (3, 32, 32) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1 for x in drawn)
-    assert not torch.equal(Photos(folder, 32, seed=4)[0], drawn[0])
+    assert photos.cache and not again.cache
     epochs = [sorted(photos.files[photos.order[j]].name for j in range(3)) for _ in [photos[0], photos[300]]]
     assert epochs == [["0.png", "1.png", "2.png"]] * 2
+    a, b = ([tuple(p.order) for i in range(0, 30, 3) if p[i] is not None] for p in (photos, Photos(folder, 32, seed=4)))
+    assert a != b  # another seed: another order ...
+    a, b = (Photos(folder, 32, seed=seed, files=photos.files[:1]) for seed in (3, 4))
+    assert not torch.equal(a[0], b[0])  # ... and other crops
 
 
 def test_photos_skip_and_name_what_is_no_good(tmp_path, capsys):
@@ -69,29 +75,33 @@ def test_list_photos(tmp_path):
     save_photos(tmp_path / "deep" / "er", [(8, 8)], ".JPG")
     save_photos(tmp_path, [(8, 8)])
     assert [path.name for path in list_photos(tmp_path)] == ["0.png", "0.JPG"]
+    assert list_photos(tmp_path / "0.png") == [tmp_path / "0.png"]
 
 
-def test_lists_with_weights(tmp_path):
+def test_lists_with_weights(tmp_path, capsys):
     """Paths are relative to their list; a comma may belong to a name; lists may name lists."""
-    a, b = save_photos(tmp_path / "a", [(8, 8), (9, 9)]), save_photos(tmp_path / "b, 2019", [(8, 8)])
+    a, b = save_photos(tmp_path / "a", [(8, 8), (6, 6)]), save_photos(tmp_path / "b, 2019", [(8, 8)])
     (tmp_path / "inner.txt").write_text("a/1.png\n\n# a comment\nb, 2019, 1\n")
-    (tmp_path / "list.txt").write_text(f"{a}, 3\ninner.txt,2\nb, 2019/0.png\n")
+    (tmp_path / "list.txt").write_text(f"{a}, 3\ninner.txt,2\nb, 2019/0.png\n", encoding="utf-8-sig")
     names = [path.relative_to(tmp_path).as_posix() for path in list_photos(tmp_path / "list.txt")]
     assert names == ["a/0.png", "a/1.png"] * 3 + ["a/1.png", "b, 2019/0.png"] * 2 + ["b, 2019/0.png"]
-    photos = Photos(tmp_path / "list.txt", 8)
+    photos = Photos(tmp_path / "list.txt", 16)
     epoch = [photos.files[photos.order[j]] for _ in [photos[0]] for j in range(len(photos))]
+    assert capsys.readouterr().err.count("a/1.png: its 6 x 6 pixels") == 1  # though it is named three times
     assert len(photos) == 11 and sum(path == a / "0.png" for path in epoch) == 3 and sum(path == b / "0.png" for path in epoch) == 3
 
 
 @pytest.mark.parametrize("text, words", [
-    ("a, 0", "list.txt, line 1: the weight 0"), ("# x\na, -2", "line 2: the weight -2"), ("nowhere", r"nowhere: no such .*named in .*list.txt"),
-    ("list.txt", "leads back to itself"), ("other.txt", "leads back to itself"), ("", "no pictures"), ("notes.md", "no source of photos"),
+    ("a, 0", "list.txt, line 1: the weight 0"), ("# x\na, -2", "line 2: the weight -2"), ("\nnowhere", r"nowhere: no such .*list.txt, line 2\)"),
+    ("a, +-3", r"a, \+-3: no such .*list.txt, line 1\)"), ("a, 1.5", r"a, 1.5: no such .*list.txt, line 1\)"), ("", "no pictures"),
+    ("list.txt", r"leads back to itself .*list.txt, line 1\)"), ("other.txt", r"leads back to itself .*other.txt, line 1\)"),
+    ("notes.md", r"no source of photos .*list.txt, line 1\)"), ("caf\xe9", "list.txt: is no text in UTF-8"),
 ])
 def test_wrong_lists(tmp_path, text, words):
     save_photos(tmp_path / "a", [(8, 8)])
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "other.txt").write_text("list.txt")
-    (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "list.txt").write_text(text, encoding="latin-1")
     with pytest.raises((ValueError, FileNotFoundError), match=words) as e:
         list_photos(tmp_path / "list.txt")
     assert "\n" not in str(e.value)
@@ -105,17 +115,38 @@ def test_tar_equals_folder(tmp_path):
     tar = pack(folder, shards / "0.tar")
     found = list_photos(shards)
     assert found == list_photos(tar) and [member.name for member in found] == [p.relative_to(folder).as_posix() for p in list_photos(folder)]
-    assert found[0].open().read() == (folder / "0.png").read_bytes() and str(found[0]) == f"{tar}/0.png"
+    with found[0].open() as f:
+        assert f.read() == (folder / "0.png").read_bytes() and str(found[0]) == f"{tar}/0.png"
     inside, outside = Photos(tar, 32, seed=1), Photos(folder, 32, seed=1)
     assert all(torch.equal(inside[i], outside[i]) for i in range(9))
     (shards / "1.png").write_bytes((folder / "0.png").read_bytes())
+    (shards / "._0.tar").write_text("a shadow that macOS leaves")
     assert len(list_photos(shards)) == 5
+
+
+def test_headers_of_a_tar_are_read_without_its_pictures(tmp_path, monkeypatch):
+    """At the start every picture's size is wanted, of shards that may hold a terabyte."""
+    x = random.Random(0).randbytes(3 * 512 * 512)  # noise, which PNG cannot shrink
+    folder = tmp_path / "a"
+    folder.mkdir()
+    Image.frombytes("RGB", (512, 512), x).save(folder / "0.png")
+    tar = pack(folder, tmp_path / "0.tar")
+    read, real = [], ContainerIO.read
+    monkeypatch.setattr(ContainerIO, "read", lambda self, *n: read.append(real(self, *n)) or read[-1])
+    photos = Photos(tar, 32)
+    assert 0 < sum(map(len, read)) < 10_000
+    photos.pixels(photos.files[0])
+    assert sum(map(len, read)) > len(x)
 
 
 def test_wrong_tars(tmp_path, capsys):
     folder = save_photos(tmp_path / "a", [(64, 64), (64, 64)])
-    with pytest.raises(ValueError, match="x.tar: cannot be read as a plain .tar .*unpack it"):
-        list_photos(pack(folder, tmp_path / "x.tar", "w:gz"))
+    for tar, data in ((pack(folder, tmp_path / "x.tar", "w:gz"), None), (tmp_path / "empty.tar", b""), (tmp_path / "text.tar", b"hello" * 999)):
+        if data is not None:
+            tar.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{tar.name}: cannot be read as a plain .tar .*unpack it") as e:
+            list_photos(tar)
+        assert "\n" not in str(e.value)
     whole = pack(folder, tmp_path / "y.tar")
     members = list_photos(whole)
     data = bytearray(whole.read_bytes())
@@ -124,10 +155,33 @@ def test_wrong_tars(tmp_path, capsys):
     photos = Photos(whole, 32)
     assert photos[0].shape == (3, 32, 32) and list(photos.skipped) == [members[0]]
     assert f"{whole}/0.png: is not a picture" in capsys.readouterr().err
-    cut = tmp_path / "z.tar"
-    cut.write_bytes(data[: members[1].offset + 1000])
-    photos = Photos(cut, 32, files=[members[0], Member(cut, "1.png", members[1].offset, members[1].size), folder / "0.png"])
-    assert all(photos[i].shape == (3, 32, 32) for i in range(3)) and len(photos.skipped) == 2
+
+
+@pytest.mark.parametrize("kept, found, good", [  # of the second of three members: where the .tar ends, what is listed and can be read
+    (1000, 2, 1), (0, 2, 1), (-312, 1, 1), (-512, 1, 1), (None, 1, 1),  # in its picture, after its header, in it, before it; its header is noise
+])
+def test_tars_that_break_off(tmp_path, capsys, kept, found, good):
+    folder = save_photos(tmp_path / "a", [(64, 64)] * 3)
+    tar = pack(folder, tmp_path / "0.tar")
+    data, start = tar.read_bytes(), list_photos(tar)[1].offset
+    assert capsys.readouterr().err == ""  # whole
+    tar.write_bytes(data[: start - 512] + random.Random(0).randbytes(512) + data[start:] if kept is None else data[: start + kept])
+    photos = Photos(tar, 32)
+    assert [member.name for member in photos.files] == [f"{i}.png" for i in range(found)]
+    assert all(photos[i].shape == (3, 32, 32) for i in range(4)) and len(photos.skipped) == found - good
+    err = capsys.readouterr().err
+    assert err.count("0.tar: breaks off") == 1 and len(err.splitlines()) == 1 + found - good
+
+
+def test_a_tar_that_vanishes_is_skipped(tmp_path, capsys):
+    folder = save_photos(tmp_path / "a", [(64, 64)])
+    tar = pack(folder, tmp_path / "0.tar")
+    files = [*list_photos(tar), folder / "0.png"]
+    photos = Photos(folder, 32, files=files)
+    tar.unlink()
+    for p in (photos, Photos(folder, 32, files=files)):  # while training, and before it
+        assert torch.equal(p[0], p[0]) and list(p.skipped) == files[:1]
+    assert capsys.readouterr().err.count("0.tar") == 2
 
 
 def test_workers_and_processes_share_the_samples(tmp_path):
@@ -135,17 +189,18 @@ def test_workers_and_processes_share_the_samples(tmp_path):
     tar = pack(save_photos(tmp_path / "a", [(40, 50), (64, 32), (90, 40)]), tmp_path / "0.tar")
     one = torch.stack([photo for photo, _ in zip(Photos(tar, 32, seed=5), range(8))])
     for workers in (0, 2):
-        batches = [torch.cat(list(DataLoader(Photos(tar, 32, seed=5), batch_size=2, sampler=[4 * step + 2 * rank + i for step in range(2) for i in range(2)],
-                                             num_workers=workers))) for rank in range(2)]
-        assert torch.equal(one, torch.cat([batches[0][:2], batches[1][:2], batches[0][2:], batches[1][2:]]))
+        ranks = []
+        for mine in ([0, 1, 4, 5], [2, 3, 6, 7]):  # steps of 4 samples, 2 on each rank
+            ranks.append(list(DataLoader(Photos(tar, 32, seed=5), batch_size=2, sampler=mine, num_workers=workers)))
+        assert torch.equal(one, torch.cat([batch for step in zip(*ranks) for batch in step]))
 
 
 def test_shrink_fits_the_shorter_side(tmp_path):
     folder = save_photos(tmp_path, [(120, 60), (50, 100)])
     photos = Photos(folder, 20, shrink=True)
     assert [photos.pixels(path).shape for path in photos.files] == [(20, 40, 3), (40, 20, 3)]
-    whole = photos.pixels(photos.files[photos.order[0]] if photos[0] is not None else None)
     crop = (photos[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    whole = photos.pixels(photos.files[photos.order[0]])
     places = [(y, x) for y in range(whole.shape[0] - 19) for x in range(whole.shape[1] - 19)]
     assert any(np.array_equal(whole[y : y + 20, x : x + 20], crop) for y, x in places)
     assert not torch.equal(photos[0], Photos(folder, 20)[0])

@@ -110,6 +110,22 @@ def test_workers_and_order_of_files_change_nothing(monkeypatch, photos, autoenco
     assert same(*runs)
 
 
+def test_held_out_photos_are_never_trained_on(monkeypatch, photos, tmp_path):
+    """Also those that a list shows several times."""
+    seen = []
+
+    class Spy(train_vosr.Photos):
+        def __init__(self, *args, files, **kwargs):
+            seen.append(set(files))
+            super().__init__(*args, files=files, **kwargs)
+
+    monkeypatch.setattr(train_vosr, "Photos", Spy)
+    (tmp_path / "list.txt").write_text(f"{photos}, 13\n")
+    train(monkeypatch, tmp_path / "list.txt", tmp_path / "ae", "autoencoder", "--steps", 1)
+    trained, held_out = seen
+    assert len(trained) == 4 and len(held_out) == 1 and not trained & held_out
+
+
 def test_overfits_one_picture():
     """Flow loss on one latent pair falls to a fraction within fifty steps."""
     torch.manual_seed(0)
