@@ -1,5 +1,6 @@
 """Training at the public sizes' code path, tiny and with random files: from scratch, warm, distilled. Run: python -m pytest tests/test_train_public.py"""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -73,3 +74,14 @@ def test_resumed_equals_uninterrupted(run):
 def test_a_start_that_does_not_fit(run, size, stage, init):
     with pytest.raises(training.Quit, match=f"{init}: is not what stage {stage} of preset {size} starts from"):
         run(size, stage, "--init", init)
+
+
+def test_bfloat16_is_close(run):
+    """Autocast of the transformer, frozen networks in bfloat16; the weights that learn stay float32."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        out, tensors = run("0.5b", "flow", "--init", "vosr-0.5b", "--dtype", dtype, out=dtype)
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+        with open(out / "log.csv", newline="") as f:
+            losses.append([float(row["held_out"]) for row in csv.DictReader(f)])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
