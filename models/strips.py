@@ -31,7 +31,7 @@ def in_strips(f, *maps, rate=1, into=None):
 
     maps: (B, C, H, W), C may differ; rate: rows of the result per row of the maps: 1, 2 or 0.5
     f: anything in which a row of the result depends on the row of the maps at its height and the next ones above and below, no others;
-       at the borders it pads with zeros by itself
+       it pads at its borders by itself
     into: a map to write the result in, of the same shape; may be one of maps that nobody needs afterwards
     -> (B, C', H * rate, W * rate)
     """

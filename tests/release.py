@@ -24,7 +24,7 @@ from models.vit import ViT
 from models.vosr import SIZES
 from models.weights import FILES, sha256_of
 
-ARGS = {"ae_type": "sd2", "weak_cond_strength_aelq_list": [0.05, 0.25], "distill_type": "rcgm", "resume_ckpt": None}   # of some eighty entries
+ARGS = {"ae_type": "sd2", "weak_cond_strength_aelq_list": [0.05, 0.25], "distill_type": "rcgm", "resume_ckpt": None}   # among many others
 SD_VAE, QWEN_VAE = (f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("stable-diffusion-2-1-base/vae", "Qwen-Image-vae-2d"))
 LIGHT, DINO_B, DINO_L = "sd21_lwdecoder.pth", *(f"torch_cache/checkpoints/dinov2_vit{letter}14_pretrain.pth" for letter in "bl")
 FOLDERS = {"vosr-0.5b": "VOSR_0.5B_ms", "vosr-0.5b-1step": "VOSR_0.5B_os", "vosr-1.4b": "VOSR_1.4B_ms", "vosr-1.4b-1step": "VOSR_1.4B_os"}

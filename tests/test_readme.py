@@ -44,9 +44,9 @@ def test_embedded_model_beats_bicubic_on_the_example():
     assert torch.equal(sr, model.upscale(lq)) and not torch.equal(sr, model.upscale(lq, seed=1))
 
 
-@pytest.mark.parametrize("command", commands("python sample.py", "python degrade.py", "python train_"))
+@pytest.mark.parametrize("command", commands("python sample.py", "python degrade.py", "python train_", "torchrun"))
 def test_flags_of_every_command_exist(command):
-    script = command.split()[1]
+    _, script, command = re.split(r"(\w+\.py)", command, maxsplit=1)
     usage = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=60)
     assert usage.returncode == 0
     for flag in re.findall(r"--[\w-]+", command):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_release import TINY
 
 from models.dit import DiT, DiTConfig
 from models.flow import Draws, conditions, guided, loss_distill, loss_flow, sample
@@ -176,6 +177,17 @@ def test_any_rectangle(H, W, second_time):
     assert torch.equal(sr, model.upscale(lq, seed=3))                       # the seed is all
     assert not torch.equal(sr, model.upscale(lq, seed=4))
     assert model.upscale(lq, tile=64).shape == sr.shape
+
+
+@pytest.mark.parametrize("size", ["tiny", *TINY])
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision_is_close(size, dtype, error):
+    torch.manual_seed(0)
+    model = make() if size == "tiny" else awake(VOSR(TINY[size]))
+    lq = torch.rand(1, 3, 24, 17, generator=torch.Generator().manual_seed(0))
+    whole = model.upscale(lq, steps=2, guidance=0.5, color="none")
+    half = model.to(dtype).upscale(lq, steps=2, guidance=0.5, color="none")
+    assert half.dtype == torch.float32 and 0 < (half - whole).abs().mean() < error
 
 
 @pytest.mark.parametrize("scale, size", [(1, (20, 13)), (1.5, (30, 20)), (8, (160, 104))])
