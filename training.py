@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.imaging import contact_sheet, loss_curves, save_png
+from models.charts import loss_curves
+from models.imaging import contact_sheet, save_png
 
 
 class Quit(Exception):

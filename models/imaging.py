@@ -1,5 +1,5 @@
 """
-Picture files, resizing, padding, tiles, colour fixes, contact sheets and loss curves.
+Picture files, resizing, padding, tiles, colour fixes and contact sheets.
 
 This is the only file where pictures are uint8. Everywhere else they are float tensors (B, C, H, W) in RGB; here in [0, 1].
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
@@ -213,11 +213,14 @@ def tile_starts(length, tile, overlap):
     return starts
 
 
-def tile_weight(height, width=None):
-    """Gaussian window that fades a tile towards its edges; square if width is None.  -> (1, 1, height, width) in (0, 1]"""
-    def window(n):
-        return torch.exp(-((torch.arange(n) - (n - 1) / 2) / n) ** 2 / 0.02)
-    return (window(height)[:, None] * window(width or height))[None, None]
+def tile_weight(height, width=None, down=0.0):
+    """Gaussian window that fades a tile towards its edges; square if width is None.  -> (1, 1, height, width) in (0, 1]
+
+    down: rows by which its centre lies below the tile's
+    """
+    def window(n, shift=0.0):
+        return torch.exp(-((torch.arange(n) - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
+    return (window(height, down)[:, None] * window(width or height))[None, None]
 
 
 def tile_boxes(height, width, tile, overlap):
@@ -226,16 +229,17 @@ def tile_boxes(height, width, tile, overlap):
     return [(row, col) for row in rows for col in cols]
 
 
-def blend_tiles(function, x, boxes, at_once=8):
+def blend_tiles(function, x, boxes, at_once=8, down=0.0):
     """Apply a function tile by tile and blend what overlaps with Gaussian weights.
 
-    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles;  x: (1, C, H, W);  boxes of `tile_boxes` -> like x
+    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles;  x: (1, C, H, W);  boxes of `tile_boxes`;
+    down: see `tile_weight` -> like x
     """
     total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
     for i in range(0, len(boxes), at_once):
         some = boxes[i : i + at_once]
         y = function(torch.cat([x[..., row, col] for row, col in some]), slice(i, i + at_once))
-        weight = tile_weight(*y.shape[-2:]).to(y)
+        weight = tile_weight(*y.shape[-2:], down).to(y)
         for (row, col), tile in zip(some, y.split(1)):
             total[..., row, col] += weight * tile
             weights[..., row, col] += weight
@@ -246,15 +250,15 @@ def blend_tiles(function, x, boxes, at_once=8):
 # colour fixes: give the result x the colours of the enlarged input ref
 # official: both are truncated to 8 bits before and the result after; here everything stays float until write_picture rounds
 
-def adain(x, ref):
+def adain(x, ref, stablesr=False):
     """Per channel, give x the mean and standard deviation of ref.
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any) in [0, 1] -> (B, 3, H, W) in [0, 1]
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any) in [0, 1]; stablesr: see `color_fix` -> (B, 3, H, W) in [0, 1]
     """
     def stats(x):
         more = x.shape[2] * x.shape[3] > 1  # a single pixel has no n - 1
-        std, mean = torch.std_mean(x, dim=(2, 3), correction=int(more), keepdim=True)
-        return mean, std + 1e-5
+        variance, mean = torch.var_mean(x, dim=(2, 3), correction=int(more), keepdim=True)
+        return mean, (variance + 1e-5).sqrt() if stablesr else variance.sqrt() + 1e-5
 
     mean_x, std_x = stats(x)
     mean_ref, std_ref = stats(ref)
@@ -279,12 +283,29 @@ def wavelet(x, ref):
     return (x + blur(ref - x)).clamp(0, 1)  # = blur(ref) + (x - blur(x))
 
 
-def color_fix(x, ref, kind):
-    """The colour fix of that name: adain, wavelet or none.  x, ref: (B, 3, H, W) in [0, 1] -> (B, 3, H, W). Raises ValueError."""
-    fixes = {"adain": adain, "wavelet": wavelet, "none": lambda x, ref: x}
-    if kind not in fixes:
-        raise ValueError(f"unknown colour fix {kind!r}; choose from {', '.join(fixes)}")
-    return fixes[kind](x, ref)
+def low_frequencies(x, levels=5):
+    """What is left of x after five blurs, each twice as wide as the one before (StableSR's wavelets).  x: (B, C, H, W) -> same shape"""
+    k = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
+    kernel = (k[:, None] * k).expand(x.shape[1], 1, 3, 3)
+    for level in range(levels):
+        step = 2**level
+        x = F.conv2d(F.pad(x, [step] * 4, mode="replicate"), kernel, groups=x.shape[1], dilation=step)
+    return x
+
+
+def color_fix(x, ref, kind, stablesr=False):
+    """The colour fix of that name: adain, wavelet or none.
+
+    x, ref: (B, 3, H, W) in [0, 1]; stablesr: the two as StableSR computes them, from which S3Diff and GramSR have theirs; else VOSR's
+    -> (B, 3, H, W) in [0, 1]. Raises ValueError.
+    """
+    if kind not in ("adain", "wavelet", "none"):
+        raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
+    if kind == "adain":
+        return adain(x, ref, stablesr)
+    if kind == "wavelet":
+        return (x + low_frequencies(ref - x)).clamp(0, 1) if stablesr else wavelet(x, ref)
+    return x
 
 
 # -----------------------------------------------------------------------------
@@ -323,69 +344,3 @@ def contact_sheet(rows, labels=None, gap=8, font_size=14):
             x += widths[c] + gap
         y += heights[r] + gap
     return sheet
-
-
-def axis_ticks(low, high, log=False):
-    """Round numbers between low and high: steps of 1, 2 or 5 times a power of ten; on a log axis 1, 2, 5 of each decade."""
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [d * 10.0**k for k in decades for d in ((1, 2, 5) if len(decades) < 5 else (1,))]
-        found = [v for v in found if low <= v <= high]
-        if len(found) > 2:
-            return found
-    step = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step *= max(m for m in (1, 2, 5) if m * step <= (high - low) / 4 or m == 1)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
-    """Draw a line chart over training steps as PNG.
-
-    curves: {name: (steps, values)}; values that are not finite, or not positive on a log axis, leave a gap. Raises PictureError.
-    """
-    k = 2  # drawn at twice the size, then halved: Pillow's lines have no antialiasing
-    W, H = size[0] * k, size[1] * k
-    left, right, top, bottom = 72 * k, W - 20 * k, 44 * k, H - 40 * k
-    colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # Okabe-Ito: safe for colour-blind eyes
-    font = ImageFont.load_default(14 * k)
-    up = math.log10 if log_y else float
-
-    def good(v):
-        return math.isfinite(v) and (v > 0 or not log_y)
-
-    xs = [s for steps, _ in curves.values() for s in steps] or [0]
-    ys = [v for _, values in curves.values() for v in values if good(v)] or [1]
-    x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-    y0, y1 = (min(ys), max(ys)) if min(ys) < max(ys) else (min(ys) - abs(min(ys)) / 2, max(ys) + abs(max(ys)) / 2 + 1e-9)
-
-    def at(s, v):
-        return left + (s - x0) / (x1 - x0) * (right - left), bottom - (up(v) - up(y0)) / (up(y1) - up(y0)) * (bottom - top)
-
-    img = Image.new("RGB", (W, H), "white")
-    draw = ImageDraw.Draw(img)
-    for v in axis_ticks(y0, y1, log_y):
-        y = at(x0, v)[1]
-        draw.line([left, y, right, y], fill="#e4e4e4", width=k)
-        draw.text((left - 8 * k, y), f"{v:g}", fill="#444444", font=font, anchor="rm")
-    for s in axis_ticks(x0, x1):
-        x = at(s, y0)[0]
-        draw.line([x, bottom, x, bottom + 5 * k], fill="#444444", width=k)
-        draw.text((x, bottom + 9 * k), f"{s:g}", fill="#444444", font=font, anchor="ma")
-    draw.line([left, top, left, bottom, right, bottom], fill="#444444", width=k)
-    draw.text((left, top - 28 * k), title, fill="black", font=font)
-    x = right
-    for (name, (steps, values)), color in reversed(list(zip(curves.items(), colors * len(curves)))):
-        run = []
-        for s, v in [*zip(steps, values), (x1, math.nan)]:  # the sentinel ends the last run
-            if good(v):
-                run.append(at(s, v))
-                continue
-            if len(run) > 1:
-                draw.line(run, fill=color, width=2 * k, joint="curve")
-            elif run:
-                draw.ellipse([run[0][0] - 3 * k, run[0][1] - 3 * k, run[0][0] + 3 * k, run[0][1] + 3 * k], fill=color)
-            run = []
-        x -= font.getlength(name)  # legend: names in their colours, from the right
-        draw.text((x, top - 28 * k), name, fill=color, font=font)
-        x -= 18 * k
-    save_png(img.reduce(k), path)

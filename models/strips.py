@@ -10,6 +10,8 @@ layer reads and the one it writes; all that lies between them is the size of a s
 Plain, as if this file did not exist: maps of up to 512x512 pixels; and whatever records gradients, which keeps every map anyway.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def rows_at_a_time(width):
 
 
 def in_strips(f, *maps, rate=1, into=None):
-    """f(*maps), a strip at a time if that is large.
+    """f(*maps), a strip at a time if that is large; for each tile where maps are lists of tiles.
 
     maps: (B, C, H, W), C may differ; rate: rows of the result per row of the maps: 1, 2 or 0.5
     f: anything in which a row of the result depends on the row of the maps at its height and the next ones above and below, no others;
@@ -35,6 +37,8 @@ def in_strips(f, *maps, rate=1, into=None):
     into: a map to write the result in, of the same shape; may be one of maps that nobody needs afterwards
     -> (B, C', H * rate, W * rate)
     """
+    if isinstance(maps[0], list):
+        return [f(*tiles) for tiles in zip(*maps)]
     H, W = maps[0].shape[2:]
     if plain(H * W * max(1, rate**2)):
         return f(*maps)
@@ -68,9 +72,10 @@ def statistics(x, groups):
 
 def fixed(norm, x):
     """norm as a function of strips of x: a group norm with the statistics of all of x; any other sees one pixel at a time and stays as it is."""
-    if not isinstance(norm, nn.GroupNorm) or plain(x.shape[2] * x.shape[3]):
+    if not isinstance(norm, nn.GroupNorm) or not isinstance(x, list) and plain(x.shape[2] * x.shape[3]):
         return norm
-    mean, variance = (s.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for s in statistics(x, norm.num_groups))
+    found = (tiles_statistics if isinstance(x, list) else statistics)(x, norm.num_groups)
+    mean, variance = (s.repeat_interleave(len(norm.weight) // norm.num_groups, dim=1) for s in found)
     scale = norm.weight.float() * (variance + norm.eps).rsqrt()
     shift = norm.bias.float() - mean * scale
     scale, shift = scale[:, :, None, None], shift[:, :, None, None]
@@ -81,6 +86,51 @@ def norm_silu_conv(norm, conv, x, into=None):
     """conv(silu(norm(x))), the step these networks are made of.  (B, C, H, W) -> (B, C', H, W)"""
     norm = fixed(norm, x)
     return in_strips(lambda strip: conv(F.silu(norm(strip))), x, into=into)
+
+
+# -----------------------------------------------------------------------------
+# S3Diff's released tiles, for who wants its numbers: every layer of in_strips and norm_silu_conv also takes a list of tiles
+
+
+def tiles_statistics(tiles, groups):
+    """What S3Diff takes for the statistics of a picture that is cut into overlapping tiles -> two of (B, groups)"""
+    found = [statistics(tile, groups) for tile in tiles]
+    shares = torch.tensor([tile[0, 0].numel() for tile in tiles], device=tiles[0].device)
+    shares = (shares / shares.sum()).view(-1, 1, 1)
+    # official: what tiles share counts several times, and the variance of their means, which `statistics` adds, is left out
+    return tuple((shares * torch.stack(s)).sum(0) for s in zip(*found))
+
+
+def tile_spans(size, tile, pad):
+    """(start, stop) of the parts of one axis, as S3Diff cuts it: all but the outer `pad`, in equal lengths that powers of two divide."""
+    n = max(1, math.ceil((size - 2 * pad) / tile))
+    length = math.ceil((size - 2 * pad) / n)
+    longer = (math.ceil(length / k) * k for k in (32, 16, 8, 4, 2))
+    length = next((x for x in longer if x <= tile), length)
+    return [(pad + k * length, min(pad + (k + 1) * length, size)) for k in range(n)]
+
+
+def in_tiles(network, x, tile, pad, rate):
+    """network on tiles of x that keep step with each other at every group norm; mid-block attention sees its own tile only.
+
+    network: made of in_strips and norm_silu_conv, takes a list of maps; x: (B, C, H, W), whole where it is not larger than tile + 2 pad;
+    tile, pad: cells of x; rate: cells of the result per cell of x: 8 or 1/8 -> (B, C', H * rate, W * rate)
+    """
+    H, W = x.shape[2:]
+    if max(H, W) <= tile + 2 * pad:
+        return network(x)
+
+    def reach(start, stop, size):       # what is read, and what is written: up to the border if that is no farther than the pad
+        return (max(start - pad, 0), min(stop + pad, size)), (start if start > pad else 0, stop if stop < size - pad else size)
+
+    boxes = [(reach(*row, H), reach(*col, W)) for row in tile_spans(H, tile, pad) for col in tile_spans(W, tile, pad)]
+    results = network([x[:, :, slice(*row), slice(*col)] for (row, _), (col, _) in boxes])
+    out = results[0].new_zeros(*results[0].shape[:2], int(H * rate), int(W * rate))
+    for result, ((row, row_out), (col, col_out)) in zip(results, boxes):
+        (top, bottom), (left, right) = ([int(i * rate) for i in span] for span in (row_out, col_out))
+        y, x0 = int(row[0] * rate), int(col[0] * rate)
+        out[:, :, top:bottom, left:right] = result[:, :, top - y : bottom - y, left - x0 : right - x0]
+    return out
 
 
 def attention(q, k, v):

@@ -9,12 +9,14 @@ Left out: training losses (KL, LPIPS, GAN), original LDM key names, tiles: large
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.strips import attention, in_strips, norm_silu_conv
+from models.lora import Conv2d, Linear
+from models.strips import attention, fixed, in_strips, norm_silu_conv
 
 SD_VAE_SCALE = 0.18215  # one over the standard deviation of SD's latents; diffusion happens on latents times this
 
@@ -38,20 +40,23 @@ def group_norm(groups, channels):
 
 
 class ResnetBlock(nn.Module):
-    """x + two rounds of norm, SiLU, 3x3 convolution.  (B, c_in, H, W) -> (B, c_out, H, W)"""
+    """x + two rounds of norm, SiLU, 3x3 convolution.  (B, c_in, H, W) -> (B, c_out, H, W)
+
+    C, here and below: the matrices of this layer's adapters (lora.py), if it has any.
+    """
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = group_norm(groups, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = group_norm(groups, c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
-    def forward(self, x):
-        h = norm_silu_conv(self.norm1, self.conv1, x)
-        h = norm_silu_conv(self.norm2, self.conv2, h, into=h)
-        return in_strips(lambda h, x: h + self.conv_shortcut(x), h, x, into=h)
+    def forward(self, x, C=None):
+        h = norm_silu_conv(self.norm1, partial(self.conv1, C=C), x)
+        h = norm_silu_conv(self.norm2, partial(self.conv2, C=C), h, into=h)
+        return in_strips(lambda h, x: h + (self.conv_shortcut(x, C) if self.conv_shortcut else x), h, x, into=h)
 
 
 def rename_old_attention(module, state_dict, prefix, *_):
@@ -69,17 +74,22 @@ class Attention(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         self.group_norm = group_norm(groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))  # a list of one, for the public name to_out.0
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list of one, for the public name to_out.0
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
-    def forward(self, x):
-        B, C, H, W = x.shape
-        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H*W, C)
-        h = attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out(h).squeeze(1).transpose(1, 2).reshape(B, C, H, W)
+    def forward(self, x, C=None):
+        norm = fixed(self.group_norm, x)
+
+        def attend(x):
+            h = norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+            q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, H*W, C)
+            h = self.to_out[0](attention(q, k, v).squeeze(1), C)
+            return x + h.transpose(1, 2).reshape(x.shape)
+
+        return [attend(tile) for tile in x] if isinstance(x, list) else attend(x)
 
 
 class MidBlock(nn.Module):
@@ -90,8 +100,8 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
-    def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def forward(self, x, C=None):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, C), C), C)
 
 
 class Downsample(nn.Module):
@@ -99,11 +109,11 @@ class Downsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x, C=None):
         pad = (0, 1, 0, 1)  # trap: zeros on the right and at the bottom only, not padding=1
-        return in_strips(lambda x: self.conv(F.pad(x, pad)), x, rate=0.5)
+        return in_strips(lambda x: self.conv(F.pad(x, pad), C), x, rate=0.5)
 
 
 class Upsample(nn.Module):
@@ -140,24 +150,28 @@ class Level(nn.Module):
 # the two halves
 
 class Encoder(nn.Module):
-    """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8) with four widths"""
+    """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8) with four widths
+
+    C: for each block id {adapter: (B or 1, r, r)}: the levels, the middle, then conv_in with conv_out
+    """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
         steps = [Downsample] * (len(widths) - 1) + [None]
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([Level(c_in, c_out, layers, groups, step)
                                           for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = group_norm(groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x):
-        x = in_strips(self.conv_in, x)
-        for level in self.down_blocks:
+    def forward(self, x, C=None):
+        *C_levels, C_mid, C_ends = C or [None] * (len(self.down_blocks) + 2)
+        x = in_strips(partial(self.conv_in, C=C_ends), x)
+        for level, C_level in zip(self.down_blocks, C_levels):
             for layer in level:
-                x = layer(x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
+                x = layer(x, C_level)
+        return norm_silu_conv(self.conv_norm_out, partial(self.conv_out, C=C_ends), self.mid_block(x, C_mid))
 
 
 class Decoder(nn.Module):
@@ -204,20 +218,20 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
 
-    def moments(self, x):
+    def moments(self, x, C=None):
         """Mean and standard deviation of the posterior q(z | x).
 
-        x: (B, 3, H, W) in [-1, 1] -> two of (B, 4, h, w), unscaled
+        x: (B, 3, H, W) in [-1, 1]; C: of the encoder's adapters -> two of (B, 4, h, w), unscaled
         """
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x, C)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
-    def encode(self, x, generator=None):
+    def encode(self, x, generator=None, C=None):
         """Latent of a picture: the posterior's mode, or a sample of it when a generator is given.
 
-        x: (B, 3, H, W) in [-1, 1] -> (B, 4, h, w) scaled latent
+        x: (B, 3, H, W) in [-1, 1]; C: of the encoder's adapters -> (B, 4, h, w) scaled latent
         """
-        z, std = self.moments(x)
+        z, std = self.moments(x, C)
         if generator is not None:  # drawn where the generator lives, in float32: one seed, one noise on any device and dtype
             z = z + std * torch.randn(z.shape, generator=generator, device=generator.device).to(z)
         return z * self.config.scaling_factor

@@ -1,11 +1,24 @@
-"""DINO's vision transformer: the eyes of VOSR (and later the discriminator of S3Diff, the tokens of GramSR).
+"""DINO's vision transformer, three generations: the judge of S3Diff (DINO), the eyes of VOSR (DINOv2), the words of GramSR (DINOv3).
 
-Paper:   DINOv2, arXiv 2304.07193.
-Weights: dinov2_vitb14_pretrain.pth, dinov2_vitl14_pretrain.pth of facebookresearch/dinov2; parameter names are theirs.
-Left out: registers, SwiGLU (the giant model), stochastic depth, training heads.
+Papers:  DINO 2104.14294, DINOv2 2304.07193, DINOv3 2508.10104.
+Weights: dino_vitbase16_pretrain.pth of facebookresearch/dino; dinov2_vitb14_pretrain.pth, dinov2_vitl14_pretrain.pth of facebookresearch/dinov2;
+         model.safetensors of facebook/dinov3-vitb16-pretrain-lvd1689m and -vits16plus- in transformers' layout. Parameter names are theirs.
+Left out: DINOv2 with registers, SwiGLU (the giant DINOv2), DINOv3's jitter of coordinates in training, stochastic depth, training heads.
+          DINO is checked at 224 px only, the one size its user feeds; other sizes would go DINOv2's way.
+
+A picture is cut into patches, each patch becomes a token, a class token (and in DINOv3 four registers, scratch space) goes in front. What changed:
+
+            where is a patch?                        residual branches    q, k, v
+    DINO    learned table, added once                as they are          one matrix
+    DINOv2  the same, resampled to other sizes       scaled (layer scale) one matrix
+    DINOv3  q and k turned by angles (RoPE)          scaled               three, k without bias
+
+The first two share the class ViT, DINOv3 has its own below.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn as nn
@@ -23,7 +36,31 @@ class ViTConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
+    version: int = 2            # of DINO; 1 has no layer scale and no mask token
 
+
+@dataclass
+class DINOv3Config:
+    patch_size: int = 16
+    embed_dim: int = 768        # D
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    gated_mlp: bool = False     # SiLU gates instead of GELU, as in S+
+    registers: int = 4
+
+
+PRESETS = {
+    "dino_vitb16": ViTConfig(img_size=224, patch_size=16, version=1),
+    "dinov2_vitb14": ViTConfig(),
+    "dinov2_vitl14": ViTConfig(embed_dim=1024, depth=24, num_heads=16),
+    "dinov3_vitb16": DINOv3Config(),
+    "dinov3_vits16plus": DINOv3Config(embed_dim=384, num_heads=6, gated_mlp=True),
+}
+
+
+# -----------------------------------------------------------------------------
+# DINO and DINOv2
 
 class Attention(nn.Module):
     def __init__(self, D, nh):
@@ -48,12 +85,13 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    def __init__(self, D):
+    def __init__(self, D, name="gamma"):        # lambda1 in DINOv3
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(D))
+        self.name = name
+        self.register_parameter(name, nn.Parameter(torch.ones(D)))
 
     def forward(self, x):
-        return x * self.gamma
+        return x * getattr(self, self.name)
 
 
 class Block(nn.Module):
@@ -62,10 +100,10 @@ class Block(nn.Module):
         D = cfg.embed_dim
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
         self.attn = Attention(D, cfg.num_heads)
-        self.ls1 = LayerScale(D)
+        self.ls1 = LayerScale(D) if cfg.version > 1 else nn.Identity()
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
         self.mlp = MLP(D, int(D * cfg.mlp_ratio))
-        self.ls2 = LayerScale(D)
+        self.ls2 = LayerScale(D) if cfg.version > 1 else nn.Identity()
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -88,7 +126,8 @@ class ViT(nn.Module):
         D, side = cfg.embed_dim, cfg.img_size // cfg.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, D))
-        self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)           # in the files, never used here
+        if cfg.version > 1:
+            self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)       # in the files, never used here
         self.patch_embed = PatchEmbed(cfg.patch_size, D)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
@@ -114,19 +153,140 @@ class ViT(nn.Module):
         grid = grid.flatten(2).transpose(1, 2).type_as(self.pos_embed)
         return torch.cat([self.pos_embed[:, :1], grid], dim=1)
 
-    def forward(self, x, layer=None):
-        """Patch tokens, the class token dropped.
+    def layers(self, x):
+        """What the blocks put out, one after another; a block runs when its output is asked for.
 
         x: (B, 3, H, W) normalised by ImageNet's mean and deviation, sides multiples of the patch size
-        layer: tokens after this block, without the final norm; None = last block and final norm
-        -> (B, H/p * W/p, D)
+        -> yields (B, 1 + N, D): class token, then N = H/p * W/p patches row by row; without the final norm
         """
         p = self.cfg.patch_size
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
         tokens = tokens + self.positions(x.shape[-2] // p, x.shape[-1] // p)
-        last = len(self.blocks) - 1 if layer is None else layer
-        for block in self.blocks[: last + 1]:
+        for block in self.blocks:
             tokens = block(tokens)
-        if layer is None:
-            tokens = self.norm(tokens)
-        return tokens[:, 1:]
+            yield tokens
+
+    def forward(self, x, layer=None):
+        """Patch tokens, the class token dropped.  x as in `layers` -> (B, N, D)
+
+        layer: tokens after this block, without the final norm; None = last block and final norm
+        """
+        tokens = take(self.layers(x), len(self.blocks) - 1 if layer is None else layer)
+        return (self.norm(tokens) if layer is None else tokens)[:, 1:]
+
+
+def take(outputs, i):
+    """Output i of a generator; what comes after it is never computed."""
+    return next(islice(outputs, i, None))
+
+
+# -----------------------------------------------------------------------------
+# DINOv3
+
+def rope_table(h, w, head_dim, device=None):
+    """Cosines and sines for h x w patches -> two float32 tables (h*w, hd/2): first the angles that grow with the row, then with the column.
+
+    Centres of patches lie in (-1, 1) on each axis, whatever its length: a rectangle is a stretched square, and any size fits the trained range.
+    """
+    row, col = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in (h, w))
+    frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)       # (hd/4,)
+    centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1).view(h * w, 2, 1)
+    angle = (2 * math.pi * centre * frequency).flatten(1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel pairs (d, d + hd/2) of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin), in float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+class DINOv3Attention(nn.Module):
+    def __init__(self, D, nh):
+        super().__init__()
+        self.nh = nh
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D, bias=False)       # but for the rotation, softmax would cancel a bias of k
+        self.v_proj = nn.Linear(D, D)
+        self.o_proj = nn.Linear(D, D)
+
+    def forward(self, x, rope):
+        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)       # (B, nh, N, hd)
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+class DINOv3MLP(nn.Module):
+    def __init__(self, D, inner, gated):
+        super().__init__()
+        self.gate_proj = nn.Linear(D, inner) if gated else None
+        self.up_proj = nn.Linear(D, inner)
+        self.down_proj = nn.Linear(inner, D)
+
+    def forward(self, x):
+        up = self.up_proj(x)
+        return self.down_proj(F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up)
+
+
+class DINOv3Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.embed_dim
+        self.norm1 = nn.LayerNorm(D)                    # eps 1e-5 here, 1e-6 in the older ones
+        self.attention = DINOv3Attention(D, cfg.num_heads)
+        self.layer_scale1 = LayerScale(D, "lambda1")
+        self.norm2 = nn.LayerNorm(D)
+        self.mlp = DINOv3MLP(D, round(D * cfg.mlp_ratio), cfg.gated_mlp)
+        self.layer_scale2 = LayerScale(D, "lambda1")
+
+    def forward(self, x, rope):
+        x = x + self.layer_scale1(self.attention(self.norm1(x), rope))
+        return x + self.layer_scale2(self.mlp(self.norm2(x)))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D, p = cfg.embed_dim, cfg.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)        # in the files, never used here
+        self.register_tokens = nn.Parameter(torch.zeros(1, cfg.registers, D))
+        self.patch_embeddings = nn.Conv2d(3, D, kernel_size=p, stride=p)
+
+    def forward(self, x):
+        front = torch.cat([self.cls_token, self.register_tokens], dim=1).expand(len(x), -1, -1)
+        return torch.cat([front, self.patch_embeddings(x).flatten(2).transpose(1, 2)], dim=1)
+
+
+class DINOv3(nn.Module):
+    """Made to load public weights: nothing is initialised beyond PyTorch's defaults."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.front = 1 + cfg.registers                  # tokens before the patches
+        self.embeddings = Embeddings(cfg)
+        self.layer = nn.ModuleList(DINOv3Block(cfg) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.embed_dim)
+
+    def rope(self, h, w, device=None):
+        """Tables for all tokens (front + h*w, hd/2); those in front of the patches are nowhere: turned by the angle 0."""
+        cos, sin = rope_table(h, w, self.cfg.embed_dim // self.cfg.num_heads, device)
+        return F.pad(cos, (0, 0, self.front, 0), value=1.0), F.pad(sin, (0, 0, self.front, 0))
+
+    def layers(self, x):
+        """What the blocks put out, one after another.  x as for ViT -> yields (B, 1 + registers + N, D), without the final norm"""
+        p = self.cfg.patch_size
+        tokens, rope = self.embeddings(x), self.rope(x.shape[-2] // p, x.shape[-1] // p, x.device)
+        for block in self.layer:
+            tokens = block(tokens, rope)
+            yield tokens
+
+    def forward(self, x, layer=None):
+        """All tokens: class, registers, patches row by row.  -> (B, 1 + registers + N, D); layer as for ViT"""
+        tokens = take(self.layers(x), len(self.layer) - 1 if layer is None else layer)
+        return self.norm(tokens) if layer is None else tokens
+
+    def patches(self, x, layer=None):
+        """The patch tokens alone.  -> (B, N, D)"""
+        return self(x, layer)[:, self.front:]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from models import imaging
-from models.imaging import (PictureError, adain, color_fix, contact_sheet, list_pictures, loss_curves, pad_to_multiple, read_picture,
+from models import charts
+from models.imaging import (PictureError, adain, color_fix, contact_sheet, list_pictures, pad_to_multiple, read_picture,
                             resize, round8, tile_starts, tile_weight, to_uint8, wavelet, write_picture)
 
 rng = np.random.default_rng(0)
@@ -223,7 +223,7 @@ def test_loss_curves(tmp_path):
     curves = {"flow": (steps, [2.0 ** (-s / 200) for s in steps]), "gaps": (steps, [float("nan") if s < 500 else -1.0 for s in steps])}
     odd = [{}, {"one": ([7], [0.0])}, {"flat": ([1, 2], [-3, -3])}]
     for n, (c, log_y) in enumerate([(curves, True), (curves, False)] + [(c, False) for c in odd]):
-        loss_curves(c, tmp_path / f"{n}.png", log_y=log_y, title="loss")
+        charts.loss_curves(c, tmp_path / f"{n}.png", log_y=log_y, title="loss")
         with Image.open(tmp_path / f"{n}.png") as img:
             assert img.size == (900, 520) and img.mode == "RGB"
     with Image.open(tmp_path / "0.png") as img:
@@ -231,6 +231,6 @@ def test_loss_curves(tmp_path):
 
 
 def test_ticks_are_round_and_inside():
-    assert imaging.axis_ticks(0, 1000) == [0, 200, 400, 600, 800, 1000]
-    assert imaging.axis_ticks(0.01, 1, log=True) == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
-    assert all(0.31 <= v <= 0.47 for v in imaging.axis_ticks(0.31, 0.47, log=True)) and len(imaging.axis_ticks(0.31, 0.47, log=True)) > 2
+    assert charts.axis_ticks(0, 1000) == [0, 200, 400, 600, 800, 1000]
+    assert charts.axis_ticks(0.01, 1, log=True) == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    assert all(0.31 <= v <= 0.47 for v in charts.axis_ticks(0.31, 0.47, log=True)) and len(charts.axis_ticks(0.31, 0.47, log=True)) > 2

@@ -1,0 +1,76 @@
+"""Line charts drawn with Pillow: the loss curves of training runs.
+
+Left out: everything else that a plotting library can do.
+"""
+
+import math
+
+from PIL import Image, ImageDraw, ImageFont
+
+from models.imaging import save_png
+
+
+def axis_ticks(low, high, log=False):
+    """Round numbers between low and high: steps of 1, 2 or 5 times a power of ten; on a log axis 1, 2, 5 of each decade."""
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [d * 10.0**k for k in decades for d in ((1, 2, 5) if len(decades) < 5 else (1,))]
+        found = [v for v in found if low <= v <= high]
+        if len(found) > 2:
+            return found
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= max(m for m in (1, 2, 5) if m * step <= (high - low) / 4 or m == 1)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
+    """Draw a line chart over training steps as PNG.
+
+    curves: {name: (steps, values)}; values that are not finite, or not positive on a log axis, leave a gap. Raises PictureError.
+    """
+    k = 2  # drawn at twice the size, then halved: Pillow's lines have no antialiasing
+    W, H = size[0] * k, size[1] * k
+    left, right, top, bottom = 72 * k, W - 20 * k, 44 * k, H - 40 * k
+    colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # Okabe-Ito: safe for colour-blind eyes
+    font = ImageFont.load_default(14 * k)
+    up = math.log10 if log_y else float
+
+    def good(v):
+        return math.isfinite(v) and (v > 0 or not log_y)
+
+    xs = [s for steps, _ in curves.values() for s in steps] or [0]
+    ys = [v for _, values in curves.values() for v in values if good(v)] or [1]
+    x0, x1 = min(xs), max(max(xs), min(xs) + 1)
+    y0, y1 = (min(ys), max(ys)) if min(ys) < max(ys) else (min(ys) - abs(min(ys)) / 2, max(ys) + abs(max(ys)) / 2 + 1e-9)
+
+    def at(s, v):
+        return left + (s - x0) / (x1 - x0) * (right - left), bottom - (up(v) - up(y0)) / (up(y1) - up(y0)) * (bottom - top)
+
+    img = Image.new("RGB", (W, H), "white")
+    draw = ImageDraw.Draw(img)
+    for v in axis_ticks(y0, y1, log_y):
+        y = at(x0, v)[1]
+        draw.line([left, y, right, y], fill="#e4e4e4", width=k)
+        draw.text((left - 8 * k, y), f"{v:g}", fill="#444444", font=font, anchor="rm")
+    for s in axis_ticks(x0, x1):
+        x = at(s, y0)[0]
+        draw.line([x, bottom, x, bottom + 5 * k], fill="#444444", width=k)
+        draw.text((x, bottom + 9 * k), f"{s:g}", fill="#444444", font=font, anchor="ma")
+    draw.line([left, top, left, bottom, right, bottom], fill="#444444", width=k)
+    draw.text((left, top - 28 * k), title, fill="black", font=font)
+    x = right
+    for (name, (steps, values)), color in reversed(list(zip(curves.items(), colors * len(curves)))):
+        run = []
+        for s, v in [*zip(steps, values), (x1, math.nan)]:  # the sentinel ends the last run
+            if good(v):
+                run.append(at(s, v))
+                continue
+            if len(run) > 1:
+                draw.line(run, fill=color, width=2 * k, joint="curve")
+            elif run:
+                draw.ellipse([run[0][0] - 3 * k, run[0][1] - 3 * k, run[0][0] + 3 * k, run[0][1] + 3 * k], fill=color)
+            run = []
+        x -= font.getlength(name)  # legend: names in their colours, from the right
+        draw.text((x, top - 28 * k), name, fill=color, font=font)
+        x -= 18 * k
+    save_png(img.reduce(k), path)

@@ -1,0 +1,112 @@
+"""LPIPS: how different do two pictures look?  The distance between what a classifier of ImageNet sees in them, weighed as people judged.
+
+Paper:   Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 1801.03924; version 0.1 of the authors' package.
+Weights: two files each, vgg16-397923af.pth of torchvision (the trunk) and lpips_vgg.pth (five small heads), or alexnet-owt-7be5be79.pth and
+         lpips_alex.pth. Parameter names are the public ones of both. VGG is what S3Diff and GramSR learn with, AlexNet what papers report.
+Left out: SqueezeNet, maps instead of numbers, training the heads (with their dropout), version 0.0, which forgot to normalise its input.
+
+        x -> trunk -> features of five depths -> unit length at each pixel --.
+                                                                             |--> squared difference -> mean over pixels -> weighted sum
+        y -> trunk -> features of five depths -> unit length at each pixel --'
+
+    lpips = LPIPS.from_pretrained("vgg")
+    loss = lpips(x, y).mean()
+"""
+
+import torch
+import torch.nn as nn
+
+from models.weights import fetch, load_strictly, read_tensors
+
+SHIFT = (-0.030, -0.088, -0.188)    # ImageNet's mean and deviation, moved from [0, 1] to [-1, 1] and rounded
+SCALE = (0.458, 0.448, 0.450)
+EPS = 1e-10                         # added to the length of a feature vector
+
+
+# -----------------------------------------------------------------------------
+# trunks: the start of torchvision's `features`, up to the last ReLU that is looked at
+
+def vgg():
+    layers, c_in = [], 3
+    for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        if layers:
+            layers.append(nn.MaxPool2d(2))
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.ReLU(inplace=True)]
+            c_in = width
+    return layers
+
+
+def alex():
+    return [
+        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True),
+    ]
+
+
+#       trunk, where its features are taken {layer: channels}, smallest side in pixels, files of trunk and heads
+NETS = {
+    "vgg": (vgg, {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}, 16, ("vgg16-397923af.pth", "lpips_vgg.pth")),
+    "alex": (alex, {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}, 31, ("alexnet-owt-7be5be79.pth", "lpips_alex.pth")),
+}
+
+
+# -----------------------------------------------------------------------------
+# the metric
+
+def unit(f):
+    """Feature vectors to length one, in float32 at least: half precision has no 1e-10.  (B, C, h, w) -> same shape"""
+    f = f.to(torch.promote_types(f.dtype, torch.float32))
+    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)   # official: a square root, whose infinite slope at 0 makes the gradient NaN
+    return f / (length + EPS)
+
+
+class LPIPS(nn.Module):
+    """x, y: (B, 3, H, W) in [-1, 1], sides of at least 16 (vgg) or 31 (alex) pixels -> (B,), 0 for equal pictures, larger is worse
+
+    Differentiable in both. In training, freeze it (`from_pretrained` does): then the picture without gradient costs no memory.
+    """
+
+    def __init__(self, net="vgg"):
+        super().__init__()
+        if net not in NETS:
+            raise ValueError(f"unknown LPIPS net {net!r}; choose from {', '.join(NETS)}")
+        trunk, self.taps, self.smallest, _ = NETS[net]
+        self.features = nn.Sequential(*trunk())
+        for i, channels in enumerate(self.taps.values()):   # a dropout was number 0 when the heads were trained
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+            self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
+
+    @classmethod
+    def from_pretrained(cls, net="vgg", device="cpu"):
+        """The public weights, frozen. Raises WeightError."""
+        with torch.device("meta"):
+            model = cls(net)
+        trunk, heads = map(fetch, NETS[net][-1])
+        tensors = {k: v for k, v in read_tensors(trunk).items() if k.startswith("features.")}      # the classifier is not needed
+        load_strictly(model, tensors | read_tensors(heads), f"{trunk} with {heads}")
+        return model.requires_grad_(False).eval().to(device)
+
+    def look(self, x):
+        """Features of x at the five depths, one after the other: without gradient only one of them is in memory."""
+        x = (x - x.new_tensor(SHIFT).view(3, 1, 1)) / x.new_tensor(SCALE).view(3, 1, 1)
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.taps:
+                yield unit(x)
+
+    def levels(self, x, y):
+        """What each of the five depths adds.  x, y: (B, 3, H, W) in [-1, 1] -> (B, 5)"""
+        if x.shape != y.shape or min(x.shape[-2:]) < self.smallest:
+            raise ValueError(f"LPIPS wants two pictures of one size, at least {self.smallest} px a side, got {tuple(x.shape)} and {tuple(y.shape)}")
+        out = []
+        for i, (f, g) in enumerate(zip(self.look(x), self.look(y))):
+            weight = self.get_submodule(f"lin{i}.model.1").weight.flatten()
+            out.append(((f - g).square().mean((2, 3)) * weight).sum(1))     # the mean first: a 1x1 convolution does not mind
+        return torch.stack(out, dim=1)
+
+    def forward(self, x, y):
+        return self.levels(x, y).sum(1)

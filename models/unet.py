@@ -1,0 +1,285 @@
+"""The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, told by text (or by any tokens) what is in the picture.
+
+Papers:  Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2112.10752; SD-Turbo, 2311.17042.
+Weights: unet/diffusion_pytorch_model.safetensors of stabilityai/sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR), 865.9 M
+         parameters; names are diffusers'.
+Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
+
+Down, through the middle, up. Every map that the way down computes is kept and handed to the way up at the same resolution (skips).
+C, in every forward, goes to the layers: the matrices of their adapters, one entry for each of the ten blocks (lora.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.lora import Conv2d, Linear
+
+
+@dataclass
+class UNetConfig:
+    in_channels: int = 4
+    out_channels: int = 4
+    widths: tuple = (320, 640, 1280, 1280)      # of the four resolutions; diffusers: block_out_channels
+    num_heads: tuple = (5, 10, 20, 20)          # trap: diffusers calls these attention_head_dim; a head is always 64 wide
+    layers_per_block: int = 2
+    context_dim: int = 1024                     # of the tokens that describe the picture
+    norm_groups: int = 32
+
+
+def alphas_cumprod():
+    """The noise schedule SD was trained with: a_t of z_t = sqrt(a_t) z + sqrt(1 - a_t) eps, for t = 0 .. 999.  -> (1000,)"""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def sinusoid(t, D):
+    """The time as a vector: cosines first, then sines.  (B,) -> (B, D) float32"""
+    frequency = torch.exp(-math.log(10000) * torch.arange(D // 2, device=t.device) / (D // 2))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, D, inner):
+        super().__init__()
+        self.linear_1 = nn.Linear(D, inner)
+        self.linear_2 = nn.Linear(inner, inner)
+
+    def forward(self, t):
+        return self.linear_2(F.silu(self.linear_1(t)))
+
+
+class ResnetBlock(nn.Module):
+    """x + two rounds of norm, SiLU, 3x3 convolution, with the time added between them.  (B, c_in, h, w) -> (B, c_out, h, w)"""
+
+    def __init__(self, cfg, c_in, c_out):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(cfg.norm_groups, c_in, eps=1e-5)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * cfg.widths[0], c_out)
+        self.norm2 = nn.GroupNorm(cfg.norm_groups, c_out, eps=1e-5)
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, temb, C):
+        h = self.conv1(F.silu(self.norm1(x)), C)
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)), C)
+        return h + (self.conv_shortcut(x, C) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Tokens look at each other, or at the context.  x: (B, N, D), context: (B, M, D') -> (B, N, D)"""
+
+    def __init__(self, D, context_dim, nh):
+        super().__init__()
+        self.nh = nh
+        self.to_q = Linear(D, D, bias=False)
+        self.to_k = Linear(context_dim, D, bias=False)
+        self.to_v = Linear(context_dim, D, bias=False)
+        self.to_out = nn.ModuleList([Linear(D, D)])     # a list of one, for the public name to_out.0
+
+    def forward(self, x, context, C):
+        q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)       # (B, nh, N, hd)
+                   for y in (self.to_q(x, C), self.to_k(context, C), self.to_v(context, C)))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](y.transpose(1, 2).flatten(2), C)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, D, inner):
+        super().__init__()
+        self.proj = Linear(D, 2 * inner)
+
+    def forward(self, x, C):
+        value, gate = self.proj(x, C).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, D):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout in the public code
+
+    def forward(self, x, C):
+        return self.net[2](self.net[0](x, C), C)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, D, context_dim, nh):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(D)
+        self.attn1 = Attention(D, D, nh)
+        self.norm2 = nn.LayerNorm(D)
+        self.attn2 = Attention(D, context_dim, nh)
+        self.norm3 = nn.LayerNorm(D)
+        self.ff = FeedForward(D)
+
+    def forward(self, x, context, C):
+        y = self.norm1(x)
+        x = x + self.attn1(y, y, C)
+        x = x + self.attn2(self.norm2(x), context, C)
+        return x + self.ff(self.norm3(x), C)
+
+
+class SpatialTransformer(nn.Module):
+    """x + a transformer over all cells of the map, which also looks at the context.  (B, D, h, w) -> (B, D, h, w)"""
+
+    def __init__(self, cfg, D, nh):
+        super().__init__()
+        self.norm = nn.GroupNorm(cfg.norm_groups, D, eps=1e-6)      # trap: not the 1e-5 of the resnets
+        self.proj_in = Linear(D, D)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(D, cfg.context_dim, nh)])
+        self.proj_out = Linear(D, D)
+
+    def forward(self, x, context, C):
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2), C)
+        tokens = self.proj_out(self.transformer_blocks[0](tokens, context, C), C)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, h/2, w/2), odd sides rounded up"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x, C):
+        return self.conv(x, C)
+
+
+class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, *size)"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x, size, C):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"), C)
+
+
+class DownBlock(nn.Module):
+    """Resnets of one resolution, each followed by a transformer if nh is not 0, then half the resolution if asked for."""
+
+    def __init__(self, cfg, c_in, c_out, nh, downsample):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(cfg, c_in if i == 0 else c_out, c_out) for i in range(cfg.layers_per_block))
+        self.attentions = nn.ModuleList(SpatialTransformer(cfg, c_out, nh) for _ in self.resnets if nh)
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+
+    def forward(self, x, temb, context, C):
+        """-> the map, and a list of all maps on the way to it"""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb, C)
+            if self.attentions:
+                x = self.attentions[i](x, context, C)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x, C)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    def __init__(self, cfg, c, nh):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(cfg, c, c) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatialTransformer(cfg, c, nh)])
+
+    def forward(self, x, temb, context, C):
+        x = self.resnets[0](x, temb, C)
+        x = self.attentions[0](x, context, C)
+        return self.resnets[1](x, temb, C)
+
+
+class UpBlock(nn.Module):
+    """As DownBlock, but every resnet also sees a map of the way down, and the resolution doubles at the end."""
+
+    def __init__(self, cfg, c_in, c_out, c_skips, nh, upsample):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(cfg, (c_in if i == 0 else c_out) + c_skip, c_out) for i, c_skip in enumerate(c_skips))
+        self.attentions = nn.ModuleList(SpatialTransformer(cfg, c_out, nh) for _ in self.resnets if nh)
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def forward(self, x, skips, size, temb, context, C):
+        """skips: one map a resnet; size: (h, w) of the next block's maps, or None"""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips)):
+            x = resnet(torch.cat([x, skip], dim=1), temb, C)
+            if self.attentions:
+                x = self.attentions[i](x, context, C)
+        return self.upsamplers[0](x, size, C) if hasattr(self, "upsamplers") else x
+
+
+class UNet(nn.Module):
+    """eps = UNet(z_t, t, context)."""
+
+    def __init__(self, cfg=None):
+        super().__init__()
+        self.cfg = cfg = cfg or UNetConfig()
+        self.checkpointing = False
+        w, nh, last = cfg.widths, cfg.num_heads, len(cfg.widths) - 1
+        self.conv_in = Conv2d(cfg.in_channels, w[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(w[0], 4 * w[0])
+
+        # SD's sizes at a latent of 64 x 64:      channels in -> out  heads  resolution
+        #   down_blocks.0                              320 ->  320      5    64 -> 32
+        #   down_blocks.1                              320 ->  640     10    32 -> 16
+        #   down_blocks.2                              640 -> 1280     20    16 -> 8
+        #   down_blocks.3                             1280 -> 1280      -     8
+        #   mid_block                                 1280 -> 1280     20     8
+        #   up_blocks.0    + skips 1280 1280 1280     1280 -> 1280      -     8 -> 16
+        #   up_blocks.1    + skips 1280 1280  640     1280 -> 1280     20    16 -> 32
+        #   up_blocks.2    + skips  640  640  320     1280 ->  640     10    32 -> 64
+        #   up_blocks.3    + skips  320  320  320      640 ->  320      5    64
+        self.down_blocks, skips = nn.ModuleList(), [w[0]]
+        for i in range(last + 1):
+            self.down_blocks.append(DownBlock(cfg, w[max(i - 1, 0)], w[i], nh[i] if i < last else 0, downsample=i < last))
+            skips += [w[i]] * (cfg.layers_per_block + (i < last))
+        self.mid_block = MidBlock(cfg, w[-1], nh[-1])
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(last + 1)):
+            c_skips = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(cfg, w[min(i + 1, last)], w[i], c_skips, nh[i] if i < last else 0, upsample=i > 0))
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, w[0], eps=1e-5)
+        self.conv_out = Conv2d(w[0], cfg.out_channels, 3, padding=1)
+
+    @property
+    def blocks(self):
+        """Modules by their block id; conv_in goes with the first."""
+        return [*self.down_blocks, self.mid_block, *self.up_blocks, self.conv_out]
+
+    def run(self, block, *args):
+        """block(*args), whose inner maps are computed again in backward when `checkpointing` is on."""
+        return checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
+
+    def forward(self, z, t, context, C=None):
+        """
+        z: (B, in_channels, h, w) noisy latent; t: integer or (B,); context: (B, N, context_dim)
+        C: for each block id {adapter: (B or 1, r, r)}; None = all adapters as they are
+        -> (B, out_channels, h, w): the noise in z
+        """
+        C = C or [None] * len(self.blocks)
+        n = len(self.down_blocks)
+        t = torch.as_tensor(t, device=z.device).expand(len(z))
+        temb = self.time_embedding(sinusoid(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype))
+        x = self.conv_in(z, C[0])
+        skips = [x]
+        for block, C_block in zip(self.down_blocks, C):
+            x, more = self.run(block, x, temb, context, C_block)
+            skips += more
+        x = self.run(self.mid_block, x, temb, context, C[n])
+        for block, C_block in zip(self.up_blocks, C[n + 1 :]):
+            mine = [skips.pop() for _ in block.resnets]
+            x = self.run(block, x, mine, skips[-1].shape[2:] if skips else None, temb, context, C_block)
+        return self.conv_out(F.silu(self.conv_norm_out(x)), C[-1])
