@@ -6,16 +6,19 @@ Weights: text_encoder/model.safetensors (the first 23 of OpenCLIP ViT-H's 24 lay
 Left out: the image tower, the pooled vector and its projection, SD 1.x's other GELU, turning ids back into text, training.
 """
 
+import os
 import re
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from models.weights import WeightError, read_json
+from models.weights import WeightError, cache_folder, load_strictly, nearby, read_json, read_tensors
 
 
 @dataclass
@@ -203,3 +206,30 @@ class TextEncoder(nn.Module):
         for layer in self.text_model.encoder.layers:
             x = layer(x)
         return self.text_model.final_layer_norm(x)
+
+
+# -----------------------------------------------------------------------------
+# texts to features
+
+@torch.no_grad()
+def text_features(texts, folder=None):
+    """Features of texts by SD-Turbo's encoder, which is read only for texts that are new: what it found is kept beside it.
+
+    texts: list of str; folder: where sd-turbo lies, or None: our cache, and what is missing is fetched -> (n, 77, 1024). Raises WeightError.
+    """
+    folder = folder if folder and (folder / "sd-turbo").is_dir() else None
+    store = (folder or cache_folder()) / "sd-turbo" / "text_features.safetensors"
+    known = read_tensors(store) if store.is_file() else {}
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    if new:
+        tokenizer = Tokenizer(nearby("sd-turbo/tokenizer/vocab.json", folder), nearby("sd-turbo/tokenizer/merges.txt", folder))
+        path = nearby("sd-turbo/text_encoder/model.safetensors", folder)
+        with torch.device("meta"):
+            encoder = TextEncoder()
+        load_strictly(encoder, read_tensors(path), path)
+        known |= {text: encoder.float()(tokenizer([text]))[0] for text in new}
+        with suppress(OSError):     # a folder that is read-only: next time the same again
+            part = store.with_name(f"{store.name}.{os.getpid()}.part")
+            save_file(known, part)
+            os.replace(part, store)
+    return torch.stack([known[text] for text in texts])

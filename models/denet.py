@@ -6,8 +6,8 @@ Left out: how it was trained.
 
         lq -> 3x3 conv -> blocks at width 64 -> 3x3 conv, stride 2 -> blocks at 128 -> mean over pixels -> MLP -> sigmoid     twice
 
-What the numbers mean: the authors' code lists them as blur, noise; neither that order nor a unit is written down anywhere else. They
-were learned from comparisons (of two copies of a picture, the one made worse should score higher), so they rank pictures; 0.6 is not twice 0.3.
+What the numbers mean: the authors' code lists them as blur, noise; that order is not checked here, and there is no unit. They were learned by
+comparing (metric learning: the same picture made worse should score higher), so they rank pictures; 0.6 is not twice 0.3.
 """
 
 import torch

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.lora import Conv2d, Linear
-from models.strips import attention, fixed, in_strips, norm_silu_conv
+from models.strips import attention, fixed, in_strips, in_tiles, norm_silu_conv
 
 SD_VAE_SCALE = 0.18215  # one over the standard deviation of SD's latents; diffusion happens on latents times this
 
@@ -207,7 +207,10 @@ class VAE(nn.Module):
 
     Pictures are (B, 3, H, W) in [-1, 1]; latents (B, 4, H/8, W/8), scaled to about unit variance outside this class.
     H and W should be multiples of 8: the encoder drops what is left over.
+    tiles: None, or (1024, 224) to cut large pictures, and latents, as S3Diff's released code does: close to the whole, with seams.
     """
+
+    tiles = None
 
     def __init__(self, config=None):
         super().__init__()
@@ -223,7 +226,9 @@ class VAE(nn.Module):
 
         x: (B, 3, H, W) in [-1, 1]; C: of the encoder's adapters -> two of (B, 4, h, w), unscaled
         """
-        mean, logvar = self.quant_conv(self.encoder(x, C)).chunk(2, dim=1)
+        encoder = partial(self.encoder, C=C)
+        h = in_tiles(encoder, x, self.tiles[0], 32, 1 / self.factor) if self.tiles else encoder(x)
+        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def encode(self, x, generator=None, C=None):
@@ -238,7 +243,8 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """Picture of a latent.  z: (B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
-        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
+        z = self.post_quant_conv(z / self.config.scaling_factor)
+        return in_tiles(self.decoder, z, self.tiles[1], 11, self.factor) if self.tiles else self.decoder(z)
 
 
 class LightDecoder(Decoder):

@@ -24,7 +24,7 @@ from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTConfig
-from models.weights import WeightError, fetch, find_args, find_weights, load_strictly, read_json, read_model, read_tensors
+from models.weights import WeightError, fetch, find_args, find_weights, load_strictly, nearby, read_json, read_model, read_tensors
 
 TINY = Path(__file__).with_name("vosr_tiny.safetensors")
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
@@ -213,23 +213,19 @@ class VOSR(nn.Module):
 
         release: the authors' release folder; what is not there is fetched. Raises WeightError.
         """
-        def public(name):
-            path = release and release / name
-            return path if path and path.is_file() else fetch(name)
-
         if cfg.light_decoder is not None:
-            light_file = public("sd21_lwdecoder.pth")
+            light_file = nearby("sd21_lwdecoder.pth", release)
             light = read_tensors(light_file)
             cfg = replace(cfg, light_decoder=light_settings(light, light_file))
         with torch.device("meta"):
             model = cls(cfg)
         qwen = isinstance(cfg.vae, QwenVAEConfig)
-        vae_file = public(f"{'Qwen-Image-vae-2d' if qwen else 'stable-diffusion-2-1-base/vae'}/diffusion_pytorch_model.safetensors")
+        vae_file = nearby(f"{'Qwen-Image-vae-2d' if qwen else 'stable-diffusion-2-1-base/vae'}/diffusion_pytorch_model.safetensors", release)
         vae = read_tensors(vae_file)
         if cfg.light_decoder is not None:
             load_strictly(model.light_decoder, light.get("model_state_dict", light), light_file)
             vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
         load_strictly(model.vae, vae, vae_file)
-        vit_file = public(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth")
+        vit_file = nearby(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth", release)
         load_strictly(model.vit, read_tensors(vit_file), vit_file)
         return model

@@ -144,6 +144,12 @@ def fetch(name, sleep=time.sleep):
     raise WeightError(f"{name}: cannot be downloaded ({'; '.join(failures) or f'by hand only: {file.note}'}); put it at {target} yourself")
 
 
+def nearby(name, folder):
+    """A public file from folder (or None), where it has the same name, or else by `fetch`."""
+    path = folder and folder / name
+    return path if path and path.is_file() else fetch(name)
+
+
 def download(source, target, file, sleep):
     """One source of file -> target, complete and checked. Raises WeightError with the reason, a phrase, and OSError when it cannot be stored.
 
@@ -258,7 +264,7 @@ def find_args(path):
 def read_json(path):
     """Settings by name -> dict. Raises WeightError."""
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise WeightError(f"{path}: cannot be read as JSON ({e}); get it again") from None
     if not isinstance(settings, dict):

@@ -3,14 +3,24 @@
 Each function takes the case as stored and `get(name)`, which builds an input by its recipe, and returns {output name: array}.
 """
 
-import fill
-import numpy as np
-import torch
-from cases_vosr import fill_module, tensors
+from pathlib import Path
 
+import fill
+import torch
+import torch.nn.functional as F
+from cases_vosr import fill_module, known, tensors
+
+from models.clip import TextConfig, TextEncoder, Tokenizer
+from models.denet import DegradationEstimator
+from models.discriminator import AugmentPlan, Discriminator, augment, multilevel_loss
+from models.imaging import adain, low_frequencies, pad_to_multiple, tile_boxes
 from models.lora import Conv2d, Linear, Modulation
+from models.lpips import LPIPS
+from models.s3diff import S3Diff, S3DiffConfig, is_trained
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
+from models.vit import ViT, ViTConfig
+from models.weights import locate
 
 
 def unet_config(c):
@@ -21,14 +31,6 @@ def unet_config(c):
 def vae_config(c):
     return VAEConfig(latent_channels=c.get("latent_channels", 4), widths=tuple(c["block_out_channels"]), layers_per_block=c["layers_per_block"],
                      norm_groups=c.get("norm_groups", 32), scaling_factor=c.get("scaling_factor", 0.18215))
-
-
-def fill_checkpoint(module, prefix, salt, rename=lambda name: name):
-    """Parameters that come from s3diff.pkl are filled by their path in that file."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(fill.weight(prefix + rename(name), tuple(parameter.shape), salt)))
-    return module
 
 
 @torch.no_grad()
@@ -46,20 +48,25 @@ def vae(case, get):
             "decoded": model.decode(latent * model.config.scaling_factor), "mode_of_faint_image": model.moments(0.003 * image)[0]}
 
 
-def modulation_name(name):
-    part, _, rest = name.partition(".")
-    return f"state_embeddings.state_dict_{part}.{rest}" if part.endswith("_block") else name if part == "w" else f"state_dict_{name}"
+def path_in_pkl(name):
+    """Where s3diff.pkl keeps a trained parameter of S3Diff; the golden numbers go by that path."""
+    network, _, rest = name.partition(".")
+    if network != "modulation":
+        return f"state_dict_{name}"
+    return f"state_embeddings.state_dict_{rest}" if "_block." in rest else rest if rest == "w" else f"state_dict_{rest}"
 
 
-def make_modulation(c, salt):
-    model = Modulation(c["rank_vae"], c["rank_unet"], c.get("vae_blocks", 6), c.get("unet_blocks", 10), c.get("fourier", 64),
-                       c.get("block_embedding_dim", 64))
-    return fill_checkpoint(model, "", salt, modulation_name)
+@torch.no_grad()
+def fill_trained(named_parameters, salt):
+    for name, parameter in named_parameters:
+        parameter.copy_(torch.from_numpy(fill.weight(path_in_pkl(name), tuple(parameter.shape), salt)))
 
 
 @torch.no_grad()
 def degradation_embedding(case, get):
-    model = make_modulation(case["config"], case["fill"]["salt"])
+    c = case["config"]
+    model = Modulation(c["rank_vae"], c["rank_unet"], c["vae_blocks"], c["unet_blocks"], c["fourier"], c["block_embedding_dim"])
+    fill_trained([(f"modulation.{name}", p) for name, p in model.named_parameters()], case["fill"]["salt"])
     out = {}
     for network in ("vae", "unet"):
         C = out[f"{network}_matrices"] = model.matrices(network, *tensors(get, "scores"))
@@ -77,4 +84,160 @@ def lora(case, get):
     return {"base": layer(x, {}), "y": layer(x, {"default": C})}
 
 
-CASES = {"unet": unet, "vae": vae, "degradation_embedding": degradation_embedding, "lora_linear": lora, "lora_conv": lora}
+@torch.no_grad()
+def clip_text(case, get):
+    encoder = fill_module(TextEncoder(known(TextConfig, case["config"])), case["fill"]["salt"])
+    prompts = [name.removeprefix("ids_") for name in case["inputs"]]
+    return {f"last_hidden_state_{prompt}": encoder(torch.tensor([get(f"ids_{prompt}")])) for prompt in prompts}
+
+
+def clip_file(name):
+    """CLIP's public vocab.json or merges.txt, from ../shared/clip or the weights cache -> Path"""
+    path = Path(fill.__file__).resolve().parents[2] / "shared" / "clip" / name
+    path = path if path.exists() else locate(f"sd-turbo/tokenizer/{name}")
+    if path is None:
+        raise FileNotFoundError(f"CLIP's {name} is neither in ../shared/clip nor in the weights cache")
+    return path
+
+
+def tokenizer(length=77):
+    return Tokenizer(clip_file("vocab.json"), clip_file("merges.txt"), length)
+
+
+def tokens(case, get):
+    ours = tokenizer(case["config"]["length"])([get(name) for name in case["inputs"]]).tolist()
+    # 'openai' is another tokenizer, which S3Diff does not use, and 'same' compares the two: both are taken as stored.
+    return {name: case["outputs"][name] | {"hf": row} for name, row in zip(case["inputs"], ours)}
+
+
+@torch.no_grad()
+def degradation_estimator(case, get):
+    c = {k: v for k, v in case["config"].items() if k != "parameters"}
+    model = fill_module(DegradationEstimator(**c), case["fill"]["salt"])
+    assert sum(p.numel() for p in model.parameters()) == case["config"].get("parameters", 2351362)
+    image, = tensors(get, "image")
+    return {"scores": model(image), **{f"features_branch{i}": body(first(image)) for i, (first, body) in enumerate(zip(model.conv_first, model.body))}}
+
+
+@torch.no_grad()
+def lpips(case, get):
+    model = fill_module(LPIPS(case["config"]["net"]), case["fill"]["salt"])
+    a, b = tensors(get, "a", "b")
+    levels = model.levels(a, b)
+    return {"lpips": model(a, b).view(-1, 1, 1, 1), **{f"level{i}": level.view(-1, 1, 1, 1) for i, level in enumerate(levels.unbind(1))}}
+
+
+def color(case, get):
+    target, source = tensors(get, "target", "source")
+    source = 0.5 * source + torch.tensor([0.4, 0.1, 0.0]).view(3, 1, 1)     # as the input's 'then' says
+    levels = case["config"]["levels"]
+
+    def wavelet(x, ref):
+        return x + low_frequencies(ref - x, levels)
+
+    def bytes_of(x):    # official: to 8 bits by truncation
+        return (255 * x.clamp(0, 1)).floor()
+
+    t8, s8 = bytes_of(target) / 255, bytes_of(source) / 255
+    low = low_frequencies(target, levels)
+    return {"wavelet": wavelet(target, source), "adain": adain(target, source, stablesr=True), "target_high": target - low, "target_low": low,
+            **{f"{name}_uint8": bytes_of(fixed)[0].permute(1, 2, 0)
+               for name, fixed in (("wavelet", wavelet(t8, s8)), ("adain", adain(t8, s8, stablesr=True)))}}
+
+
+# -----------------------------------------------------------------------------
+# the whole system
+
+
+def make_s3diff(c, salt, parts=("unet", "vae", "denet")):
+    """The system of a case: the frozen networks by their own names, what is trained by its path in s3diff.pkl."""
+    model = S3Diff(S3DiffConfig(unet=unet_config(c["unet"]), vae=vae_config(c["vae"]), r_unet=c["rank_unet"], r_vae=c["rank_vae"]))
+    for part in parts:
+        fill_module(getattr(model, part), salt)
+    fill_trained([(name, p) for name, p in model.named_parameters() if is_trained(name)], salt)
+    return model
+
+
+def describe(c, salt, texts):
+    """Features of texts by the case's text encoder -> (n, 77, D)"""
+    encoder = fill_module(TextEncoder(known(TextConfig, c["text"])), salt)
+    return encoder(tokenizer()(texts))
+
+
+@torch.no_grad()
+def pipeline(case, get):
+    c, salt, guidance = case["config"], case["fill"]["salt"], get("guidance")
+    model = make_s3diff(c, salt)
+    lq, = tensors(get, "lr")
+    prompts = describe(c, salt, [get("positive_prompt"), get("negative_prompt")])
+    scores = tensors(get, "scores")[0] if "scores" in case["inputs"] else model.estimate(lq)
+    C_vae, C_unet = model.matrices("vae", scores), model.matrices("unet", scores)
+    H, W = (c["sf"] * side for side in lq.shape[-2:])
+    x = pad_to_multiple(2 * F.interpolate(lq, (H, W), mode="bilinear") - 1, 64)
+    z = model.vae.encode(x, C=C_vae)
+    tile, overlap = 8 * c["latent_tiled_size"], 8 * c["latent_tiled_overlap"]
+    eps = model.predict(z, 999, prompts, C_unet, guidance, tile, overlap)
+    x0 = model.clean(z, eps, 999)
+    image = model.vae.decode(x0).clamp(-1, 1)
+    first = tile_boxes(*z.shape[2:], c["latent_tiled_size"], c["latent_tiled_overlap"])[0]
+    by_one = {name: model.unet(z, 999, prompts[i : i + 1], C_unet) for i, name in enumerate(("eps_positive", "eps_negative"))}
+    model.prompts = prompts
+    scores_given = {"blur": float(scores[0, 0]), "noise": float(scores[0, 1])} if "scores" in case["inputs"] else {}
+    sr = model.upscale(lq, c["sf"], guidance=guidance, tile=tile, overlap=overlap, color="none", **scores_given)
+    torch.testing.assert_close(sr, image[..., :H, :W] / 2 + 0.5, rtol=0, atol=1e-4)
+    return {"scores": scores, "padded_input": x, "context_positive": prompts[:1], "context_negative": prompts[1:], "latent": z, **by_one, "eps": eps,
+            "eps_tile0_positive": model.unet(z[..., first[0], first[1]], 999, prompts[:1], C_unet), "x0": x0, "image_padded": image, "image": sr}
+
+
+@torch.no_grad()
+def train_forward(case, get):
+    c, salt = case["config"], case["fill"]["salt"]
+    model = make_s3diff(c, salt)
+    x, scores = tensors(get, "x_src", "scores")
+    context = describe(c, salt, get("prompts"))
+    z = model.vae.encode(x, C=model.matrices("vae", scores))
+    eps = model.unet(z, 999, context, model.matrices("unet", scores))
+    return {"latent": z, "eps": eps, "x0": model.clean(z, eps, 999), "x_tgt_pred": model(x, scores, context)}
+
+
+@torch.no_grad()
+def vae_tiled(case, get):
+    c = case["config"]
+    cfg = {"block_out_channels": [32], "heads": [1], "layers_per_block": 1, "cross_attention_dim": 8}   # no UNet in this case
+    model = make_s3diff({**c, "unet": cfg, "rank_unet": 1}, case["fill"]["salt"], parts=["vae"])
+    vae = model.vae
+    image, latent, scores = tensors(get, "image", "latent", "scores")
+    C, out = model.matrices("vae", scores), {}
+    for kind, tiles in (("untiled", None), ("tiled", (get("encoder_tile"), get("decoder_tile")))):
+        vae.tiles = tiles
+        out |= {f"mode_{kind}": vae.moments(image, C)[0], f"decoded_{kind}": vae.decode(latent * vae.config.scaling_factor)}
+    return out
+
+
+@torch.no_grad()
+def diffaug(case, get):
+    x, steps = torch.from_numpy(get("x")), []
+    plan = AugmentPlan(*map(get, ("brightness", "saturation", "contrast")),
+                       *(list(zip(get(f"{what}_x"), get(f"{what}_y"))) for what in ("translation", "cutout")))     # official: x is the height
+    augment(x, plan, steps)
+    return {f"after_{name}": picture for name, picture in steps}
+
+
+def make_discriminator(config, salt=""):
+    """DINO and heads by the rule; weight_u and weight_v, which are buffers, too, at length 1. In training mode: every forward iterates."""
+    d = config["dino"]
+    cfg = ViTConfig(d["image"], d["patch"], d["embed_dim"], d["depth"], d["heads"], d["mlp_ratio"], version=1)
+    model = fill_module(Discriminator(fill_module(ViT(cfg), salt), config["head_width"]), salt)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith(("weight_u", "weight_v")):
+                buffer.copy_(F.normalize(torch.from_numpy(fill.weight(name, tuple(buffer.shape), salt)), dim=0))
+    return model.train()
+
+
+CASES = {
+    "unet": unet, "vae": vae, "clip_text": clip_text, "tokens": tokens, "degradation_estimator": degradation_estimator,
+    "degradation_embedding": degradation_embedding, "lora_linear": lora, "lora_conv": lora, "lpips": lpips, "color": color, "diffaug": diffaug,
+    "pipeline": pipeline, "pipeline_estimator": pipeline, "pipeline_guidance_1": pipeline, "pipeline_latent_tiled": pipeline,
+    "train_forward": train_forward, "vae_tiled": vae_tiled,
+}

@@ -119,7 +119,8 @@ def test_encoder_equals_transformers():
     transformers = pytest.importorskip("transformers", reason=REFERENCE)
     config = transformers.CLIPTextConfig(
         vocab_size=TINY.vocab_size, hidden_size=TINY.hidden_size, intermediate_size=TINY.intermediate_size, num_hidden_layers=TINY.layers,
-        num_attention_heads=TINY.heads, max_position_embeddings=TINY.positions, hidden_act="gelu", bos_token_id=97, eos_token_id=98, pad_token_id=0)
+        num_attention_heads=TINY.heads, max_position_embeddings=TINY.positions, hidden_act="gelu",
+        bos_token_id=97, eos_token_id=98, pad_token_id=0)
     reference, encoder = transformers.CLIPTextModel(config).eval(), tiny()
     prefixed = any(name.startswith("text_model.") for name in reference.state_dict())       # 5.x drops the prefix in memory
     reference.load_state_dict({k if prefixed else k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()})
@@ -183,10 +184,10 @@ def test_any_text_has_ids(tokenizer):
 def varied():
     """About a thousand texts of all kinds, the same ones in every run and under every version of Python."""
     draw = random.Random(0)
-    words = """a an the of and photograph resolution ultra-realistic 8K hyperdetailed blurry JPEG artefacts CamelCase iPhone12 don't WE'VE it's they'll
+    words = """a an the of and photograph resolution ultra-realistic 8K blurry JPEG artefacts CamelCase iPhone12 don't WE'VE it's they'll
         I'm rock'n'roll 'quoted' o'clock café naïve Straße Ærøskøbing ﬁne Ǆ ΑΣ ὈΔΥΣΣΕΎΣ Москва ЁЖ 東京 한국어 कर्म العربية שלום ไทย İstanbul ı ſ K Å
-        🐱 👩‍👩‍👧 🇯🇵 ❤️ ½ ² ① Ⅷ ٣ 3.14159 1,000,000 2024-09-25 f/1.8 100% $5 #tag @user a/b\\c ~^_`|<>+=* ... … — “so” «si» (really?) [yes]; {no}:
-        wow! !! &amp; &#39; <b>bold</b> <|startoftext|> <|endoftext|> </w> antidisestablishmentarianism xqzzwvk""".split()
+        🐱 👩‍👩‍👧 🇯🇵 ❤️ ½ ² ① Ⅷ ٣ 3.14159 1,000,000 2024-09-25 f/1.8 100% $5 #tag @user a/b\\c ~^_`|<>+=* ... … — “so” «si» (really?)
+        [yes]; {no}: wow! !! &amp; &#39; <b>bold</b> <|startoftext|> <|endoftext|> </w> antidisestablishmentarianism xqzzwvk""".split()
     spaces = [" ", "  ", "\t", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u1680", "\u180e", "\u2003", "\u200b", "\u2028",
               "\u202f", "\u3000", "\ufeff", ""]
     letters = [chr(n) for n in range(0x600)] + [*"\u0300\u0301\u0323\u0338\u1100\u1161\u11a8\uac00\u2126\u212a\ufb01"]
