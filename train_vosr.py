@@ -21,14 +21,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import training
 from degrade import RECIPES, degrade
 from models.dit import DiT, DiTConfig
 from models.flow import Draws, guided, loss_distill, loss_flow, sample
-from models.photos import Photos, list_photos
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, VOSR, VOSRConfig
@@ -193,11 +191,7 @@ def main():
     rank, world = training.join(device)
     if args.fsdp and not torch.distributed.is_initialized():
         raise training.Quit("--fsdp needs several processes: torchrun --nproc_per_node=N train_vosr.py ...")
-    share = stage.batch_size // world           # photos of a step that are this process's
-    micro = args.micro_batch or max(share, 1)
-    parts = share // micro
-    if share * world != stage.batch_size or share % micro:
-        raise training.Quit(f"--batch-size {stage.batch_size} is not {world} processes x a whole number of --micro-batch {micro}")
+    share, micro, parts = training.divide(stage.batch_size, args.micro_batch, world)    # photos of a step: mine, at once, how often
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -212,7 +206,8 @@ def main():
     if args.fsdp:
         for m in filter(None, (teacher, *(getattr(x, name) for x in (model, ema) for name in names))):
             training.shard(m, device)
-    params = training.trainable_groups(model, [getattr(model, name) for name in names])
+    learned = [p for name in names for k, p in getattr(model, name).named_parameters() if k != "mask_token"]
+    params = training.freeze_all_but(model, learned)
     optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -221,7 +216,10 @@ def main():
     checkpoint = training.load_checkpoint(out / "checkpoint.pt", settings)
     if checkpoint:
         step, origin = checkpoint["step"], f"resumed from {out / 'checkpoint.pt'} at step {checkpoint['step']}"
-        training.restore(checkpoint, model, ema, optimizer, scaler)
+        training.load_tensors(model, checkpoint["model"])
+        training.load_tensors(ema, checkpoint["ema"])
+        training.load_optimizer(optimizer, checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
     print(f"train_vosr: {args.preset} {args.stage}, {origin}, on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", ""))
     print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters; "
           f"batch {stage.batch_size} = {world} x {parts} x {micro}; {stage}")
@@ -234,14 +232,8 @@ def main():
     if ddp:
         objective = training.replicate(model, objective, device)
 
-    files = list_photos(args.data)
-    held_out = dict.fromkeys(list(dict.fromkeys(files))[::30])      # of photos that a list repeats, all copies
-    files = [f for f in files if f not in held_out]
-    if not files:
-        raise training.Quit(f"{args.data}: one photo only; every 30th is held out, so at least two are needed")
-    photos = Photos(args.data, stage.crop, seed=args.seed, flip=stage.flip, shrink=stage.shrink, files=files)
-    recipe = RECIPES[stage.recipe]
-    test_hq = torch.stack([photo for photo, _ in zip(Photos(args.data, stage.crop, shrink=stage.shrink, files=held_out), range(16))]).to(device)
+    photos, test_hq = training.photos_for(args.data, stage.crop, args.seed, flip=stage.flip, shrink=stage.shrink)
+    recipe, test_hq = RECIPES[stage.recipe], test_hq.to(device)
     test_lq = degrade(test_hq, replace(recipe, branches_per="image"), training.generator(0))[1]
     test_hq, test_lq = 2 * test_hq - 1, 2 * test_lq - 1
 
@@ -259,8 +251,7 @@ def main():
             dit = {k.removeprefix("dit."): v for k, v in averaged.items() if k.startswith("dit.")}
             save_release(out, dit, {**asdict(model.cfg.dit), "stage": args.stage, "steps": step, "weak_cond_strength_aelq_list": [0.05, 0.25]})
 
-    mine = (s * stage.batch_size + rank * share + i for s in range(step, stage.steps) for i in range(share))
-    loader = iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    loader = training.batches(photos, range(step, stage.steps), stage.batch_size, rank, share, micro, args.workers, device)
     log = training.Log(out / "log.csv", ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"], step) if rank == 0 else None
     if step == 0:
         with training.autocast(device, dtype):

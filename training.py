@@ -3,7 +3,6 @@
 Set-up and precision, several processes, seeds, learning rate, exponential moving average, checkpoints, logs and pictures of progress.
 """
 
-import csv
 import math
 import os
 import signal
@@ -16,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from models.charts import loss_curves
+from models.charts import Log  # noqa: F401: scripts say training.Log
 from models.imaging import contact_sheet, save_png
+from models.photos import Photos, list_photos
 
 
 class Quit(Exception):
@@ -132,6 +133,35 @@ def scatter(tensor, like):
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
+# ---- photos ---------------------------------------------------------------------------------------------------------
+
+
+def divide(batch_size, micro_batch, world):
+    """How a step's photos are computed: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
+    share = batch_size // world
+    micro = micro_batch or max(share, 1)
+    if share * world != batch_size or share % micro:
+        raise Quit(f"--batch-size {batch_size} is not {world} processes x a whole number of --micro-batch {micro}")
+    return share, micro, share // micro
+
+
+def photos_for(data, crop, seed, **options):
+    """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the every 30th that is held out. Raises Quit."""
+    files = list_photos(data)
+    held_out = dict.fromkeys(list(dict.fromkeys(files))[::30])      # of photos that a list repeats, all copies
+    files = [f for f in files if f not in held_out]
+    if not files:
+        raise Quit(f"{data}: one photo only; every 30th is held out, so at least two are needed")
+    test = Photos(data, crop, shrink=options.get("shrink", False), files=held_out)
+    return Photos(data, crop, seed=seed, files=files, **options), torch.stack([photo for photo, _ in zip(test, range(16))])
+
+
+def batches(photos, steps, batch_size, rank, share, micro, workers, device):
+    """This process's photos of the steps in a range, as many at a time as it computes at once -> iterator of (micro, 3, crop, crop)"""
+    mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
+    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers, pin_memory=device.type == "cuda"))
+
+
 # ---- seeds, parameters, schedules -----------------------------------------------------------------------------------
 
 
@@ -147,18 +177,13 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-def trainable_groups(model, trained):
-    """Optimizer's parameters of the trained modules; everything else in model is frozen.
-
-    Raises AssertionError if a parameter is neither or both.
-    """
-    for p in model.parameters():
-        p.requires_grad_(False)
-    params = [p for module in trained for name, p in module.named_parameters() if name != "mask_token"]
+def freeze_all_but(model, params):
+    """Let params learn and nothing else in model -> params. Raises AssertionError if one is not in model, or twice in params."""
+    model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
     assert len({id(p) for p in params}) == len(params), "a parameter is trained twice"
-    assert count(params) == count(p for p in model.parameters() if p.requires_grad)
+    assert count(params) == count(p for p in model.parameters() if p.requires_grad), "a parameter is not the model's"
     return params
 
 
@@ -223,48 +248,23 @@ def load_checkpoint(path, must_match):
     return state
 
 
-def restore(state, model, ema, optimizer, scaler):
-    """Put a checkpoint's numbers where they were, whatever the number of processes now and then."""
-    for module, tensors in ((model, state["model"]), (ema, state["ema"])):
-        own = module.state_dict()
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                own[name].copy_(scatter(tensor, own[name]))
+def load_tensors(module, tensors):
+    """Put a checkpoint's tensors into a module, of which it may hold a part, whatever the number of processes now and then."""
+    own = module.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(scatter(tensor, own[name]))
+
+
+def load_optimizer(optimizer, state):
+    """The same for an optimizer."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, tensors in state["optimizer"]["state"].items():
+    for i, tensors in state["state"].items():
         tensors |= {k: scatter(v, params[i]) for k, v in tensors.items() if v.shape == params[i].shape}
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    optimizer.load_state_dict(state)
 
 
-# ---- logs and pictures ----------------------------------------------------------------------------------------------
-
-
-class Log:
-    """log.csv: one row a call; rows of steps after a resumed checkpoint are dropped."""
-
-    def __init__(self, path, columns, step):
-        self.path, self.columns = Path(path), columns
-        rows = [r for r in self.rows() if int(r["step"]) <= step]
-        with open(self.path, "w", newline="") as f:
-            csv.DictWriter(f, columns).writeheader()
-            csv.DictWriter(f, columns).writerows(rows)
-
-    def rows(self):
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="") as f:
-            return list(csv.DictReader(f))
-
-    def write(self, **row):
-        with open(self.path, "a", newline="") as f:
-            csv.DictWriter(f, self.columns).writerow({k: f"{v:.6g}" for k, v in row.items()})
-
-    def draw(self, path, names, title):
-        """Loss curves of the named columns as a PNG."""
-        rows = self.rows()
-        curves = {n: [(int(r["step"]), float(r[n])) for r in rows if r[n]] for n in names}
-        loss_curves({n: tuple(zip(*c)) for n, c in curves.items() if len(c) > 1}, path, log_y=True, title=title)
+# ---- pictures of progress ---------------------------------------------------------------------------------------------
 
 
 def save_sheet(path, columns):

@@ -1,9 +1,11 @@
-"""Line charts drawn with Pillow: the loss curves of training runs.
+"""A training run's log.csv, and line charts of it drawn with Pillow.
 
 Left out: everything else that a plotting library can do.
 """
 
+import csv
 import math
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -74,3 +76,30 @@ def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
         draw.text((x, top - 28 * k), name, fill=color, font=font)
         x -= 18 * k
     save_png(img.reduce(k), path)
+
+
+class Log:
+    """log.csv: one row a call; rows of steps after a resumed checkpoint are dropped."""
+
+    def __init__(self, path, columns, step):
+        self.path, self.columns = Path(path), columns
+        rows = [r for r in self.rows() if int(r["step"]) <= step]
+        with open(self.path, "w", newline="") as f:
+            csv.DictWriter(f, columns).writeheader()
+            csv.DictWriter(f, columns).writerows(rows)
+
+    def rows(self):
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as f:
+            return list(csv.DictReader(f))
+
+    def write(self, **row):
+        with open(self.path, "a", newline="") as f:
+            csv.DictWriter(f, self.columns).writerow({k: f"{v:.6g}" for k, v in row.items()})
+
+    def draw(self, path, names, title):
+        """Loss curves of the named columns as a PNG."""
+        rows = self.rows()
+        curves = {n: [(int(r["step"]), float(r[n])) for r in rows if r[n]] for n in names}
+        loss_curves({n: tuple(zip(*c)) for n, c in curves.items() if len(c) > 1}, path, log_y=True, title=title)

@@ -6,7 +6,6 @@ Left out: animations (the first frame is read), metadata other than orientation 
 """
 
 import io
-import math
 import os
 import warnings
 from pathlib import Path

@@ -22,7 +22,7 @@ from models.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
-from models.weights import WeightError, fetch, find_weights, load_strictly, nearby, read_model, read_tensors
+from models.weights import WeightError, fetch, load_strictly, nearby, read_model, read_tensors
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
@@ -70,11 +70,15 @@ class S3Diff(nn.Module):
         self.cfg, self.folder = cfg, None
         self.unet, self.vae, self.denet = UNet(cfg.unet), VAE(cfg.vae), DegradationEstimator()
         self.blocks = {"unet": len(self.unet.blocks), "vae": len(cfg.vae.widths) + 2}
-        ids = self.blocks if cfg.modulation == "blocks" else {"unet": 1, "vae": 1}
+        self.adapt()
+        self.register_buffer("prompts", torch.zeros(2, 77, cfg.unet.context_dim))   # features of the good text and of the bad one
+
+    def adapt(self):
+        """What is trained beside unet.conv_in: new adapters and their modulation, which change nothing yet."""
+        cfg, ids = self.cfg, self.blocks if self.cfg.modulation == "blocks" else {"unet": 1, "vae": 1}
         self.modulation = Modulation(cfg.r_vae, cfg.r_unet, ids["vae"], ids["unet"]) if cfg.modulation != "none" else None
         add_lora(self.unet, cfg.unet_targets, ADAPTER["unet"], cfg.r_unet)
         add_lora(self.vae, cfg.vae_targets, ADAPTER["vae"], cfg.r_vae)
-        self.register_buffer("prompts", torch.zeros(2, 77, cfg.unet.context_dim))   # features of the good text and of the bad one
 
     # ---- the mathematics --------------------------------------------------------------------------------------------
 
@@ -184,13 +188,9 @@ class S3Diff(nn.Module):
         SD-Turbo (a folder sd-turbo) and de_net.pth are looked for beside the .pkl. Raises FileNotFoundError or ValueError, one line.
         """
         path = Path(name)
-        pkl = fetch("s3diff.pkl") if name == "s3diff" else path / "s3diff.pkl" if path.is_dir() else path
-        if pkl.suffix == ".pkl" and pkl.is_file():
-            model = cls.from_release(pkl, None if name == "s3diff" else pkl.parent)
-        else:
-            weights = find_weights(path)
-            if weights is None:
-                raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, or a folder with it or with model.safetensors")
+        if name == "s3diff":
+            model = cls.from_release(fetch("s3diff.pkl"))
+        elif (weights := path / "model.safetensors" if path.is_dir() else path).suffix == ".safetensors" and weights.is_file():
             config, tensors = read_model(weights)
             try:
                 with torch.device("meta"):
@@ -198,6 +198,10 @@ class S3Diff(nn.Module):
             except (KeyError, TypeError, ValueError) as e:
                 raise ValueError(f"{weights}: its config is not one of S3Diff ({type(e).__name__}: {e})") from None
             load_strictly(model, tensors, weights)
+        elif (pkl := path / "s3diff.pkl" if path.is_dir() else path).is_file():
+            model = cls.from_release(pkl, pkl.parent)
+        else:
+            raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, or a folder with it or with model.safetensors")
         model.denet.float(), model.modulation and model.modulation.float()
         model.unet.to(dtype=dtype), model.vae.to(dtype=dtype)       # the others are small, and what they say counts: they stay exact
         return model.to(device).eval()

@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 LIMIT = 512 * 512  # pixels of a map up to which it is computed whole; a strip has at most a quarter of them
 QUERIES = 4096  # up to which attention is computed at once, and then at a time
@@ -26,6 +27,15 @@ def plain(pixels):
 
 def rows_at_a_time(width):
     return max(1, LIMIT // 4 // width)
+
+
+class Checkpointing:
+    """For training: what network.run(part, ...) computed is thrown away and computed again in backward, where `checkpointing` is on."""
+
+    checkpointing = False
+
+    def run(self, part, *args):
+        return checkpoint(part, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else part(*args)
 
 
 def in_strips(f, *maps, rate=1, into=None):

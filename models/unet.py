@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.lora import Conv2d, Linear
+from models.strips import Checkpointing
 
 
 @dataclass
@@ -221,13 +221,12 @@ class UpBlock(nn.Module):
         return self.upsamplers[0](x, size, C) if hasattr(self, "upsamplers") else x
 
 
-class UNet(nn.Module):
+class UNet(Checkpointing, nn.Module):
     """eps = UNet(z_t, t, context)."""
 
     def __init__(self, cfg=None):
         super().__init__()
         self.cfg = cfg = cfg or UNetConfig()
-        self.checkpointing = False
         w, nh, last = cfg.widths, cfg.num_heads, len(cfg.widths) - 1
         self.conv_in = Conv2d(cfg.in_channels, w[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(w[0], 4 * w[0])
@@ -258,10 +257,6 @@ class UNet(nn.Module):
     def blocks(self):
         """Modules by their block id; conv_in goes with the first."""
         return [*self.down_blocks, self.mid_block, *self.up_blocks, self.conv_out]
-
-    def run(self, block, *args):
-        """block(*args), whose inner maps are computed again in backward when `checkpointing` is on."""
-        return checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
 
     def forward(self, z, t, context, C=None):
         """

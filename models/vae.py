@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.lora import Conv2d, Linear
-from models.strips import attention, fixed, in_strips, in_tiles, norm_silu_conv
+from models.strips import Checkpointing, attention, fixed, in_strips, in_tiles, norm_silu_conv
 
 SD_VAE_SCALE = 0.18215  # one over the standard deviation of SD's latents; diffusion happens on latents times this
 
@@ -149,7 +149,7 @@ class Level(nn.Module):
 # -----------------------------------------------------------------------------
 # the two halves
 
-class Encoder(nn.Module):
+class Encoder(Checkpointing, nn.Module):
     """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8) with four widths
 
     C: for each block id {adapter: (B or 1, r, r)}: the levels, the middle, then conv_in with conv_out
@@ -170,11 +170,11 @@ class Encoder(nn.Module):
         x = in_strips(partial(self.conv_in, C=C_ends), x)
         for level, C_level in zip(self.down_blocks, C_levels):
             for layer in level:
-                x = layer(x, C_level)
+                x = self.run(layer, x, C_level)
         return norm_silu_conv(self.conv_norm_out, partial(self.conv_out, C=C_ends), self.mid_block(x, C_mid))
 
 
-class Decoder(nn.Module):
+class Decoder(Checkpointing, nn.Module):
     """Latent to picture, the encoder backwards with one more resnet per level.
 
     z: (B, in_channels, h, w) unscaled latent -> (B, out_channels, 8h, 8w) with four widths, not clamped
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         x = self.mid_block(in_strips(self.conv_in, z))
         for level in self.up_blocks:
             for layer in level:
-                x = layer(x)
+                x = self.run(layer, x)
         return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 

@@ -21,6 +21,8 @@ from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
 from models.weights import locate
+from train_s3diff import Recipe, adversary, discriminator_loss, reconstruct
+from training import freeze_all_but
 
 
 def unet_config(c):
@@ -235,9 +237,49 @@ def make_discriminator(config, salt=""):
     return model.train()
 
 
+def global_norm(grads):
+    return torch.stack([g.norm() for g in grads]).norm()
+
+
+def train_step(case, get):
+    c, salt = case["config"], case["fill"]["salt"]
+    model, D = make_s3diff(c, salt), make_discriminator(c, salt)
+    judge = fill_module(LPIPS("vgg"), salt)
+    recipe = Recipe(lambda_l2=c["lambda_l2"], lambda_lpips=c["lambda_lpips"], lambda_gan=c["lambda_gan"])
+    trained = {path_in_pkl(k): p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"}
+    freeze_all_but(model, list(trained.values()))
+    with torch.no_grad():
+        model.prompts = describe(c, salt, [get("positive_prompt"), get("negative_prompt")])
+    x_src, x_tgt, scores, u = tensors(get, "x_src", "x_tgt", "scores", "neg_draws")
+
+    terms, y = reconstruct(model, judge, recipe, get("neg_prob"), x_src, x_tgt, scores, u)
+    loss = sum(terms.values())
+    grads = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
+    out = {"x_tgt_pred_mixed": y, "loss_l2_weighted": terms["l2"], "loss_lpips_weighted": terms["lpips"], "loss": loss,
+           "grad_norm": global_norm(grads.values()), **{name: grads[name.removeprefix("grad:")] for name in case["outputs"] if "grad:" in name}}
+
+    before = {k: v.clone() for k, v in D.state_dict().items()}
+    terms, y = adversary(model, D, recipe, x_src, scores)
+    out["grad_norm_G"] = global_norm(torch.autograd.grad(terms["gan"], list(trained.values())))
+    D.load_state_dict(before)               # the golden's D starts once: its next forward is the generator's step again, seen from the image
+    y = y.requires_grad_()
+    features = D.features(y)
+    heads = D.decoder[0](*features)
+    per_sample = multilevel_loss(heads, "generator")
+    torch.testing.assert_close(c["lambda_gan"] * per_sample.mean(), terms["gan"])
+    out |= {"x_tgt_pred_positive": y, **{f"dino_feature{i}": f for i, f in enumerate(features)}, **{f"head{i}": h for i, h in enumerate(heads)},
+            "lossG_per_sample": per_sample, "lossG_weighted": terms["gan"],
+            "grad_lossG_wrt_image": torch.autograd.grad(c["lambda_gan"] * per_sample.mean(), y)[0],
+            "lossD_real_weighted": discriminator_loss(D, recipe, x_tgt, "real")[0]["d_real"],
+            "lossD_fake_weighted": discriminator_loss(D, recipe, y.detach(), "fake")[0]["d_fake"]}
+    levels = [torch.tensor(level) for level in get("loss_only_predictions")]
+    out |= {f"loss_only_{short}": multilevel_loss(levels, target) for short, target in (("G", "generator"), ("real", "real"), ("fake", "fake"))}
+    return {name: x.detach() for name, x in out.items()}
+
+
 CASES = {
     "unet": unet, "vae": vae, "clip_text": clip_text, "tokens": tokens, "degradation_estimator": degradation_estimator,
     "degradation_embedding": degradation_embedding, "lora_linear": lora, "lora_conv": lora, "lpips": lpips, "color": color, "diffaug": diffaug,
     "pipeline": pipeline, "pipeline_estimator": pipeline, "pipeline_guidance_1": pipeline, "pipeline_latent_tiled": pipeline,
-    "train_forward": train_forward, "vae_tiled": vae_tiled,
+    "train_forward": train_forward, "train_step": train_step, "vae_tiled": vae_tiled,
 }

@@ -114,15 +114,15 @@ def test_held_out_photos_are_never_trained_on(monkeypatch, photos, tmp_path):
     """Also those that a list shows several times."""
     seen = []
 
-    class Spy(train_vosr.Photos):
+    class Spy(training.Photos):
         def __init__(self, *args, files, **kwargs):
             seen.append(set(files))
             super().__init__(*args, files=files, **kwargs)
 
-    monkeypatch.setattr(train_vosr, "Photos", Spy)
+    monkeypatch.setattr(training, "Photos", Spy)
     (tmp_path / "list.txt").write_text(f"{photos}, 13\n")
     train(monkeypatch, tmp_path / "list.txt", tmp_path / "ae", "autoencoder", "--steps", 1)
-    trained, held_out = seen
+    held_out, trained = seen
     assert len(trained) == 4 and len(held_out) == 1 and not trained & held_out
 
 
@@ -175,7 +175,7 @@ def test_learning_rate_and_ema():
 
 def test_groups_freeze_the_rest():
     model = VOSR(SMALL)
-    params = training.trainable_groups(model, [model.dit])
+    params = training.freeze_all_but(model, list(model.dit.parameters()))
     assert len(params) == len(list(model.dit.parameters()))
     assert not any(p.requires_grad for p in [*model.vae.parameters(), *model.vit.parameters()])
 

@@ -1,0 +1,231 @@
+"""GramSR: one step of Stable Diffusion 2.1, told by visual tokens instead of words what is in the picture; three LoRA sets, one a loss.
+
+Paper:   GramSR, arXiv 2604.25457, which extends PiSA-SR, 2412.03017. Numbers of equations are ours.
+Weights: model_12501.pkl, lora_weights_dino_53001.safetensors, adapter_53001.pth of aimagelab/GramSR; unet and vae of
+         stable-diffusion-2-1-base; facebook/dinov3-vitb16-pretrain-lvd1689m (licence gate). Gram features: -vits16plus-, training only.
+Left out: texts (the released code never reads one), LoRA weights summed factor by factor (the released helper for it is unused and wrong).
+
+A system is wiring. The enlarged picture goes two ways: through the VAE to a latent, which the UNet takes for one with almost no noise
+(t = 1), and through DINOv3 and a small adapter to tokens, which stand where SD's text stood. Latent minus the UNet's answer -> picture.
+The authors published inference only. What the losses here rest on, and what is inferred, stands beside them.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from math import lcm
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.lora import ALPHA, add_lora
+from models.unet import UNet, UNetConfig, alphas_cumprod
+from models.vae import VAE, VAEConfig
+from models.vit import IMAGENET_MEAN, IMAGENET_STD, DINOv3, DINOv3Config
+from models.weights import WeightError, fetch, load_strictly, nearby, read_model, read_tensors
+
+SETS = {"pixel": "pix", "semantic": "sem", "texture": "dino"}   # LoRA sets in the order they are trained: short names in the public files
+PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
+RELEASE = {"model": "model_12501.pkl", "texture": "lora_weights_dino_53001.safetensors", "adapter": "adapter_53001.pth"}
+TILES_AT_ONCE = 4
+
+
+@dataclass
+class GramSRConfig:
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    vit: DINOv3Config = field(default_factory=DINOv3Config)
+    ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are; in training they come one by one
+    t: int = 1                  # what the UNet is told about the noise
+    tile: int = 512             # pixels per tile side: the size it was trained at
+    overlap: int = 128          # pixels that tiles share, at least 1/8 of a tile
+
+    @staticmethod
+    def from_dict(d):
+        return GramSRConfig(**{**d, "unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])})
+
+
+def adapters(name):
+    """The adapters that make up a set, and which layers of the UNet each is for.  -> {adapter: regular expression}"""
+    if name == "texture":
+        return {"default_unet_dino": ".*"}      # every layer that can take one: 258 of SD's
+    return {f"default_{place}_{SETS[name]}": layers for place, layers in PLACES.items()}
+
+
+def token_adapter(D, inner, context_dim):
+    """From DINO's tokens to what the UNet's cross-attention reads, each token for itself.  (B, N, D) -> (B, N, context_dim)"""
+    return nn.Sequential(nn.Linear(D, inner), nn.ReLU(), nn.Linear(inner, context_dim))
+
+
+def normalised(x):
+    """(B, 3, H, W) in [-1, 1] -> as DINO wants it"""
+    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    return (0.5 * x + 0.5 - mean) / std
+
+
+class GramSR(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = replace(cfg, ranks={})
+        self.unet, self.vae, self.vit = UNet(cfg.unet), VAE(cfg.vae), DINOv3(cfg.vit)
+        self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
+        self.multiple = lcm(self.vae.factor << len(cfg.unet.widths) - 1, cfg.vit.patch_size)    # pixels; every map is half the one above
+        for name in sorted(cfg.ranks, key=list(SETS).index):
+            self.add_set(name, cfg.ranks[name])
+
+    def add_set(self, name, r=4):
+        """A new LoRA set, which changes nothing yet: pixel, semantic or texture."""
+        for adapter, layers in adapters(name).items():
+            add_lora(self.unet, layers, adapter, r, r if name == "texture" else ALPHA)      # trap: scale 8/r = 2 for two sets, 1 for the third
+        self.cfg.ranks[name] = r
+
+    def lora(self, *sets):
+        """The parameters of LoRA sets by their names in the UNet."""
+        mine = tuple(f".{adapter}.weight" for name in sets for adapter in adapters(name))
+        return {k: p for k, p in self.unet.named_parameters() if k.endswith(mine)}
+
+    # ---- the mathematics --------------------------------------------------------------------------------------------
+
+    def tokens(self, x):
+        """What stands in for a text. Positions are not told: a token says where it is only by what it saw.
+
+        x: (B, 3, H, W) enlarged LQ in [-1, 1], sides multiples of the patch -> (B, 1 class + 4 registers + patches, context_dim)
+        """
+        return self.adapter(self.vit(normalised(x).to(self.vit.norm.weight.dtype)))     # Eq. GramSR (1)
+
+    def predict(self, z, context, scales=(1, 1, 1)):
+        """What is wrong with a latent: l1 e_pixel + l2 (e_pixel+semantic - e_pixel) + l3 (e_all - e_pixel+semantic).
+
+        Sorted by passes, e_pixel counts l1 - l2 times, e_pixel+semantic l2 - l3, e_all l3. Where that is 0 there is no pass; the others
+        are one batch, in which each sample has its own matrices between A and B (lora.py): 1 for sets that are on, 0 for those off.
+        z: (B, 4, h, w); context: (B, N, D); scales: l of pixel, semantic, texture, those of missing sets are ignored -> like z
+        """
+        ranks, B = self.cfg.ranks, len(z)
+        l = [scale for name, scale in zip(SETS, scales) if name in ranks]
+        passes = [(n, a - b) for n, (a, b) in enumerate(pairwise([*l, 0]), 1) if a != b]     # (sets that are on, times)
+        if not passes:
+            return torch.zeros_like(z)
+        n, C = len(passes), None
+        if passes[0][0] < len(ranks):
+            on = torch.tensor([[i < k for k, _ in passes] for i in range(len(ranks))], dtype=z.dtype, device=z.device)
+            on = on.repeat_interleave(B if n > 1 else 1, dim=1)
+            C = {adapter: on[i, :, None, None] * torch.eye(ranks[name]).to(z) for i, name in enumerate(ranks) for adapter in adapters(name)}
+            C = [C] * len(self.unet.blocks)
+        eps = self.unet(z.repeat(n, 1, 1, 1), self.cfg.t, context.repeat(n, 1, 1), C).chunk(n)
+        return sum(times * e for (_, times), e in zip(passes, eps))     # Eq. GramSR (2)
+
+    def clean(self, z, context, scales=(1, 1, 1)):
+        """(B, 4, h, w) LQ latent -> clean latent; no noise schedule has a say."""
+        return z - self.predict(z, context, scales)     # Eq. GramSR (3)
+
+    def forward(self, x):
+        """What training sees.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> picture (saturated pixels have no gradient), latent, context"""
+        context = self.tokens(x)
+        z = self.clean(self.vae.encode(x), context)
+        return self.vae.decode(z).clamp(-1, 1), z, context
+
+    def prior(self, z_t, t, context):
+        """The UNet as it was before any LoRA, which judges in `loss_csd`: the same weights with every adapter off."""
+        return self.unet(z_t, t, context, [{}] * len(self.unet.blocks))
+
+    # ---- in use -----------------------------------------------------------------------------------------------------
+
+    def restore(self, z, x, scales, tile, overlap):
+        """`clean`, in tiles where the latent is larger than one; each takes its own tokens.
+
+        z: (B, 4, h, w); x: (B, 3, H, W) in [-1, 1]; tile, overlap: pixels; tile 0 = off, which B > 1 needs -> like z
+        """
+        (h, w), f = z.shape[-2:], self.vae.factor
+        side = tile // self.multiple * self.multiple // f
+        if side == 0 or (h <= side and w <= side):
+            return self.clean(z, self.tokens(x), scales)
+        boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
+
+        def on_tiles(tiles, n):
+            crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes[n]]
+            return self.clean(tiles, self.tokens(torch.cat(crops)), scales)
+
+        return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE)
+
+    @torch.no_grad()
+    def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0, color="adain"):
+        """Super-resolution of one picture.
+
+        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: taken as by the other systems, but nothing is random here
+        pixel, semantic, texture: how much of what each LoRA set does, None = 1; one UNet pass if all are, up to three otherwise
+        tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet or none
+        -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
+        """
+        H, W = (round(side * scale) for side in lq.shape[-2:])
+        like = self.unet.conv_in.weight                             # the networks' device and dtype; pictures stay float32
+        lq_up = resize(lq, (H, W)).to(like.device)                  # official: whatever its shape, a picture is squeezed to 512 x 512
+        x = pad_to_multiple(2 * lq_up - 1, self.multiple)
+        scales = [1 if scale is None else scale for scale in (pixel, semantic, texture)]
+        z = self.restore(self.vae.encode(x.to(like)), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)
+        sr = (self.vae.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
+        # official: cut down to 8 bits before and after the colour fix, by truncation, which also darkens lq_up; here write_picture rounds once
+        return color_fix(sr, lq_up, color, stablesr=True)
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name="gramsr", device="cpu", dtype=torch.float32):
+        """A model by its name (gramsr, whose files are fetched), or from a folder, or a .safetensors of train_gramsr.py.
+
+        A folder has our model.safetensors, or the three files of the authors' layout: of several steps the last ones count, and public
+        networks (stable-diffusion-2-1-base/..., dinov3-...) are taken from there if they are there. Raises FileNotFoundError or
+        ValueError, one line.
+        """
+        path = Path(name)
+        ours = path / "model.safetensors" if path.is_dir() else path
+        if name == "gramsr":
+            model = cls.from_release({part: fetch(file) for part, file in RELEASE.items()})
+        elif ours.is_file():
+            config, tensors = read_model(ours)
+            try:
+                with torch.device("meta"):
+                    model = cls(GramSRConfig.from_dict(config))
+            except (KeyError, TypeError, ValueError) as e:
+                raise ValueError(f"{ours}: its config is not one of GramSR ({type(e).__name__}: {e})") from None
+            load_strictly(model, tensors, ours)
+        else:
+            files = {part: last(path, file) for part, file in RELEASE.items()}
+            if not files["model"]:
+                raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or with {', '.join(RELEASE.values())}")
+            model = cls.from_release(files, path)
+        return model.to(device=device, dtype=dtype).eval()
+
+    @classmethod
+    def with_prior(cls, cfg, folder=None):
+        """SD 2.1 and DINOv3 from their public files in folder, or fetched; LoRA and adapter without numbers, on the meta device.
+
+        Raises WeightError.
+        """
+        with torch.device("meta"):
+            model = cls(cfg)
+        for network, file in (("unet", "stable-diffusion-2-1-base/unet/diffusion_pytorch_model.safetensors"),
+                              ("vae", "stable-diffusion-2-1-base/vae/diffusion_pytorch_model.safetensors"),
+                              ("vit", "dinov3-vitb16-pretrain-lvd1689m/model.safetensors")):
+            path = nearby(file, folder)
+            load_strictly(getattr(model, network), read_tensors(path), path, list(model.lora(*cfg.ranks)) if network == "unet" else ())
+        return model
+
+    @classmethod
+    def from_release(cls, files, folder=None):
+        """The authors' three files, which may be ours: paths by the keys of RELEASE, or None for what a training run has not made yet."""
+        file = read_tensors(files["model"])
+        try:
+            sets = file.get("nanosr", {}).get("sets", list(SETS))
+            ranks = {name: file[f"lora_rank_unet_{SETS[name]}"] for name in sets if name != "texture"}
+            tensors = dict(file["state_dict_unet"])
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise WeightError(f"{files['model']}: is not laid out as {RELEASE['model']} ({type(e).__name__}: {e}); get it again") from None
+        for part in {"texture", *sets} & {"texture"} | {"adapter"}:
+            pass
+        return model
