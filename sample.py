@@ -9,26 +9,24 @@ Writes OUT/<name>.png for every picture, OUT/sheet.png to compare by eye, and OU
 """
 
 import argparse
-import csv
-import math
-import os
 import sys
 import time
+from inspect import signature
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
+from models.evaluation import find_niqe, find_references, measure, protocol, read_reference, report, row_of, write_metrics
 from models.imaging import PictureError, contact_sheet, list_pictures, read_picture, resize, round8, save_png, write_picture
-from models.metrics import load_niqe, niqe, psnr_y, ssim_y
+from models.s3diff import S3Diff
 from models.vosr import VOSR
-from models.weights import list_weights, locate
+from models.weights import list_weights, read_config
 from training import choose_device, choose_dtype
 
 ROOT = Path(__file__).resolve().parent
-NIQE_FILE = "niqe_pris_params.npz"
-METRICS = {"psnr_y": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "niqe": ("NIQE", 2)}  # column: name, digits to print
-SHEET_ROWS, SHEET_CROP = 8, 512  # the sheet shows the middle of the first pictures, pixel by pixel
+SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff}
+KNOBS = ("steps", "guidance", "weak", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "tile", "overlap", "color")
+SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
 def scale_factor(text):
@@ -38,35 +36,50 @@ def scale_factor(text):
     return int(value) if value.is_integer() else value
 
 
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Upscale pictures with diffusion super-resolution.")
     p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", default=[ROOT / "assets" / "example.png"],
                    help="pictures and folders of pictures (default: the example)")  # fmt: skip
     p.add_argument("--out", type=Path, default="out", metavar="DIR", help="folder for the results (default out)")
     # model
-    p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], or a file or folder with weights")
+    p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, or a file or folder with weights")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on cuda, else float32")
-    # sampling; what is not given is the model's own setting
     p.add_argument("--scale", type=scale_factor, default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
     p.add_argument("--seed", type=int, default=0, help="of the noise; the same for every picture (default 0)")
-    p.add_argument("--steps", type=int, help="steps of the sampler, from 1 on")
-    p.add_argument("--guidance", type=float, help="1: conditional only; smaller: more invented detail; larger: more faithful")
-    p.add_argument("--weak", type=float, help="strength of the weak condition that guidance starts from, 0 to 1")
-    p.add_argument("--tile", type=int, default=0, metavar="PX", help="side of the tiles in output pixels (default 0: the model's choice)")
-    p.add_argument("--overlap", type=int, default=0, metavar="PX", help="pixels that tiles share (default 0: the model's choice), at least 1/8 tile")
-    p.add_argument("--color", default="adain", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default adain)")
+    # knobs; what is not given is the model's own setting, and what a model does not have is an error
+    p.add_argument("--guidance", type=float, help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")
+    p.add_argument("--steps", type=int, help="VOSR: steps of the sampler, from 1 on")
+    p.add_argument("--weak", type=float, help="VOSR: strength of the weak condition that guidance starts from, 0 to 1")
+    p.add_argument("--noise", type=share, help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
+    p.add_argument("--blur", type=share, help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
+    p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
+    p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
+    p.add_argument("--start-step", type=int, help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")
+    p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")
+    p.add_argument("--tile", type=int, metavar="PX", help="side of the tiles in output pixels (default: the model's choice)")
+    p.add_argument("--overlap", type=int, metavar="PX", help="pixels that tiles share (default: the model's choice), at least 1/8 tile")
+    p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default: the model's choice)")
+    p.add_argument("--sweep", action="store_true", help="also write OUT/sweep/<name>.png: the same picture with the model's main knobs turned")
     # measuring
     p.add_argument("--ref", type=Path, metavar="DIR", help="references: a folder with the same names, or one picture")
-    p.add_argument("--niqe", type=Path, metavar="FILE", help=f"{NIQE_FILE} (default: looked for in the weights cache)")
+    p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: looked for in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     args = p.parse_args(argv)
 
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
         if path is not None and not path.exists():
             p.error(f"argument {option}: {path} does not exist")
-    for option, value, least in (("--seed", args.seed, 0), ("--tile", args.tile, 0), ("--overlap", args.overlap, 0), ("--steps", args.steps, 1)):
-        if value is not None and not least <= value < 2**63:
+    for option, value, least in (("--seed", args.seed, 0), ("--tile", args.tile, 0), ("--overlap", args.overlap, 0), ("--steps", args.steps, 1),
+                                 ("--start-step", args.start_step, 1)):  # fmt: skip
+        if value is not None and not least <= value < (1000 if option == "--start-step" else 2**63):
             p.error(f"argument {option}: {value} is out of range; give {least} or more")
     try:
         args.device = choose_device(args.device)
@@ -75,6 +88,17 @@ def parse_args(argv):
         p.error(f"argument --device: {args.device} cannot be used here ({str(e).splitlines()[0]})")
     args.dtype = choose_dtype(args.dtype, args.device)
     return args
+
+
+def find_system(name):
+    """The system that --model means, by its name or by its files. Raises ValueError."""
+    path = Path(name)
+    if not path.exists():
+        return SYSTEMS.get(name.split("-")[0], VOSR)        # who says that there is no such model
+    if path.suffix == ".pkl" or (path / "s3diff.pkl").is_file():
+        return S3Diff
+    config = read_config(path / "model.safetensors" if path.is_dir() else path)
+    return S3Diff if "r_unet" in config else VOSR
 
 
 def output_paths(pictures, out):
@@ -92,58 +116,10 @@ def output_paths(pictures, out):
     return paths
 
 
-def find_references(pictures, ref):
-    """The reference of each picture: the file of the same stem in folder `ref`, or `ref` itself.  -> list of Path or None"""
-    if ref is None or ref.is_file():
-        return [ref] * len(pictures)
-    by_stem = {path.stem: path for path in list_pictures([ref])}
-    return [by_stem.get(path.stem) for path in pictures]
-
-
-def find_niqe(path):
-    """NIQE's parameters from `path`, or else from the weights cache; None if they are not there, since nothing is downloaded unasked."""
-    path = path or locate(NIQE_FILE)
-    return path and load_niqe(path)
-
-
-def read_reference(path, ref, size):
-    """The reference of picture `path`, or None after a line that says why.  -> (1, 3, *size) in [0, 1] or None"""
-    try:
-        if ref is None:
-            raise PictureError(f"no reference named {path.stem}")
-        hq, _ = read_picture(ref)
-        if hq.shape[-2:] != size:
-            raise PictureError(f"reference {ref} is {hq.shape[3]}x{hq.shape[2]}, not {size[1]}x{size[0]}")
-        return hq
-    except PictureError as e:
-        print(f"{path}: {e}; not compared", file=sys.stderr)
-
-
-def measure(sr, bicubic, hq, args):
-    """What can be measured of our result and of bicubic's.
-
-    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same or None -> {metric: (ours, bicubic's)}
-    """
-    tasks = {}
-    if hq is not None:  # the border that is cut is the usual one of BasicSR's test settings
-        tasks = {"psnr_y": (psnr_y, hq, round(args.scale)), "ssim_y": (ssim_y, hq, round(args.scale))}
-    if args.niqe is not None:
-        tasks["niqe"] = (niqe, args.niqe)
-    found = {}
-    for name, (metric, *rest) in tasks.items():
-        try:
-            pair = metric(sr, *rest), metric(bicubic, *rest)
-            if math.isnan(sum(pair)):
-                raise ValueError(f"{METRICS[name][0]} needs more pixels or more detail")
-            found[name] = pair
-        except ValueError as e:
-            print(f"  not measured: {e}", file=sys.stderr)
-    return found
-
-
-def report(found):
-    """{metric: (ours, bicubic's)} as text, bicubic's in brackets."""
-    return "  ".join(f"{name} {found[m][0]:.{n}f} ({found[m][1]:.{n}f})" for m, (name, n) in METRICS.items() if m in found)
+def middle(x, side):
+    """(1, 3, H, W) -> at most side pixels of its middle either way"""
+    row, col = (slice(max(n - side, 0) // 2, (n + side) // 2) for n in x.shape[-2:])
+    return x[:, :, row, col]
 
 
 def upscale(model, path, target, ref, args):
@@ -153,9 +129,12 @@ def upscale(model, path, target, ref, args):
     Raises PictureError, and RuntimeError when memory runs out.
     """
     lq, alpha = read_picture(path)
+    knobs = args.knobs
     start = time.perf_counter()
-    sr = model.upscale(lq, scale=args.scale, seed=args.seed, steps=args.steps, guidance=args.guidance, weak=args.weak,
-                       tile=args.tile, overlap=args.overlap, color=args.color).float().cpu()  # fmt: skip
+    if hasattr(model, "estimate"):
+        knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
+        print(f"{path}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
+    sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs).float().cpu()
     seconds = time.perf_counter() - start
     if not sr.isfinite().all():
         raise PictureError(f"{path}: the result is not a number; try --dtype float32")
@@ -165,14 +144,20 @@ def upscale(model, path, target, ref, args):
 
     sr, bicubic = round8(sr), resize(lq, (H, W))  # measured is what the file holds
     hq = read_reference(path, ref, (H, W)) if args.ref else None
-    found = measure(sr, bicubic, hq, args)
+    found = measure(sr, bicubic, hq, args.scale, args.niqe)
     if found:
         print(f"  {report(found)}")
-    row = {"picture": target.name, "width": W, "height": H, "seconds": round(seconds, 3)}
-    for name, (ours, theirs) in found.items():
-        row |= {name: ours, f"{name}_bicubic": theirs}
-    middle = [slice(max(side - SHEET_CROP, 0) // 2, (side + SHEET_CROP) // 2) for side in (H, W)]
-    return row, [x[:, :, middle[0], middle[1]] for x in (bicubic, sr, hq) if x is not None]
+    row = row_of(target.name, (H, W), seconds, found)
+    return row, [middle(x, SHEET_CROP) for x in (bicubic, sr, hq) if x is not None]
+
+
+def sweep(model, path, target, args):
+    """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet: OUT/sweep/<name>.png."""
+    lq = read_picture(path)[0]
+    results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **args.knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
+    captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
+    save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), target.parent / "sweep" / target.name)
+    print(f"  turned knobs: {target.parent / 'sweep' / target.name}")
 
 
 def summarise(rows, sheet, originals, args):
@@ -184,19 +169,9 @@ def summarise(rows, sheet, originals, args):
     save_png(contact_sheet(sheet, captions), path)
     print(f"before and after: {path}")
 
-    columns = {m: (m, f"{m}_bicubic") for m in METRICS if any(m in row for row in rows)}
-    if not columns:
-        return
-    part = args.out / "metrics.csv.part"
-    with open(part, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, ["picture", "width", "height", "seconds", *sum(columns.values(), ())])
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(part, args.out / "metrics.csv")
-    averages = {m: [fmean(row[c] for row in rows if c in row) for c in pair] for m, pair in columns.items()}
-    print(f"average  {report(averages)}")
-    print(f"protocol: pictures {len(rows)}, references {sum('psnr_y' in row for row in rows)}, seed {args.seed}; 8-bit RGB; bicubic (Pillow) "
-          f"in brackets; PSNR, SSIM on Y as BasicSR, {round(args.scale)} px border cut; NIQE {'as BasicSR' if args.niqe else f'needs {NIQE_FILE}'}")
+    averages = write_metrics(rows, args.out / "metrics.csv")
+    if averages:
+        print(f"average  {report(averages)}\nprotocol: {protocol(rows, args.seed, args.scale, args.niqe)}")
 
 
 def main(argv=None):
@@ -217,10 +192,13 @@ def main(argv=None):
     try:
         args.niqe = find_niqe(args.niqe)
         references = find_references(pictures, args.ref)
-        model = VOSR.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+        model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
+        args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) not in (None, False)}
+        if other := set(args.knobs) - set(signature(model.upscale).parameters):
+            raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {e}")
-    print(f"model {args.model}, device {args.device}, dtype {args.dtype}, scale {args.scale}, seed {args.seed}, color {args.color}")
+    print(f"model {args.model}, device {args.device}, dtype {args.dtype}, scale {args.scale}, seed {args.seed}" + "".join(f", {k} {v}" for k, v in args.knobs.items()))
 
     originals = {path.resolve() for path in pictures + references if path}
     for path, target, ref in zip(pictures, output_paths(pictures, args.out), references):
@@ -229,6 +207,8 @@ def main(argv=None):
                 raise PictureError(f"{path}: its result {target} would overwrite an input; choose another --out")
             row, shown = upscale(model, path, target, ref, args)
             rows.append(row)
+            if args.sweep:
+                sweep(model, path, target, args)
             sheet = [*sheet, shown][:SHEET_ROWS]
         except PictureError as e:
             fail(str(e))

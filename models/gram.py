@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from models.unet import alphas_cumprod
-from models.vit import normalised
+from models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 CSD_TIMES = 20, 500     # t is drawn from 20 .. 499 (PiSA-SR's script; the default of its parser is a leftover)
 
@@ -33,6 +33,12 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
         g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)      # Eq. GramSR (4)
         target = z - g
     return F.mse_loss(z, target)        # its gradient is 2 g / numel
+
+
+def normalised(x):
+    """(B, 3, H, W) in [-1, 1] -> as DINO wants it"""
+    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    return (0.5 * x + 0.5 - mean) / std
 
 
 def features(vit, x):

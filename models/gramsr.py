@@ -7,32 +7,35 @@ Left out: texts (the released code never reads one), LoRA weights summed factor 
 
 A system is wiring. The enlarged picture goes two ways: through the VAE to a latent, which the UNet takes for one with almost no noise
 (t = 1), and through DINOv3 and a small adapter to tokens, which stand where SD's text stood. Latent minus the UNet's answer -> picture.
-The authors published inference only. What the losses here rest on, and what is inferred, stands beside them.
+The authors published inference only; what is known and what is inferred about the losses stands beside them (gram.py).
 """
 
 import os
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from math import lcm
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from models.gram import normalised
 from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.lora import ALPHA, add_lora
-from models.unet import UNet, UNetConfig, alphas_cumprod
+from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
-from models.vit import IMAGENET_MEAN, IMAGENET_STD, DINOv3, DINOv3Config
+from models.vit import DINOv3, DINOv3Config
 from models.weights import WeightError, fetch, load_strictly, nearby, read_model, read_tensors
 
-SETS = {"pixel": "pix", "semantic": "sem", "texture": "dino"}   # LoRA sets in the order they are trained: short names in the public files
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
+TEXTURE = "default_unet_dino"       # one adapter for every layer that can take one, 258 of SD's; its own file leaves this name out
+SETS = {name: {f"default_{place}_{name[:3]}": layers for place, layers in PLACES.items()} for name in ("pixel", "semantic")}
+SETS |= {"texture": {TEXTURE: ".*"}}        # LoRA sets in the order they are trained: {adapter: names of layers in the UNet}
 RELEASE = {"model": "model_12501.pkl", "texture": "lora_weights_dino_53001.safetensors", "adapter": "adapter_53001.pth"}
+PRIOR = {"unet": "stable-diffusion-2-1-base/unet/diffusion_pytorch_model.safetensors",
+         "vae": "stable-diffusion-2-1-base/vae/diffusion_pytorch_model.safetensors", "vit": "dinov3-vitb16-pretrain-lvd1689m/model.safetensors"}
 TILES_AT_ONCE = 4
 
 
@@ -51,28 +54,20 @@ class GramSRConfig:
         return GramSRConfig(**{**d, "unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])})
 
 
-def adapters(name):
-    """The adapters that make up a set, and which layers of the UNet each is for.  -> {adapter: regular expression}"""
-    if name == "texture":
-        return {"default_unet_dino": ".*"}      # every layer that can take one: 258 of SD's
-    return {f"default_{place}_{SETS[name]}": layers for place, layers in PLACES.items()}
-
-
 def token_adapter(D, inner, context_dim):
     """From DINO's tokens to what the UNet's cross-attention reads, each token for itself.  (B, N, D) -> (B, N, context_dim)"""
     return nn.Sequential(nn.Linear(D, inner), nn.ReLU(), nn.Linear(inner, context_dim))
 
 
-def normalised(x):
-    """(B, 3, H, W) in [-1, 1] -> as DINO wants it"""
-    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    return (0.5 * x + 0.5 - mean) / std
+def last(folder, name):
+    """The file of that name with the highest step in place of the one in name -> Path or None"""
+    return max(folder.glob(re.sub(r"\d+", "*", name)), key=lambda path: int("0" + "".join(re.findall(r"\d+", path.stem)[-1:])), default=None)
 
 
 class GramSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = replace(cfg, ranks={})
+        self.cfg, self.layers = replace(cfg, ranks={}), {}      # {adapter: names of its layers in the UNet}
         self.unet, self.vae, self.vit = UNet(cfg.unet), VAE(cfg.vae), DINOv3(cfg.vit)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
         self.multiple = lcm(self.vae.factor << len(cfg.unet.widths) - 1, cfg.vit.patch_size)    # pixels; every map is half the one above
@@ -81,13 +76,14 @@ class GramSR(nn.Module):
 
     def add_set(self, name, r=4):
         """A new LoRA set, which changes nothing yet: pixel, semantic or texture."""
-        for adapter, layers in adapters(name).items():
-            add_lora(self.unet, layers, adapter, r, r if name == "texture" else ALPHA)      # trap: scale 8/r = 2 for two sets, 1 for the third
+        for adapter, layers in SETS[name].items():
+            alpha = r if name == "texture" else ALPHA           # trap: a scale of 8/r = 2 for two sets, of 1 for the third
+            self.layers[adapter] = add_lora(self.unet, layers, adapter, r, alpha)
         self.cfg.ranks[name] = r
 
     def lora(self, *sets):
         """The parameters of LoRA sets by their names in the UNet."""
-        mine = tuple(f".{adapter}.weight" for name in sets for adapter in adapters(name))
+        mine = tuple(f".{adapter}.weight" for name in sets for adapter in SETS[name])
         return {k: p for k, p in self.unet.named_parameters() if k.endswith(mine)}
 
     # ---- the mathematics --------------------------------------------------------------------------------------------
@@ -115,7 +111,7 @@ class GramSR(nn.Module):
         if passes[0][0] < len(ranks):
             on = torch.tensor([[i < k for k, _ in passes] for i in range(len(ranks))], dtype=z.dtype, device=z.device)
             on = on.repeat_interleave(B if n > 1 else 1, dim=1)
-            C = {adapter: on[i, :, None, None] * torch.eye(ranks[name]).to(z) for i, name in enumerate(ranks) for adapter in adapters(name)}
+            C = {adapter: on[i, :, None, None] * torch.eye(ranks[name]).to(z) for i, name in enumerate(ranks) for adapter in SETS[name]}
             C = [C] * len(self.unet.blocks)
         eps = self.unet(z.repeat(n, 1, 1, 1), self.cfg.t, context.repeat(n, 1, 1), C).chunk(n)
         return sum(times * e for (_, times), e in zip(passes, eps))     # Eq. GramSR (2)
@@ -176,17 +172,13 @@ class GramSR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name="gramsr", device="cpu", dtype=torch.float32):
-        """A model by its name (gramsr, whose files are fetched), or from a folder, or a .safetensors of train_gramsr.py.
-
-        A folder has our model.safetensors, or the three files of the authors' layout: of several steps the last ones count, and public
-        networks (stable-diffusion-2-1-base/..., dinov3-...) are taken from there if they are there. Raises FileNotFoundError or
-        ValueError, one line.
+        """A model by its name (gramsr, whose files are fetched), or from a folder with the authors' three files, of several steps the last,
+        or with what train_gramsr.py wrote. Public networks are looked for there first. Raises FileNotFoundError or ValueError, one line.
         """
         path = Path(name)
         ours = path / "model.safetensors" if path.is_dir() else path
-        if name == "gramsr":
-            model = cls.from_release({part: fetch(file) for part, file in RELEASE.items()})
-        elif ours.is_file():
+        files = {part: fetch(file) if name == "gramsr" else last(path, file) for part, file in RELEASE.items()}
+        if name != "gramsr" and ours.is_file():
             config, tensors = read_model(ours)
             try:
                 with torch.device("meta"):
@@ -194,38 +186,65 @@ class GramSR(nn.Module):
             except (KeyError, TypeError, ValueError) as e:
                 raise ValueError(f"{ours}: its config is not one of GramSR ({type(e).__name__}: {e})") from None
             load_strictly(model, tensors, ours)
+        elif files["model"]:
+            model = cls.from_release(files, None if name == "gramsr" else path)
         else:
-            files = {part: last(path, file) for part, file in RELEASE.items()}
-            if not files["model"]:
-                raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or with {', '.join(RELEASE.values())}")
-            model = cls.from_release(files, path)
+            raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or {', '.join(RELEASE.values())}")
         return model.to(device=device, dtype=dtype).eval()
 
     @classmethod
     def with_prior(cls, cfg, folder=None):
-        """SD 2.1 and DINOv3 from their public files in folder, or fetched; LoRA and adapter without numbers, on the meta device.
-
-        Raises WeightError.
-        """
+        """SD 2.1 and DINOv3 from their public files, the rest without numbers, on the meta device. Raises WeightError."""
         with torch.device("meta"):
             model = cls(cfg)
-        for network, file in (("unet", "stable-diffusion-2-1-base/unet/diffusion_pytorch_model.safetensors"),
-                              ("vae", "stable-diffusion-2-1-base/vae/diffusion_pytorch_model.safetensors"),
-                              ("vit", "dinov3-vitb16-pretrain-lvd1689m/model.safetensors")):
-            path = nearby(file, folder)
-            load_strictly(getattr(model, network), read_tensors(path), path, list(model.lora(*cfg.ranks)) if network == "unet" else ())
+        for network, name in PRIOR.items():
+            path = nearby(name, folder)
+            load_strictly(getattr(model, network), read_tensors(path), path, model.lora(*cfg.ranks) if network == "unet" else ())
         return model
 
     @classmethod
     def from_release(cls, files, folder=None):
-        """The authors' three files, which may be ours: paths by the keys of RELEASE, or None for what a training run has not made yet."""
-        file = read_tensors(files["model"])
+        """The authors' three files, which may be ours: paths by the keys of RELEASE, None for what is not there. Raises WeightError."""
+        path, file, texture = files["model"], read_tensors(files["model"]), {}
         try:
             sets = file.get("nanosr", {}).get("sets", list(SETS))
-            ranks = {name: file[f"lora_rank_unet_{SETS[name]}"] for name in sets if name != "texture"}
+            ranks = {name: int(file[f"lora_rank_unet_{name[:3]}"]) for name in sets if name != "texture"}
             tensors = dict(file["state_dict_unet"])
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise WeightError(f"{files['model']}: is not laid out as {RELEASE['model']} ({type(e).__name__}: {e}); get it again") from None
-        for part in {"texture", *sets} & {"texture"} | {"adapter"}:
-            pass
+            raise WeightError(f"{path}: is not laid out as {RELEASE['model']} ({type(e).__name__}: {e}); get it again") from None
+        for part in ("adapter", *sets):
+            if not files.get(part, path):
+                raise WeightError(f"{path}: needs {RELEASE[part]}, or that of another step, beside it; put it there")
+        if "texture" in sets:
+            texture = {re.sub(r"(?<=lora_[AB])(?=\.)", f".{TEXTURE}", k): v for k, v in read_tensors(files["texture"]).items()}
+            ranks["texture"] = next((len(v) for k, v in texture.items() if "lora_A" in k), 4)
+        model = cls.with_prior(GramSRConfig(ranks=ranks), folder)
+        early = model.lora(*(name for name in sets if name != "texture"))
+        tensors = {k: v for k, v in tensors.items() if k in early}      # as officially, what else the file holds is ignored
+        for part, names, new in (("model", early, tensors), ("texture", model.lora("texture"), texture)):
+            load_strictly(model.unet, {k: v for k, v in model.unet.state_dict().items() if k not in names} | new, files[part])
+        load_strictly(model.adapter, read_tensors(files["adapter"]), files["adapter"])
         return model
+
+    def release(self):
+        """What is trained, laid out as the authors' files.  -> {key of RELEASE: dict}"""
+        def stored(named):
+            return {k: v.detach().cpu().contiguous() for k, v in named.items()}
+
+        early = [name for name in self.cfg.ranks if name != "texture"]
+        model = {"state_dict_unet": stored(self.lora(*early))}
+        for name in early:
+            model[f"lora_rank_unet_{name[:3]}"] = self.cfg.ranks[name]
+            model |= {f"unet_lora_{place}_modules_{name[:3]}": self.layers[adapter] for place, adapter in zip(PLACES, SETS[name])}
+        if len(self.cfg.ranks) < len(SETS):
+            model["nanosr"] = {"sets": list(self.cfg.ranks)}        # of a training that is not over, which the authors' layout does not know
+        texture = {k.replace(f".{TEXTURE}", ""): v for k, v in stored(self.lora("texture")).items()}
+        return {"model": model, "texture": texture, "adapter": stored(self.adapter.state_dict())}
+
+    def save_release(self, folder, step):
+        """Write `release`, with step in the files' names, each under a temporary name first."""
+        for part, content in self.release().items():
+            path = Path(folder, re.sub(r"\d+", str(step), RELEASE[part]))
+            if content:
+                (save_file if part == "texture" else torch.save)(content, f"{path}.part")
+                os.replace(f"{path}.part", path)

@@ -31,12 +31,13 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "c
                 "ff.net.2", "ff.net.0.proj")
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"
 ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
-PARTS = [f"{network}_{part}" for network in ("vae", "unet") for part in ("de_mlp", "block_mlp", "fuse_mlp", "block")]  # of the modulation
+TABLES = ["vae_block", "unet_block"]  # of the modulation, the block ids among all its parts
+PARTS = TABLES + [f"{network}_{part}_mlp" for network in ("vae", "unet") for part in ("de", "block", "fuse")]
 TILES_AT_ONCE = 4
 
 
 def is_trained(name):
-    """Whether S3Diff trains the parameter of that name and s3diff.pkl holds it."""
+    """Whether s3diff.pkl holds the parameter of that name."""
     return "lora_" in name or name.startswith(("unet.conv_in.", "modulation."))
 
 
@@ -54,10 +55,6 @@ class S3DiffConfig:
     tile: int = 768                     # pixels a side, 96 latent cells, up to whose area the UNet sees the whole picture
     overlap: int = 256                  # pixels that tiles share
 
-    @staticmethod
-    def from_dict(d):
-        return S3DiffConfig(**{**d, "unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"])})
-
 
 def each(function, C):
     """function of every matrix in C, what UNet and Encoder take: a list of {adapter: (B, r, r)}, or None."""
@@ -65,6 +62,8 @@ def each(function, C):
 
 
 class S3Diff(nn.Module):
+    SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]     # of sample.py --sweep: rows, columns
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.folder = cfg, None
@@ -79,8 +78,6 @@ class S3Diff(nn.Module):
         self.modulation = Modulation(cfg.r_vae, cfg.r_unet, ids["vae"], ids["unet"]) if cfg.modulation != "none" else None
         add_lora(self.unet, cfg.unet_targets, ADAPTER["unet"], cfg.r_unet)
         add_lora(self.vae, cfg.vae_targets, ADAPTER["vae"], cfg.r_vae)
-
-    # ---- the mathematics --------------------------------------------------------------------------------------------
 
     def matrices(self, network, scores):
         """C for network "unet" or "vae".  scores: (B, 2) -> for each block {adapter: (B, r, r)}; None without modulation"""
@@ -132,8 +129,6 @@ class S3Diff(nn.Module):
 
         return torch.cat([on_tiles(i) for i in range(len(z))])
 
-    # ---- in use -----------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def estimate(self, lq):
         """How blurred and how noisy pictures are.  lq: (B, 3, H, W) in [0, 1], not enlarged -> (B, 2) in [0, 1]"""
@@ -179,8 +174,6 @@ class S3Diff(nn.Module):
             raise WeightError("this model never saw a text, so its prompts cannot be changed")
         return text_features([text], self.folder)[0]
 
-    # ---- files ------------------------------------------------------------------------------------------------------
-
     @classmethod
     def from_pretrained(cls, name="s3diff", device="cpu", dtype=torch.float32):
         """A model by its name (s3diff, whose files are fetched), from an s3diff.pkl or a folder with one, or from train_s3diff.py's --out.
@@ -194,7 +187,7 @@ class S3Diff(nn.Module):
             config, tensors = read_model(weights)
             try:
                 with torch.device("meta"):
-                    model = cls(S3DiffConfig.from_dict(config))
+                    model = cls(S3DiffConfig(**config | {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"])}))
             except (KeyError, TypeError, ValueError) as e:
                 raise ValueError(f"{weights}: its config is not one of S3Diff ({type(e).__name__}: {e})") from None
             load_strictly(model, tensors, weights)
@@ -202,8 +195,9 @@ class S3Diff(nn.Module):
             model = cls.from_release(pkl, pkl.parent)
         else:
             raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, or a folder with it or with model.safetensors")
-        model.denet.float(), model.modulation and model.modulation.float()
-        model.unet.to(dtype=dtype), model.vae.to(dtype=dtype)       # the others are small, and what they say counts: they stay exact
+        model.unet.to(dtype=dtype), model.vae.to(dtype=dtype)
+        for part in filter(None, (model.denet, model.modulation)):
+            part.float()                                            # small, and what they say counts
         return model.to(device).eval()
 
     @classmethod
@@ -225,18 +219,15 @@ class S3Diff(nn.Module):
         """The authors' file, which may be ours, around the public networks that lie in folder or are fetched. Raises WeightError."""
         file = read_tensors(pkl)
         try:
-            rows = file["state_embeddings"]["state_dict_unet_block"]["weight"] if "w" in file else ()
             cfg = S3DiffConfig(r_unet=file["rank_unet"], r_vae=file["rank_vae"], unet_targets=tuple(file["unet_lora_target_modules"]),
-                               vae_targets=file["vae_lora_target_modules"], modulation={0: "none", 1: "shared"}.get(len(rows), "blocks"),
-                               **file.get("nanosr", {}))
-            trained = {f"{network}.{name}": x for network in ("unet", "vae") for name, x in file[f"state_dict_{network}"].items()}
-            for part in PARTS if "w" in file else ():
-                where = file["state_embeddings"] if part.endswith("_block") else file
-                trained |= {f"modulation.{part}.{name}": x for name, x in where[f"state_dict_{part}"].items()}
+                               vae_targets=file["vae_lora_target_modules"], **file.get("nanosr", {}))
+            found = {"unet": file["state_dict_unet"], "vae": file["state_dict_vae"]}
+            if cfg.modulation != "none":
+                found |= {f"modulation.{part}": (file["state_embeddings"] if part in TABLES else file)[f"state_dict_{part}"] for part in PARTS}
+                found["modulation"] = {"w": file["w"]}
+            trained = {f"{part}.{name}": x for part, tensors in found.items() for name, x in tensors.items()}
         except (AttributeError, KeyError, TypeError) as e:
             raise WeightError(f"{pkl}: is not laid out as s3diff.pkl ({type(e).__name__}: {e}); get it again") from None
-        if "w" in file:
-            trained["modulation.w"] = file["w"]
         model = cls.with_prior(cfg, folder)
         load_strictly(model, {k: v for k, v in model.state_dict().items() if not is_trained(k)} | trained, pkl)
         return model
@@ -251,7 +242,9 @@ class S3Diff(nn.Module):
         file = {"rank_unet": self.cfg.r_unet, "rank_vae": self.cfg.r_vae, "unet_lora_target_modules": list(self.cfg.unet_targets),
                 "vae_lora_target_modules": self.cfg.vae_targets, "state_dict_unet": part("unet."), "state_dict_vae": part("vae.")}
         if self.modulation is not None:
-            file |= {f"state_dict_{name}": part(f"modulation.{name}.") for name in PARTS if not name.endswith("_block")}
-            file["state_embeddings"] = {f"state_dict_{name}": part(f"modulation.{name}.") for name in PARTS if name.endswith("_block")}
+            tables = {f"state_dict_{name}": part(f"modulation.{name}.") for name in PARTS}
+            file |= {"state_embeddings": {f"state_dict_{name}": tables.pop(f"state_dict_{name}") for name in TABLES}, **tables}
             file["w"] = trained["modulation.w"]
-        return file | ({} if self.cfg.t == 999 else {"nanosr": {"t": self.cfg.t}})
+        if (self.cfg.t, self.cfg.modulation) != (999, "blocks"):
+            file["nanosr"] = {"t": self.cfg.t, "modulation": self.cfg.modulation}      # the authors' layout has no word for these
+        return file

@@ -80,6 +80,8 @@ def light_settings(content, path):
 
 
 class VOSR(nn.Module):
+    SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]     # of sample.py --sweep
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg

@@ -316,6 +316,13 @@ def read_model(path):
         raise WeightError(f"{path}: is not .safetensors, or its config is damaged ({e}); copy or train it again") from None
 
 
+def read_config(path):
+    """The config that `save_model` wrote into a file -> dict, {} for any other file; nothing is said against it here."""
+    with suppress(OSError, SafetensorError, ValueError), safe_open(path, framework="pt") as f:
+        return json.loads((f.metadata() or {}).get("config", "{}"))
+    return {}
+
+
 def load_strictly(module, tensors, path, may_miss=()):
     """Make tensors the module's own, as they are (dtype, device), through its load hooks, which know older names and shapes.
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import sample
+from models import evaluation
 from models.imaging import read_picture, resize, write_picture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,9 @@ class Bicubic:
             raise FileNotFoundError(f"{name}: no such model")
         return cls()
 
-    def upscale(self, lq, scale, seed, steps, guidance, weak, tile, overlap, color):
+    SWEEP = [[{"guidance": 0.0}, {"guidance": 1.0}]]
+
+    def upscale(self, lq, scale, seed, steps=None, guidance=None, weak=None, tile=0, overlap=0, color="adain"):
         if lq.shape[-1] == 13:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         if lq.shape[-1] == 14:
@@ -42,6 +45,7 @@ def run(tmp_path, monkeypatch, capsys):
     """run("a.png", "--scale", "2") -> exit status, lines on stdout, lines on stderr; inside an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "VOSR", Bicubic)
+    monkeypatch.setitem(sample.SYSTEMS, "vosr", Bicubic)
     monkeypatch.setattr(sample, "find_niqe", lambda path: None)
 
     def run(*arguments):
@@ -138,6 +142,19 @@ def test_usage_errors(run, arguments):
     assert status == 2 and "error: " in err[-1] and "Traceback" not in "".join(err)
 
 
+def test_sweep(run):
+    picture("a.png")
+    status, out, _ = run("a.png", "--sweep")
+    assert status == 0 and Image.open("out/sweep/a.png").width > 2 * 96 and any("turned knobs" in line for line in out)
+
+
+def test_knobs_of_other_models_are_refused(run):
+    picture("a.png")
+    for words in (("--noise", 0.5), ("--paper",), ("--negative-prompt", "blur")):
+        status, _, err = run("a.png", *words)
+        assert status == 1 and err == [f"sample.py: {words[0]} is no knob of vosr-tiny"]
+
+
 def test_unknown_model(run):
     status, _, err = run("--model", "nothing")
     assert status == 1 and err == ["sample.py: nothing: no such model"]
@@ -152,13 +169,13 @@ def test_list_weights(run):
 def test_niqe_from_the_weights_cache(tmp_path, monkeypatch):
     """Used when it is there, never downloaded; a file of another size is not it."""
     monkeypatch.setenv("NANOSR_CACHE", str(tmp_path))
-    monkeypatch.setattr(sample, "load_niqe", lambda path: path)
-    assert sample.find_niqe(None) is None and sample.find_niqe(Path("own.npz")) == Path("own.npz")
-    file = tmp_path / sample.NIQE_FILE
+    monkeypatch.setattr(evaluation, "load_niqe", lambda path: path)
+    assert evaluation.find_niqe(None) is None and evaluation.find_niqe(Path("own.npz")) == Path("own.npz")
+    file = tmp_path / evaluation.NIQE_FILE
     file.write_bytes(bytes(100))
-    assert sample.find_niqe(None) is None
+    assert evaluation.find_niqe(None) is None
     file.write_bytes(bytes(11850))
-    assert sample.find_niqe(None) == file
+    assert evaluation.find_niqe(None) == file
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason=f"{WEIGHTS} is not there yet; train_vosr.py makes it")
