@@ -20,7 +20,7 @@ from models.evaluation import find_niqe, find_references, measure, protocol, rea
 from models.imaging import PictureError, contact_sheet, list_pictures, read_picture, resize, round8, save_png, write_picture
 from models.s3diff import S3Diff
 from models.vosr import VOSR
-from models.weights import list_weights, read_config
+from models.weights import WeightError, list_weights, read_config
 from training import choose_device, choose_dtype
 
 ROOT = Path(__file__).resolve().parent
@@ -210,7 +210,7 @@ def main(argv=None):
             if args.sweep:
                 sweep(model, path, target, args)
             sheet = [*sheet, shown][:SHEET_ROWS]
-        except PictureError as e:
+        except (PictureError, WeightError) as e:
             fail(str(e))
         except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
             if not any(words in str(e) for words in ("out of memory", "not enough memory", "allocate memory")):

@@ -17,7 +17,6 @@ sample.py --model (with --preset tiny: model.safetensors), checkpoint.pt, log.cs
 
 import argparse
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,7 @@ def build(args, cfg):
         if not args.init:
             torch.nn.init.normal_(model.prompts)
         lpips, vit = LPIPS(), ViT(ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1))
-        for i in range(5):      # as the public ones are, and about as large
+        for i in range(len(lpips.taps)):    # positive, as the public ones are
             torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
         return model, lpips.requires_grad_(False), Discriminator(vit, head_width=16), f"from {args.init}" if args.init else "all FROM SCRATCH"
     if args.init:

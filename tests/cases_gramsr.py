@@ -123,7 +123,7 @@ def three_branch(case, get):
 
 def official_uint8(x):
     """(1, 3, H, W) in [0, 1] -> (H, W, 3); official: by truncation, here only to compare"""
-    return np.array((x[0].float() * 255).byte().permute(1, 2, 0))
+    return (x[0].float() * 255).byte().permute(1, 2, 0).numpy()
 
 
 @torch.no_grad()

@@ -1,0 +1,279 @@
+"""train_s3diff.py on networks of a few thousand parameters. Run: python -m pytest tests/test_train_s3diff.py"""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn as nn
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_train import photos, same  # noqa: F401 (photos is a fixture)
+
+import models.s3diff
+import sample
+import train_s3diff
+import training
+from models.discriminator import Discriminator
+from models.lpips import LPIPS, NETS
+from models.s3diff import S3Diff, S3DiffConfig, is_trained
+from models.unet import UNetConfig
+from models.vae import VAE, VAEConfig
+from models.vit import ViT, ViTConfig
+from train_s3diff import Recipe, adversary, reconstruct
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = S3DiffConfig(unet=UNetConfig(widths=(16, 16), num_heads=(1, 1), layers_per_block=1, context_dim=8, norm_groups=4),
+                     vae=VAEConfig(widths=(8, 8, 8, 8), layers_per_block=1, norm_groups=4), r_unet=4, r_vae=2)
+RECIPE = Recipe(4, 2, 1e-3, crop=64)
+
+
+def trunk():
+    """In place of VGG16."""
+    return [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+
+
+def shrink(patch):
+    patch.setitem(train_s3diff.PRESETS, "tiny", (SMALL, RECIPE))
+    patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    shrink(monkeypatch)
+
+
+def launch(patch, photos, out, *more, stop_at=None, preset="tiny"):  # noqa: F811
+    """Run in this process; stop_at: steps after which Ctrl-C comes -> checkpoint"""
+    class Stop:
+        steps = 0
+
+        def __bool__(self):
+            self.steps += 1
+            return stop_at is not None and self.steps > stop_at
+
+    patch.setattr(training, "Stop", Stop)
+    patch.setattr(sys, "argv", ["train_s3diff.py", "--preset", preset, "--data", str(photos), "--out", str(out), "--device", "cpu", *map(str, more)])
+    train_s3diff.main()
+    return torch.load(out / "checkpoint.pt", weights_only=True) if (out / "checkpoint.pt").exists() else None
+
+
+def flat(state, prefix=""):
+    """{path: tensor} of nested dicts."""
+    out = {}
+    for name, x in state.items():
+        out |= flat(x, f"{prefix}{name}.") if isinstance(x, dict) else {f"{prefix}{name}": x} if torch.is_tensor(x) else {}
+    return out
+
+
+def test_a_run_and_a_picture(monkeypatch, photos, tmp_path, capsys):  # noqa: F811
+    checkpoint = launch(monkeypatch, photos, tmp_path, "--micro-batch", 1)
+    said = capsys.readouterr().out
+    assert "all FROM SCRATCH" in said and "batch 2 = 1 x 2 x 1" in said and checkpoint["step"] == 4
+    for name in ("log.csv", "loss.png", "sheet.png", "s3diff.pkl", "model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0
+    with open(tmp_path / "log.csv", newline="") as f:
+        row = list(csv.DictReader(f))[-1]
+    assert all(float(row[name]) > 0 for name in ("l2", "lpips", "gan", "d_real", "d_fake", "grad_norm", "held_out", "psnr"))
+    tensors = flat(torch.load(tmp_path / "s3diff.pkl", weights_only=True))
+    model = S3Diff.from_pretrained(tmp_path)
+    torch.testing.assert_close(tensors["state_dict_unet.conv_in.weight"], model.unet.conv_in.weight, atol=1e-3, rtol=1e-3)    # stored in float16
+    Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
+    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path), "--out", str(tmp_path / "out"), "--blur", "0.5"]) == 0
+    assert "blur 0.500" in capsys.readouterr().out and Image.open(tmp_path / "out" / "teal.png").size == (36, 28)
+    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path), "--out", str(tmp_path / "out"), "--prompt", "a cat"]) == 1
+
+
+def test_what_learns(monkeypatch, photos, tmp_path):  # noqa: F811
+    """Adapters, modulation and conv_in, and the discriminator's heads; the prior, the estimator and w stay what they were, to the last bit."""
+    one = launch(monkeypatch, photos, tmp_path / "one", "--steps", 1)
+    four = launch(monkeypatch, photos, tmp_path / "four")
+    stays = {k for k in one["model"] if torch.equal(one["model"][k], four["model"][k])}
+    assert stays == {"modulation.w"}, "and all else moved, though it starts on a saddle"
+    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "four"))
+    assert all(torch.equal(a[k], b[k]) for k in a if not is_trained(k)) and any("lora_" in k for k in a)
+    assert not any(torch.equal(one["D"][k], four["D"][k]) for k in one["D"] if k.endswith(("weight_orig", "bias")))
+
+
+def test_resumed_equals_uninterrupted(monkeypatch, photos, tmp_path):  # noqa: F811
+    whole = launch(monkeypatch, photos, tmp_path / "whole", "--micro-batch", 1)
+    half = launch(monkeypatch, photos, tmp_path / "parts", "--micro-batch", 1, stop_at=2)
+    parts = launch(monkeypatch, photos, tmp_path / "parts", "--micro-batch", 1)
+    assert half["step"] == 2 and parts["step"] == 4
+    assert same(flat(whole), flat(parts)) and not same(flat(half), flat(parts))     # both optimizers and D included
+
+
+def test_checkpointing_changes_nothing(monkeypatch, photos, tmp_path):  # noqa: F811
+    plain, again = (launch(monkeypatch, photos, tmp_path / str(len(more)), *more) for more in ([], ["--checkpointing"]))
+    for name, x in flat(plain["model"]).items():
+        torch.testing.assert_close(x, again["model"][name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("words, check", [
+    (["--lora", "unet"], lambda m: not any("lora_" in k for k in m if k.startswith("vae."))),
+    (["--lora", "unet+decoder"], lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"decoder"}),
+    (["--lora", "unet+encoder+decoder"], lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"encoder", "decoder"}),
+    (["--modulation", "shared"], lambda m: len(m["modulation.unet_block.weight"]) == 1),
+    (["--modulation", "none"], lambda m: not any(k.startswith("modulation") for k in m)),
+    (["--rank-unet", 3, "--rank-vae", 5], lambda m: m["unet.conv_out.lora_A.default.weight"].shape[0] == 3),
+    (["--start-step", 250, "--neg-prob", 0], lambda m: True),
+    (["--dtype", "bfloat16"], lambda m: m["unet.conv_in.weight"].dtype == torch.float32),
+])
+def test_ablations_train_and_load(monkeypatch, photos, tmp_path, words, check):  # noqa: F811
+    checkpoint = launch(monkeypatch, photos, tmp_path, "--steps", 1, *words)
+    assert check(checkpoint["model"]) and all(x.isfinite().all() for x in checkpoint["model"].values())
+    model = S3Diff.from_pretrained(tmp_path)
+    assert model.upscale(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
+    with pytest.raises(training.Quit, match="use that or another --out"):
+        launch(monkeypatch, photos, tmp_path, "--steps", 1, "--seed", 1)
+
+
+def random_batch(B=2, side=64):
+    g = torch.Generator().manual_seed(0)
+    small = torch.rand(2, B, 3, 8, 8, generator=g)
+    x = [torch.nn.functional.interpolate(2 * s - 1, (side, side), mode="bicubic") for s in small]
+    return *x, torch.rand(B, 2, generator=g)
+
+
+def test_negative_prompting():
+    """A draw below neg_prob: the bad prompt, and the bad picture is the target; the others as if there were none."""
+    torch.manual_seed(0)
+    model, lpips = S3Diff(SMALL), LPIPS().requires_grad_(False)
+    torch.nn.init.normal_(model.prompts)
+    x_src, x_tgt, scores = random_batch()
+    with torch.no_grad():
+        terms, y = reconstruct(model, lpips, RECIPE, 0.05, x_src, x_tgt, scores, torch.tensor([0.04, 0.05]))
+        bad, good = model(x_src[:1], scores[:1], model.prompts[1:]), model(x_src[1:], scores[1:], model.prompts[:1])
+        never, _ = reconstruct(model, lpips, RECIPE, 0.0, x_src, x_tgt, scores, torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(y, torch.cat([bad, good]))
+    torch.testing.assert_close(terms["l2"], (bad - x_src[:1]).square().mean() + (good - x_tgt[1:]).square().mean())     # 2.0 x the mean of two
+    assert never["l2"] != terms["l2"]
+
+
+def test_the_discriminator_does_not_learn_to_be_deceived():
+    """The generator's part reaches the picture through D and leaves nothing in it: officially it does, and D's next step applies it."""
+    torch.manual_seed(0)
+    model = S3Diff(SMALL)
+    D = Discriminator(ViT(ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1)), head_width=8)
+    training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
+    x_src, _, scores = random_batch()
+    D.requires_grad_(False)
+    terms, _ = adversary(model, D, RECIPE, x_src, scores)
+    terms["gan"].backward()
+    assert model.unet.conv_in.weight.grad.abs().max() > 0 and all(p.grad is None for p in [*D.parameters(), *D.vit.parameters()])
+
+
+def test_the_double_zero():
+    """A and the modulation have no gradient before B has moved, and B has hardly one: C starts at about 1e-10."""
+    torch.manual_seed(0)
+    model = S3Diff(SMALL)
+    x_src, x_tgt, scores = random_batch()
+    (model(x_src, scores, model.prompts[:1].expand(2, -1, -1)) - x_tgt).square().mean().backward()
+    largest = {part: max(float(p.grad.abs().max()) for k, p in model.named_parameters() if part in k and k != "modulation.w" and p.grad is not None)
+               for part in ("conv_in", "lora_A", "lora_B", "modulation")}
+    assert largest["lora_A"] == largest["modulation"] == 0 < largest["lora_B"] < 1e-6 < largest["conv_in"]
+
+
+def test_overfits_one_picture():
+    """Reconstruction alone, one pair, a latent far from what the decoder needs: the loss falls by half."""
+    torch.manual_seed(0)
+    model = S3Diff(SMALL).train()
+    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
+    optimizer = torch.optim.AdamW(params, lr=3e-3)
+    x_src, x_tgt, scores = random_batch(1, 32)
+    values = []
+    for _ in range(60):
+        loss = (model(x_src, scores, model.prompts[:1]) - 0.5 * x_tgt).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.5 * values[0]
+    assert max(float(p.detach().abs().max()) for k, p in model.named_parameters() if "lora_B" in k) > 1e-3, "the adapters left their saddle"
+
+
+def work(rank, port, photos, out):  # noqa: F811
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        launch(patch, photos, out, "--micro-batch", 1)
+
+
+def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
+    """DDP: the same batch in the same parts gives the same losses, up to the order of additions."""
+    one = launch(monkeypatch, photos, tmp_path / "one", "--micro-batch", 1)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, (port, photos, tmp_path / "two"), nprocs=2)
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    logs = [list(csv.DictReader(open(tmp_path / run / "log.csv", newline="")))[-1] for run in ("one", "two")]
+    for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-4), ("gan", 1e-2), ("d_real", 1e-2), ("d_fake", 1e-2)):
+        # two parts in one process are two power iterations of the spectral norm a step, in two processes each has one
+        assert float(logs[0][name]) == pytest.approx(float(logs[1][name]), rel=rel), name
+    torch.testing.assert_close(one["model"]["unet.conv_in.weight"], two["model"]["unet.conv_in.weight"], atol=1e-4, rtol=1e-3)
+
+
+def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F811
+    """The way of --preset sd-turbo: SD-Turbo's, DINO's and LPIPS's files, then --init from what came out, with another --seed."""
+    torch.manual_seed(0)
+    small_dino = ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1)
+    prior = S3Diff(SMALL)
+    files = {"dino_vitbase16_pretrain.pth": ViT(small_dino).state_dict(), "vgg16-397923af.pth": {k: v for k, v in LPIPS().state_dict().items() if k[0] == "f"},
+             "lpips_vgg.pth": {k: v.abs() for k, v in LPIPS().state_dict().items() if k[0] == "l"}, "de_net.pth": prior.denet.state_dict()}
+    for name, tensors in files.items():
+        torch.save(tensors, tmp_path / name)
+    for name, network in (("unet", prior.unet), ("vae", VAE(SMALL.vae))):
+        path = tmp_path / "sd-turbo" / name / "diffusion_pytorch_model.safetensors"
+        path.parent.mkdir(parents=True)
+        save_file({k: v for k, v in network.state_dict().items() if "lora_" not in k}, path)
+    for module in ("models.s3diff", "models.weights", "models.lpips", "train_s3diff"):
+        monkeypatch.setattr(f"{module}.fetch", lambda name: tmp_path / name, raising=False)
+    monkeypatch.setattr("models.s3diff.text_features", lambda texts, folder: torch.arange(len(texts)).float().view(-1, 1, 1).expand(-1, 77, 8))
+    monkeypatch.setitem(train_s3diff.VITS, "dino_vitb16", small_dino)
+    monkeypatch.setattr(models.s3diff, "S3DiffConfig", partial(S3DiffConfig, unet=SMALL.unet, vae=SMALL.vae))
+    monkeypatch.setitem(train_s3diff.PRESETS, "sd-turbo", (SMALL, replace(RECIPE, steps=2)))
+
+    launch(monkeypatch, photos, tmp_path / "run", preset="sd-turbo")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    launch(monkeypatch, photos, tmp_path / "more", "--init", tmp_path / "run", preset="sd-turbo")
+    first, second = (flat(torch.load(tmp_path / run / "s3diff.pkl", weights_only=True)) for run in ("run", "more"))
+    assert first.keys() == second.keys() and not same(first, second)
+    assert asdict(S3Diff.from_pretrained(tmp_path / "more").cfg) == asdict(SMALL)
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--start-step", "0"], "from 1 to 999"), (["--neg-prob", "1.5"], "from 0 to 1"),
+    (["--stage", "flow"], "unrecognized"),
+])
+def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
+    monkeypatch.setattr(sys, "argv", ["train_s3diff.py", "--data", "x", "--out", str(tmp_path), *words])
+    with pytest.raises(SystemExit) as e:
+        train_s3diff.main()
+    assert e.value.code == 2 and why in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_command_line(photos, tmp_path):  # noqa: F811
+    """As users run it: an error is one line; Ctrl-C saves and says how to go on."""
+    command = [sys.executable, str(ROOT / "train_s3diff.py"), "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
+    process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "log.csv").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > 0
