@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from models.evaluation import find_niqe, find_references, measure, protocol, read_reference, report, row_of, write_metrics
+from models.gramsr import GramSR
 from models.imaging import PictureError, contact_sheet, list_pictures, read_picture, resize, round8, save_png, write_picture
 from models.s3diff import S3Diff
 from models.vosr import VOSR
@@ -24,8 +25,9 @@ from models.weights import WeightError, list_weights, read_config
 from training import choose_device, choose_dtype
 
 ROOT = Path(__file__).resolve().parent
-SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff}
-KNOBS = ("steps", "guidance", "weak", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "tile", "overlap", "color")
+SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
+KNOBS = ("guidance", "steps", "weak", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic", "texture",
+         "tile", "overlap", "color")
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
@@ -49,7 +51,7 @@ def parse_args(argv):
                    help="pictures and folders of pictures (default: the example)")  # fmt: skip
     p.add_argument("--out", type=Path, default="out", metavar="DIR", help="folder for the results (default out)")
     # model
-    p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, or a file or folder with weights")
+    p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, gramsr, or a file or folder")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on cuda, else float32")
     p.add_argument("--scale", type=scale_factor, default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
@@ -64,6 +66,9 @@ def parse_args(argv):
     p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
     p.add_argument("--start-step", type=int, help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")
     p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")
+    p.add_argument("--pixel", type=float, help="GramSR: strength of the pixel LoRA (default 1; all at 1 cost one pass)")
+    p.add_argument("--semantic", type=float, help="GramSR: strength of the semantic LoRA")
+    p.add_argument("--texture", type=float, help="GramSR: strength of the texture LoRA")
     p.add_argument("--tile", type=int, metavar="PX", help="side of the tiles in output pixels (default: the model's choice)")
     p.add_argument("--overlap", type=int, metavar="PX", help="pixels that tiles share (default: the model's choice), at least 1/8 tile")
     p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default: the model's choice)")
@@ -95,10 +100,10 @@ def find_system(name):
     path = Path(name)
     if not path.exists():
         return SYSTEMS.get(name.split("-")[0], VOSR)        # who says that there is no such model
-    if path.suffix == ".pkl" or (path / "s3diff.pkl").is_file():
-        return S3Diff
     config = read_config(path / "model.safetensors" if path.is_dir() else path)
-    return S3Diff if "r_unet" in config else VOSR
+    if "r_unet" in config or path.suffix == ".pkl" or (path / "s3diff.pkl").is_file():
+        return S3Diff
+    return GramSR if "ranks" in config or path.is_dir() and any(path.glob("model_*.pkl")) else VOSR
 
 
 def output_paths(pictures, out):
@@ -198,7 +203,8 @@ def main(argv=None):
             raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {e}")
-    print(f"model {args.model}, device {args.device}, dtype {args.dtype}, scale {args.scale}, seed {args.seed}" + "".join(f", {k} {v}" for k, v in args.knobs.items()))
+    settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
+    print(f"model {args.model}", *(f"{name} {value}" for name, value in settings.items()), sep=", ")
 
     originals = {path.resolve() for path in pictures + references if path}
     for path, target, ref in zip(pictures, output_paths(pictures, args.out), references):

@@ -65,6 +65,8 @@ def last(folder, name):
 
 
 class GramSR(nn.Module):
+    SWEEP = [[{name: x / 2} for x in range(5)] for name in SETS]        # of sample.py --sweep: rows, columns
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.layers = replace(cfg, ranks={}), {}      # {adapter: names of its layers in the UNet}
@@ -85,8 +87,6 @@ class GramSR(nn.Module):
         """The parameters of LoRA sets by their names in the UNet."""
         mine = tuple(f".{adapter}.weight" for name in sets for adapter in SETS[name])
         return {k: p for k, p in self.unet.named_parameters() if k.endswith(mine)}
-
-    # ---- the mathematics --------------------------------------------------------------------------------------------
 
     def tokens(self, x):
         """What stands in for a text. Positions are not told: a token says where it is only by what it saw.
