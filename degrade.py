@@ -14,6 +14,7 @@ Left out, since no released setting reaches them: sharpening of the target (USM)
 import argparse
 import hashlib
 import math
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -303,16 +304,20 @@ def main():
         files = [file for file in list_photos(args.hr_dir) if isinstance(file, Path)]
         if not files:
             raise ValueError(f"{args.hr_dir}: its pictures are all in .tar files; unpack them")
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"degrade.py: {error}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"degrade.py: {imaging.printable(error)}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
-        sys.exit(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; choose a folder outside")
-    owner, failed, scale = {}, 0, args.scale
+        sys.exit(imaging.printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; "
+                                   "choose a folder outside"))
+    owner, failed, scale, originals = {}, 0, args.scale, set(map(os.path.realpath, files))
     for path in tqdm(files, unit="picture", disable=None):
         name = path.relative_to(args.hr_dir)
         try:
             if owner.setdefault(name.with_suffix(""), path) != path:
                 raise imaging.PictureError(f"{path}: another file differs only in its suffix, and both would become one PNG; rename it")
+            targets = [args.out_dir / kind / name.with_suffix(".png") for kind in ("lq", "hq")]
+            if not originals.isdisjoint(map(os.path.realpath, targets)):
+                raise imaging.PictureError(f"{path}: its result would overwrite an input; choose another OUT_DIR")
             hq, _ = imaging.read_picture(path)
             H, W = hq.shape[2:]
             if min(H, W) < 8 * scale:
@@ -320,8 +325,8 @@ def main():
             hq = hq[..., : H // scale * scale, : W // scale * scale]
             digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode()).digest()  # so other files do not matter, nor their order
             lq, _ = degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
-            imaging.write_picture(args.out_dir / "lq" / name.with_suffix(".png"), lq)
-            imaging.write_picture(args.out_dir / "hq" / name.with_suffix(".png"), hq)
+            for target, x in zip(targets, (lq, hq)):
+                imaging.write_picture(target, x)
         except imaging.PictureError as error:
             failed += 1
             tqdm.write(f"degrade.py: {error}", file=sys.stderr)

@@ -11,8 +11,9 @@ A step has four parts, each with its own backward and its own step of an optimiz
     4. fake          D is to know the pictures of part 2
 Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients, as officially.
 
-The same command again goes on where it stopped, exactly. Ctrl-C saves first. --out holds s3diff.pkl, laid out as the public file, for
-sample.py --model (with --preset tiny: model.safetensors), checkpoint.pt, log.csv, loss.png, sheet.png (LQ | result | HQ of held-out photos).
+The same command again goes on where it stopped, exactly. Ctrl-C and SIGTERM save first. What may change then: --steps, --lr, --micro-batch,
+--keep, --save-every and all that names the machine; anything else is refused. --out holds s3diff.pkl, laid out as the public file, for
+sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv, loss.png, sheet.png (LQ | result | HQ of held-out photos).
 """
 
 import argparse
@@ -89,6 +90,8 @@ def parse_args():
     p.add_argument("--compile", action="store_true", help="torch.compile the UNet's blocks")
     p.add_argument("--workers", type=int, default=0, help="processes that read photos, for each training process")
     p.add_argument("--save-every", type=int, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=int, choices=range(1, 100), default=2, metavar="K",
+                   help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
     if args.init and (args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"):
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
@@ -190,11 +193,11 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     settings = {name: getattr(args, name) for name in ("preset", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper",
-                                                       "seed")} | {"batch_size": recipe.batch_size}  # fmt: skip
-    step = 0
-    checkpoint = training.load_checkpoint(out / "checkpoint.pt", settings)
+                                                       "data", "init", "seed")} | {"batch_size": recipe.batch_size}  # fmt: skip
+    step, names_of_photos = 0, None
+    checkpoint = training.load_checkpoint(out, settings)
     if checkpoint:
-        step, origin = checkpoint["step"], f"resumed from {out / 'checkpoint.pt'} at step {checkpoint['step']}"
+        step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
         training.load_tensors(model, checkpoint["model"])
         training.load_tensors(D, checkpoint["D"])
         for name, optimizer in optimizers.items():
@@ -211,7 +214,7 @@ def main():
     if world > 1:
         generate, judge = training.replicate(model, generate, device), training.replicate(D, judge, device)
 
-    photos, test_hq = training.photos_for(args.data, recipe.crop, args.seed, flip=True)
+    photos, test_hq, names_of_photos = training.photos_for(args.data, recipe.crop, args.seed, names_of_photos, flip=True)
     test_lq, test_up = degrade(test_hq, replace(RECIPES["s3diff"], branches_per="image"), training.generator(0))
     test = [x.to(device) for x in (2 * test_up - 1, 2 * test_hq - 1)] + [model.estimate(test_lq.to(device))]
 
@@ -220,11 +223,11 @@ def main():
         if rank > 0:
             return
         learned = {k: v for k, v in model.state_dict().items() if is_trained(k)}
-        training.save_checkpoint(out / "checkpoint.pt", step=step, settings=settings, model=learned, D=D.state_dict(),
-                                 optimizers={k: v.state_dict() for k, v in optimizers.items()}, scaler=scaler.state_dict())
-        training.save_checkpoint(out / "s3diff.pkl", **model.release())
+        training.write(out / "s3diff.pkl", model.release())     # the checkpoint last: if it says that the run is over, all is there
         if args.preset == "tiny":
             save_model(out / "model.safetensors", model.cfg, model.state_dict(), note=f"random prior, step {step}")
+        training.save_checkpoint(out, step, args.keep, settings=settings, photos=names_of_photos, model=learned, D=D.state_dict(),
+                                 optimizers={k: v.state_dict() for k, v in optimizers.items()}, scaler=scaler.state_dict())
 
     def backward(compute, *inputs):
         """One part of the batch -> what compute returns beside its losses"""
@@ -235,20 +238,10 @@ def main():
             sums[name] += loss.item() / parts
         return others
 
-    def update(name):
-        """A step of an optimizer with the gradients at hand, clipped -> their norm"""
-        optimizer = optimizers[name]
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.item()
-
     loader = training.batches(photos, range(step, recipe.steps), recipe.batch_size, rank, share, micro, args.workers, device)
     names = ["l2", "lpips", "gan", "d_real", "d_fake"]
-    log = training.Log(out / "log.csv", ["step", *names, "grad_norm", "seconds", "held_out", "psnr"], step) if rank == 0 else None
-    stop = training.Stop()
+    log = training.Log(out / "log.csv", ["step", *names, "grad_norm", "seconds", "held_out", "psnr"], step or -1) if rank == 0 else None
+    stop, health = training.Stop(), training.Health()
     bar = tqdm(total=recipe.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
     model.train()
@@ -263,21 +256,21 @@ def main():
 
         for x_src, x_tgt, scores, u, g in batch:
             backward(generate, "reconstruct", x_src, x_tgt, scores, u, g)
-        grad_norm = update("G")
+        grad_norm = health.step(optimizers["G"], scaler)
 
         fakes = []
         D.requires_grad_(False)     # official: D keeps what this backward leaves in it, and learns a little to be deceived
         for x_src, x_tgt, scores, u, g in batch:
             fakes += backward(generate, "adversary", x_src, x_tgt, scores, u, g)
         D.requires_grad_(True)
-        update("G")
+        health.step(optimizers["G"], scaler)
 
         for _, x_tgt, _, _, g in batch:
             backward(judge, x_tgt, "real", draw_augment(x_tgt, g))
-        update("D")
+        health.step(optimizers["D"], scaler)
         for y, (_, _, _, _, g) in zip(fakes, batch):
             backward(judge, y, "fake", draw_augment(y, g))
-        update("D")
+        health.step(optimizers["D"], scaler)
         step, since = step + 1, since + 1
         # ------------------------------------------------------------------------
 

@@ -6,10 +6,11 @@
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
-The same command again goes on where it stopped, exactly: every step's photos, crops, degradations and noise are
-functions of (seed, step). Ctrl-C saves first. --out holds the model for sample.py (the EMA weights: model.safetensors,
-or args.json and checkpoints/ as the authors have them), checkpoint.pt, log.csv, loss.png and sheet.png (LQ | result | HQ
-of held-out photos).
+The same command again goes on where it stopped, exactly: every step's photos, crops, degradations and noise are functions of (seed, step).
+Ctrl-C and SIGTERM save first. What may change then: --steps, --lr, --micro-batch, --keep, --save-every and all that names the machine;
+another --stage, --preset, --distill, --data, --init, --seed or --batch-size is refused. --out holds the model for sample.py (the EMA
+weights: model.safetensors, or args.json and checkpoints/ as the authors have them), checkpoint-*.pt, log.csv, loss.png and sheet.png
+(LQ | result | HQ of held-out photos).
 """
 
 import argparse
@@ -103,6 +104,8 @@ def parse_args():
     p.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     p.add_argument("--workers", type=int, default=0, help="processes that read photos, for each training process")
     p.add_argument("--save-every", type=int, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=int, choices=range(1, 100), default=2, metavar="K",
+                   help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
     cfg, stages = PRESETS[args.preset]
     if args.stage not in stages:
@@ -211,11 +214,11 @@ def main():
     optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    settings = {"stage": args.stage, "preset": args.preset, "distill": args.distill, "seed": args.seed, "batch_size": stage.batch_size}
-    step = 0
-    checkpoint = training.load_checkpoint(out / "checkpoint.pt", settings)
+    settings = {name: getattr(args, name) for name in ("stage", "preset", "distill", "data", "init", "seed")} | {"batch_size": stage.batch_size}
+    step, names_of_photos = 0, None
+    checkpoint = training.load_checkpoint(out, settings)
     if checkpoint:
-        step, origin = checkpoint["step"], f"resumed from {out / 'checkpoint.pt'} at step {checkpoint['step']}"
+        step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
         training.load_tensors(model, checkpoint["model"])
         training.load_tensors(ema, checkpoint["ema"])
         training.load_optimizer(optimizer, checkpoint["optimizer"])
@@ -232,7 +235,7 @@ def main():
     if ddp:
         objective = training.replicate(model, objective, device)
 
-    photos, test_hq = training.photos_for(args.data, stage.crop, args.seed, flip=stage.flip, shrink=stage.shrink)
+    photos, test_hq, names_of_photos = training.photos_for(args.data, stage.crop, args.seed, names_of_photos, flip=stage.flip, shrink=stage.shrink)
     recipe, test_hq = RECIPES[stage.recipe], test_hq.to(device)
     test_lq = degrade(test_hq, replace(recipe, branches_per="image"), training.generator(0))[1]
     test_hq, test_lq = 2 * test_hq - 1, 2 * test_lq - 1
@@ -244,21 +247,21 @@ def main():
         state = training.gather({"model": learned, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
         if rank > 0:
             return
-        training.save_checkpoint(out / "checkpoint.pt", step=step, settings=settings, ema={k: averaged[k] for k in learned}, **state)
-        if isinstance(cfg.vae, TinyVAEConfig):
+        if isinstance(cfg.vae, TinyVAEConfig):      # the checkpoint last: if it says that the run is over, all is there
             save_model(out / "model.safetensors", model.cfg, averaged, note=f"{args.preset} {args.stage}, step {step}")
         else:
             dit = {k.removeprefix("dit."): v for k, v in averaged.items() if k.startswith("dit.")}
             save_release(out, dit, {**asdict(model.cfg.dit), "stage": args.stage, "steps": step, "weak_cond_strength_aelq_list": [0.05, 0.25]})
+        training.save_checkpoint(out, step, args.keep, settings=settings, photos=names_of_photos, ema={k: averaged[k] for k in learned}, **state)
 
     loader = training.batches(photos, range(step, stage.steps), stage.batch_size, rank, share, micro, args.workers, device)
-    log = training.Log(out / "log.csv", ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"], step) if rank == 0 else None
+    log = training.Log(out / "log.csv", ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"], step or -1) if rank == 0 else None
     if step == 0:
         with training.autocast(device, dtype):
             held = evaluate(args, stage, ema, teacher, test_hq, test_lq)[0]
         if rank == 0:
             log.write(step=0, held_out=held)
-    stop = training.Stop()
+    stop, health = training.Stop(), training.Health()
     bar = tqdm(total=stage.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     mean_loss, since, seconds = 0.0, 0, time.time()
     model.train()
@@ -278,11 +281,7 @@ def main():
                     loss = sum(terms.values()) / parts
                 scaler.scale(loss).backward()
             mean_loss += loss.item()
-        scaler.unscale_(optimizer)
-        grad_norm = training.whole(torch.nn.utils.clip_grad_norm_(params, 1.0))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = health.step(optimizer, scaler)
         training.ema_update(ema, model, stage.ema)
         step, since = step + 1, since + 1
         # ------------------------------------------------------------------------
@@ -291,7 +290,7 @@ def main():
         bar.set_postfix(loss=f"{mean_loss / since:.4f}", img_s=f"{since * stage.batch_size / (time.time() - seconds):.1f}", refresh=False)
         due = step % stage.save_every == 0 or step == stage.steps
         if due or step % 50 == 0:                           # once in a while: log
-            row = {"step": step, "loss": training.mean_of_all(mean_loss / since, device), "grad_norm": grad_norm.item(), "lr": lr,
+            row = {"step": step, "loss": training.mean_of_all(mean_loss / since, device), "grad_norm": grad_norm, "lr": lr,
                    "seconds": time.time() - seconds}
             mean_loss, since, seconds = 0.0, 0, time.time()
             if due:                                         # once in a longer while: evaluate, save, draw

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from models.charts import Log  # noqa: F401: scripts say training.Log
-from models.imaging import contact_sheet, save_png
-from models.photos import Photos, list_photos
+from models.charts import Log, save_sheet  # noqa: F401: scripts say training.Log, and so on
+from models.photos import batches, photos_for  # noqa: F401
+
+from models.weights import sha256_of
 
 
 class Quit(Exception):
@@ -35,6 +35,10 @@ def one_line_errors(name):
         sys.exit(f"{name}: {str(e).strip().splitlines()[-1]}")     # a loader's worker wraps its error in a traceback
     except torch.OutOfMemoryError:
         sys.exit(f"{name}: out of device memory; lower --micro-batch, or add --checkpointing")
+    except RuntimeError as e:
+        if not (dist.is_initialized() and any(words in str(e).lower() for words in ("connection closed", "connection reset", "timed out", "nccl"))):
+            raise
+        sys.exit(f"{name}: another process of this run is gone ({str(e).splitlines()[0][:100]}); the same command goes on from the last checkpoint")
 
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
@@ -133,9 +137,6 @@ def scatter(tensor, like):
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
-# ---- photos ---------------------------------------------------------------------------------------------------------
-
-
 def divide(batch_size, micro_batch, world):
     """How a step's photos are computed: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
     share = batch_size // world
@@ -143,23 +144,6 @@ def divide(batch_size, micro_batch, world):
     if share * world != batch_size or share % micro:
         raise Quit(f"--batch-size {batch_size} is not {world} processes x a whole number of --micro-batch {micro}")
     return share, micro, share // micro
-
-
-def photos_for(data, crop, seed, **options):
-    """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the every 30th that is held out. Raises Quit."""
-    files = list_photos(data)
-    held_out = dict.fromkeys(list(dict.fromkeys(files))[::30])      # of photos that a list repeats, all copies
-    files = [f for f in files if f not in held_out]
-    if not files:
-        raise Quit(f"{data}: one photo only; every 30th is held out, so at least two are needed")
-    test = Photos(data, crop, shrink=options.get("shrink", False), files=held_out)
-    return Photos(data, crop, seed=seed, files=files, **options), torch.stack([photo for photo, _ in zip(test, range(16))])
-
-
-def batches(photos, steps, batch_size, rank, share, micro, workers, device):
-    """This process's photos of the steps in a range, as many at a time as it computes at once -> iterator of (micro, 3, crop, crop)"""
-    mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
-    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers, pin_memory=device.type == "cuda"))
 
 
 # ---- seeds, parameters, schedules -----------------------------------------------------------------------------------
@@ -197,6 +181,29 @@ def learning_rate(step, steps, lr, schedule="constant", warmup=0):
     return lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
 
 
+class Health:
+    """Steps of optimizers, left out where a gradient is not a number; `most` of those in a row end the run."""
+
+    def __init__(self, most=25):
+        self.most, self.skipped, self.in_a_row = most, 0, 0
+
+    def step(self, optimizer, scaler):
+        """Clip the gradients at hand to norm 1, step, forget them -> their norm before, inf or NaN if the step was left out. Raises Quit."""
+        scaler.unscale_(optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)).item()
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            scaler.step(optimizer)
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            print(f"a step was left out, its gradient is {norm} ({self.skipped} so far)", file=sys.stderr)
+        if self.in_a_row == self.most:
+            raise Quit(f"{self.most} steps in a row had no finite gradient; go on from the last checkpoint with a lower --lr, or --dtype float32")
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
 @torch.no_grad()
 def ema_update(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * model, over the trained parameters; buffers are copied."""
@@ -227,25 +234,54 @@ class Stop:
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, **state):
-    """Write a checkpoint under a temporary name, then rename it: the old one survives any interruption."""
+def checkpoints(folder):
+    """The checkpoints in a folder, newest first."""
+    return sorted(Path(folder).glob("checkpoint-*.pt"), reverse=True)
+
+
+def write(path, state):
+    """torch.save under a temporary name, then rename: what was there survives any interruption. Raises Quit when it cannot be stored."""
     part = Path(f"{path}.part")
-    torch.save(state, part)
-    os.replace(part, path)
+    try:
+        torch.save(state, part)
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:        # torch's own writer raises RuntimeError when the disk is full
+        part.unlink(missing_ok=True)
+        raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); then the same command goes on from the last checkpoint") from None
 
 
-def load_checkpoint(path, must_match):
-    """Read a checkpoint, or None if there is none.
+def save_checkpoint(folder, step, keep, **state):
+    """Write checkpoint-STEP-HASH.pt, whose name tells later whether it is still what was written; then only the newest `keep` stay."""
+    path = Path(folder, "checkpoint.new")
+    write(path, {"step": step, **state})
+    path.rename(path.with_name(f"checkpoint-{step:08d}-{sha256_of(path)[:16]}.pt"))
+    for old in checkpoints(folder)[keep:]:
+        old.unlink()
+
+
+def load_checkpoint(folder, must_match):
+    """The newest checkpoint that is whole, or None if there is none at all; what is damaged is named and passed over.
 
     must_match: settings of this run that may not differ from those of the interrupted one. Raises Quit naming the first that does.
     """
-    if not Path(path).exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in must_match.items():
-        if state["settings"].get(name) != value:
-            raise Quit(f"{path}: was written with {name} {state['settings'].get(name)}, not {value}; use that or another --out")
-    return state
+    found = checkpoints(folder)
+    for path in found:
+        try:
+            if sha256_of(path)[:16] != path.stem.rpartition("-")[2]:
+                raise ValueError("it is not what was written")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:      # a damaged file makes torch raise nearly anything
+            print(f"{path}: skipped, damaged ({str(e).splitlines()[0]})", file=sys.stderr)
+            continue
+        for name, value in must_match.items():
+            if state["settings"].get(name) != value:
+                was = state["settings"].get(name)
+                raise Quit(f"--{name.replace('_', '-')}: {path} was written with {was}, not {value}; use that or another --out")
+        return state
+    if found:
+        raise Quit(f"{folder}: no checkpoint is whole; move them away to begin anew")
 
 
 def load_tensors(module, tensors):
@@ -262,12 +298,3 @@ def load_optimizer(optimizer, state):
     for i, tensors in state["state"].items():
         tensors |= {k: scatter(v, params[i]) for k, v in tensors.items() if v.shape == params[i].shape}
     optimizer.load_state_dict(state)
-
-
-# ---- pictures of progress ---------------------------------------------------------------------------------------------
-
-
-def save_sheet(path, columns):
-    """Contact sheet with one column per entry. columns: {title: (B, 3, H, W) in [-1, 1]}."""
-    rows = [[x[i : i + 1].float().cpu().clamp(-1, 1) / 2 + 0.5 for x in columns.values()] for i in range(len(next(iter(columns.values()))))]
-    save_png(contact_sheet(rows, list(columns)), path)

@@ -1,4 +1,4 @@
-"""A training run's log.csv, and line charts of it drawn with Pillow.
+"""What a training run shows: log.csv, line charts of it drawn with Pillow, a sheet of pictures.
 
 Left out: everything else that a plotting library can do.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from models.imaging import save_png
+from models.imaging import contact_sheet, save_png
 
 
 def axis_ticks(low, high, log=False):
@@ -79,7 +79,7 @@ def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
 
 
 class Log:
-    """log.csv: one row a call; rows of steps after a resumed checkpoint are dropped."""
+    """log.csv: one row a call; of what is there, rows of steps after `step`, a resumed checkpoint's, are dropped."""
 
     def __init__(self, path, columns, step):
         self.path, self.columns = Path(path), columns
@@ -92,7 +92,8 @@ class Log:
         if not self.path.exists():
             return []
         with open(self.path, newline="") as f:
-            return list(csv.DictReader(f))
+            rows = list(csv.DictReader(f))
+        return [row for row in rows if row.keys() == set(self.columns) and None not in row.values()]     # a killed run may leave half a line
 
     def write(self, **row):
         with open(self.path, "a", newline="") as f:
@@ -103,3 +104,9 @@ class Log:
         rows = self.rows()
         curves = {n: [(int(r["step"]), float(r[n])) for r in rows if r[n]] for n in names}
         loss_curves({n: tuple(zip(*c)) for n, c in curves.items() if len(c) > 1}, path, log_y=True, title=title)
+
+
+def save_sheet(path, columns):
+    """Contact sheet with one column per entry. columns: {title: (B, 3, H, W) in [-1, 1]}."""
+    rows = [[x[i : i + 1].float().cpu().clamp(-1, 1) / 2 + 0.5 for x in columns.values()] for i in range(len(next(iter(columns.values()))))]
+    save_png(contact_sheet(rows, list(columns)), path)

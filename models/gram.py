@@ -28,7 +28,7 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
     with torch.no_grad():
         a = alphas_cumprod().to(z.device)[t].view(-1, 1, 1, 1)
         z_t = a.sqrt() * z + (1 - a).sqrt() * noise
-        blind, seeing = prior(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, context])).chunk(2)
+        blind, seeing = prior(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, context])).float().chunk(2)
         fake, real = ((z_t - (1 - a).sqrt() * eps) / a.sqrt() for eps in (blind, blind + guidance * (seeing - blind)))
         g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)      # Eq. GramSR (4)
         target = z - g

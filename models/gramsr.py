@@ -222,7 +222,7 @@ class GramSR(nn.Module):
         early = model.lora(*(name for name in sets if name != "texture"))
         tensors = {k: v for k, v in tensors.items() if k in early}      # as officially, what else the file holds is ignored
         for part, names, new in (("model", early, tensors), ("texture", model.lora("texture"), texture)):
-            load_strictly(model.unet, {k: v for k, v in model.unet.state_dict().items() if k not in names} | new, files[part])
+            load_strictly(model.unet, new, files[part], [k for k in model.unet.state_dict() if k not in names])
         load_strictly(model.adapter, read_tensors(files["adapter"]), files["adapter"])
         return model
 
@@ -242,9 +242,9 @@ class GramSR(nn.Module):
         return {"model": model, "texture": texture, "adapter": stored(self.adapter.state_dict())}
 
     def save_release(self, folder, step):
-        """Write `release`, with step in the files' names, each under a temporary name first."""
-        for part, content in self.release().items():
-            path = Path(folder, re.sub(r"\d+", str(step), RELEASE[part]))
-            if content:
-                (save_file if part == "texture" else torch.save)(content, f"{path}.part")
-                os.replace(f"{path}.part", path)
+        """Write `release`, with step in the files' names, each under a temporary name first.  -> names"""
+        release = {re.sub(r"\d+", str(step), RELEASE[part]): content for part, content in self.release().items() if content}
+        for name, content in release.items():
+            (save_file if name.endswith(".safetensors") else torch.save)(content, part := Path(folder, f"{name}.part"))
+            os.replace(part, Path(folder, name))
+        return list(release)

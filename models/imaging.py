@@ -8,6 +8,7 @@ Left out: animations (the first frame is read), metadata other than orientation 
 import io
 import os
 import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,19 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}  # what list_pictures picks from a folder
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # what a file may hold, whatever its name; Pillow would hand some others to programs
+
+
+def printable(text):
+    """Text as one line that a terminal takes for text: a name may hold newlines, escape sequences, bytes of no encoding."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 class PictureError(ValueError):
     """A picture file that cannot be read or written; the message is one line for the user."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
 
 
 # -----------------------------------------------------------------------------
@@ -61,14 +71,27 @@ def list_pictures(paths):
     """
     found = []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.isdir(path):  # Path.is_dir fails at names that are too long
             found.append(path)
             continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        try:
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        except OSError as e:
+            raise PictureError(f"{path}: cannot be listed ({e.strerror}); change its permissions") from None
         if not inside:
             raise PictureError(f"{path}: no pictures in this folder; expected {', '.join(sorted(SUFFIXES))}")
         found += inside
     return found
+
+
+@contextmanager
+def open_image(file):
+    """Pillow's image of a path or binary file, so far only its header."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # chatter about odd metadata ...
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
+        with Image.open(file, formats=FORMATS) as img:
+            yield img
 
 
 def read_picture(path, file=None):
@@ -78,20 +101,18 @@ def read_picture(path, file=None):
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
     if file is None:
-        path = Path(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise PictureError(f"{path}: no such file; check the spelling")
-        if path.is_dir():
+        if os.path.isdir(path):
             raise PictureError(f"{path}: is a folder; name a picture in it")
-        if path.stat().st_size == 0:
+        if not os.path.isfile(path):  # to open a pipe would wait for ever
+            raise PictureError(f"{path}: is a pipe or a device; name a file")
+        if os.path.getsize(path) == 0:
             raise PictureError(f"{path}: is empty (0 bytes); copy or download it again")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # chatter about odd metadata ...
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
-            with Image.open(path if file is None else file) as img:
-                img.load()
-                return decode(ImageOps.exif_transpose(img))
+        with open_image(path if file is None else file) as img:
+            img.load()
+            return decode(ImageOps.exif_transpose(img))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
@@ -109,12 +130,13 @@ def decode(img):
     if min(img.size) == 0:
         raise ValueError("it has no pixels")
     if img.mode[0] in "IF":  # I, I;16, I;16B: grey integers, F: grey floats; Pillow's own conversion would clip at 255
-        a = np.nan_to_num(np.asarray(img).astype(np.float64))
+        a = np.asarray(img).astype(np.float64)
+        most = a[np.isfinite(a)].max(initial=0)
         if img.mode == "F":  # the file does not say which white it means: 1, 255 or 65535
-            white = 1 if a.max() <= 1.5 else 255 if a.max() <= 255 else 65535
+            white = 1 if most <= 1.5 else 255 if most <= 255 else 65535
         else:  # older Pillow also opens 16-bit PNG in the 32-bit mode I
-            white = 65535 if a.max() <= 65535 else 2**31 - 1
-        grey = torch.from_numpy(a / white).float().clamp(0, 1)
+            white = 65535 if most <= 65535 else 2**31 - 1
+        grey = torch.from_numpy(np.nan_to_num(a / white)).clamp(0, 1).float()
         return grey.expand(1, 3, -1, -1).contiguous(), None
     mode = "RGBA" if img.has_transparency_data else "RGB"  # palettes and colour keys included
     if img.mode != "CMYK":  # with a profile, CMYK goes to RGB through it
@@ -138,7 +160,7 @@ def to_srgb(img):
 def save_png(img, path):
     """Write a Pillow image under a temporary name, then rename it, so that `path` is never half a file. Raises PictureError."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same folder: a rename across disks would be a copy
+    part = path.with_name(f".{os.getpid()}.part")  # same folder: a rename across disks would be a copy; short: names may be as long as can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         img.save(part, format="PNG")
@@ -146,7 +168,7 @@ def save_png(img, path):
     except OSError as e:
         raise PictureError(f"{path}: cannot be written ({e.strerror or e}); choose another place") from None
     finally:
-        if part.exists():
+        with suppress(OSError):
             part.unlink()
 
 
@@ -335,7 +357,7 @@ def contact_sheet(rows, labels=None, gap=8, font_size=14):
         x = gap
         for c, img in enumerate(row):
             if r < len(labels) and c < len(labels[r]):
-                text = labels[r][c]
+                text = printable(labels[r][c])
                 while font.getlength(text) > widths[c]:
                     text = text[:-1]
                 draw.text((x, y), text, fill="black", font=font)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ContainerIO, Image
+from PIL import ContainerIO
+from torch.utils.data import DataLoader
 
 from models import imaging
 
@@ -59,6 +60,8 @@ def expand(source, lists=(), where=""):
     """Yield the photos of a source; lists: the text lists it was reached through; where: which line names it, for messages."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder, list or file{where}; check the spelling")
+    if not source.is_dir() and not source.is_file():  # to open a pipe would wait for ever
+        raise ValueError(f"{source}: is a pipe or a device{where}; give a file or a folder")
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name[0] != "."):
             if path.suffix.lower() == ".tar" or is_picture(path):
@@ -84,10 +87,10 @@ def listed(path, lists):
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line[0] == "#":
             continue
-        name, weight = re.fullmatch(r"(.*?)(?:,\s*([+-]?\d+))?", line).groups()  # any other comma belongs to the name
+        name, weight = re.fullmatch(r"(.*?)(?:,\s*([+-]?\d{1,9}))?", line).groups()  # any other comma belongs to the name
         weight = int(weight or 1)
-        if weight < 1:
-            raise ValueError(f"{path}, line {number}: the weight {weight} is no whole number from 1 on; correct it or remove the line")
+        if not 1 <= weight <= 10_000:
+            raise ValueError(f"{path}, line {number}: the weight {weight} is no whole number from 1 to 10000; correct it or remove the line")
         # official: of .tar shards the weight is a probability, whatever their size; of lists it repeats, as here
         yield from weight * list(expand(path.parent / name.strip(), lists, f" (named in {path}, line {number})"))
 
@@ -127,7 +130,7 @@ class Photos(torch.utils.data.Dataset):
         self.skipped, self.cache, self.epoch = {}, {}, None
         for file in dict.fromkeys(self.files):  # headers only; damage further in shows when a file's turn comes
             try:
-                with file.open("rb") as f, Image.open(f) as img:
+                with file.open("rb") as f, imaging.open_image(f) as img:
                     if 2 * min(img.size) < crop:
                         self.skip(file, f"{file}: its {img.width} x {img.height} pixels are less than half of the crop {crop}")
             except Exception:
@@ -140,7 +143,7 @@ class Photos(torch.utils.data.Dataset):
 
     def skip(self, file, reason):
         self.skipped[file] = str(reason)
-        print(f"{reason}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
+        print(f"{imaging.printable(reason)}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
 
     def pixels(self, file):
         """Decoded picture, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
@@ -171,3 +174,30 @@ class Photos(torch.utils.data.Dataset):
         y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
         array = array[y : y + self.crop, x : x + self.crop]
         return imaging.from_uint8(array[:, ::-1] if self.flip and rng.random() < 0.5 else array)[0]
+
+
+def photos_for(data, crop, seed, names=None, **options):
+    """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the every 30th that is held out.
+
+    names: str of each file when the run began: what came later is not seen, so that a resumed run is the same run; None = it begins now
+    -> Photos, crops, names. Raises ValueError.
+    """
+    files = list_photos(data)
+    if names is not None:
+        found = {str(f): f for f in files}
+        files = [found.get(name, Path(name)) for name in names]         # what is gone will be named and skipped
+        if new := len(found.keys() - set(names)):
+            print(f"{data}: {new} photos came after this run began and are left out; for them begin another --out", file=sys.stderr)
+    held_out = dict.fromkeys(list(dict.fromkeys(files))[::30])      # of photos that a list repeats, all copies
+    trained = [f for f in files if f not in held_out]
+    if not trained:
+        raise ValueError(f"{data}: one photo only; every 30th is held out, so at least two are needed")
+    test = Photos(data, crop, shrink=options.get("shrink", False), files=held_out)
+    crops = torch.stack([photo for photo, _ in zip(test, range(16))])
+    return Photos(data, crop, seed=seed, files=trained, **options), crops, list(map(str, files))
+
+
+def batches(photos, steps, batch_size, rank, share, micro, workers, device):
+    """This process's photos of the steps in a range, as many at a time as it computes at once -> iterator of (micro, 3, crop, crop)"""
+    mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
+    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers, pin_memory=device.type == "cuda"))

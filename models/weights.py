@@ -6,23 +6,28 @@ Names of VOSR are the paths of the authors' own release folder.
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+import zipfile
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import count
 from pathlib import Path
 
 import requests
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqdm import tqdm
 
 TRIES = 4               # of one source, without a byte gained
 TIMEOUT = 10, 60        # seconds to connect, and between two chunks
 LONGEST_WAIT = 60       # seconds, whatever Retry-After says
 BUSY = 408, 429, 500, 502, 503, 504
+MOST, LARGEST = 10_000, 1_000_000   # parameters (tensors) of a network, of which ours have up to 2,500; a number in a config
 
 
 class WeightError(ValueError):
@@ -265,19 +270,35 @@ def read_json(path):
     """Settings by name -> dict. Raises WeightError."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise WeightError(f"{path}: cannot be read as JSON ({e}); get it again") from None
     if not isinstance(settings, dict):
         raise WeightError(f"{path}: holds a {type(settings).__name__}, not settings by name; get it again")
     return settings
 
 
+def read_pickle(path):
+    """torch.load, which runs no code of the file, without the ways it leaves a small file to fill the memory. Raises Exception."""
+    def plain(x):       # no tensor is expanded from a few numbers, or sparse
+        if isinstance(x, torch.Tensor):
+            return x.layout == torch.strided and not x.is_meta and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+        return all(map(plain, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
+
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        sound = file.find(b"bytearray") < 0     # torch would make one as long as the pickle says; a GB is searched in under a second
+    if zipfile.is_zipfile(path):                # torch.save does not compress
+        sound &= sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) <= os.path.getsize(path)
+    if not sound or not plain(content := torch.load(path, map_location="cpu", weights_only=True)):
+        raise ValueError
+    return content
+
+
 def read_tensors(path):
     """A public file, .safetensors or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is refused, not run."""
+    if not os.path.isfile(path):
+        raise WeightError(f"{path}: no such file")
     try:
-        tensors = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightError(f"{path}: no such file") from None
+        tensors = load_file(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
     except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError and more at a wrong file
         raise WeightError(f"{path}: is broken, or holds more than tensors and may run code ({type(e).__name__}); get it again") from None
     if not isinstance(tensors, dict):
@@ -286,13 +307,10 @@ def read_tensors(path):
 
 
 def save_model(path, cfg, tensors, note=""):
-    """Write a model's tensors in float16 with its cfg (a dataclass) and a note as metadata.
-
-    Written under a temporary name, then renamed. The rotary tables are left out: they follow from the config, and float16 would spoil them.
-    """
+    """Write a model's tensors in float16 with its cfg (a dataclass) and a note as metadata; under a temporary name, then renamed."""
+    # The rotary tables are left out: they follow from the config, and float16 would spoil them.
     tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
-    part = f"{path}.part"
-    save_file(tensors, part, metadata={"config": json.dumps(asdict(cfg)), "note": note})
+    save_file(tensors, part := f"{path}.part", metadata={"config": json.dumps(asdict(cfg)), "note": note})
     os.replace(part, path)
 
 
@@ -311,16 +329,52 @@ def read_model(path):
     tensors = read_tensors(path)
     try:
         with safe_open(path, framework="pt") as f:
-            return json.loads((f.metadata() or {}).get("config", "{}")), tensors
-    except (SafetensorError, ValueError) as e:
+            config = json.loads((f.metadata() or {}).get("config", "{}"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__}, not settings by name")
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise WeightError(f"{path}: is not .safetensors, or its config is damaged ({e}); copy or train it again") from None
+    return config, tensors
 
 
 def read_config(path):
     """The config that `save_model` wrote into a file -> dict, {} for any other file; nothing is said against it here."""
-    with suppress(OSError, SafetensorError, ValueError), safe_open(path, framework="pt") as f:
-        return json.loads((f.metadata() or {}).get("config", "{}"))
+    with suppress(WeightError):
+        return read_model(path)[0] if path.suffix == ".safetensors" else {}     # the tensors cost nothing: they stay on the disk
     return {}
+
+
+@contextmanager
+def on_paper(path, system):
+    """In here networks are built as the file path says, on the meta device, without numbers. Raises WeightError whatever fails.
+
+    So a layer of 10^9 channels costs nothing, and fits no tensors afterwards; 10^9 layers would take days: MOST parameters are the end.
+    """
+    def limit(*_, made=count(1)):
+        if next(made) > MOST:
+            raise ValueError(f"it asks for more than {MOST} parameters")
+
+    hook = register_module_parameter_registration_hook(limit)
+    try:
+        with torch.device("meta"):
+            yield
+    except Exception as e:
+        raise WeightError(f"{path}: its config is not one of {system} ({type(e).__name__}: {str(e).partition(chr(10))[0]}); get it again") from None
+    finally:
+        hook.remove()
+
+
+def checked(cfg):
+    """A config out of a file, a dataclass, if its values have the types of their fields and sizes that make sense.  Raises ValueError."""
+    for f in fields(cfg):
+        value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
+        if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:
+            raise ValueError(f"{f.name} is {value!r:.60}")
+        value = checked(value) if is_dataclass(value) else [*value.values()] if isinstance(value, dict) else value
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, (int, float)) and not (0 if isinstance(x, int) else -LARGEST) <= x <= LARGEST:
+                raise ValueError(f"{f.name} is {x:.6g}")
+    return cfg
 
 
 def load_strictly(module, tensors, path, may_miss=()):
@@ -330,6 +384,9 @@ def load_strictly(module, tensors, path, may_miss=()):
     """
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
         raise WeightError(f"{path}: holds other things than tensors by name; get it again")
+    for name, wanted in module.state_dict().items():
+        if (real := wanted.is_floating_point()) != tensors.get(name, wanted).is_floating_point():
+            raise WeightError(f"{path}: {name} holds no {'real' if real else 'whole'} numbers; get it again")
     given = {k: v for k, v in module.state_dict().items() if k.endswith(tuple(may_miss))} | tensors
     try:
         module.load_state_dict(given, assign=True)
@@ -339,5 +396,5 @@ def load_strictly(module, tensors, path, may_miss=()):
                  for what in ("missing", "unexpected")}
         shapes = re.findall(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]", text)
         found["mis-shaped"] = [f"{name} is ({theirs}), not ({ours})" for name, theirs, ours in shapes]
-        faults = [f"{what} {names[0]} ({len(names)} in all)" for what, names in found.items() if names]
+        faults = [f"{what} {names[0]:.200} ({len(names)} in all)" for what, names in found.items() if names]
         raise WeightError(f"{path}: does not fit this network: {'; '.join(faults) or text.splitlines()[-1].strip()}") from None

@@ -1,7 +1,7 @@
 """A release of random weights in the authors' layout, and a server that hands it out as the Hugging Face hub does.
 
 The public files are gigabytes, so files of the same names, shapes and types with random numbers stand in for them in the tests:
-tiny ones in test_release.py, which shrinks models.vosr.SIZES first, full-size ones in full_size.py.
+tiny ones in test_release.py, which shrinks models.vosr.SIZES, S3DiffConfig and TextConfig first, full-size ones in full_size.py.
 """
 
 import json
@@ -17,8 +17,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import models.clip
+import models.s3diff
+from models.denet import DegradationEstimator
 from models.dit import DiT
 from models.qwen_vae import QwenVAE
+from models.unet import UNet
 from models.vae import VAE, LightDecoder
 from models.vit import ViT
 from models.vosr import SIZES
@@ -28,6 +32,11 @@ ARGS = {"ae_type": "sd2", "weak_cond_strength_aelq_list": [0.05, 0.25], "distill
 SD_VAE, QWEN_VAE = (f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("stable-diffusion-2-1-base/vae", "Qwen-Image-vae-2d"))
 LIGHT, DINO_B, DINO_L = "sd21_lwdecoder.pth", *(f"torch_cache/checkpoints/dinov2_vit{letter}14_pretrain.pth" for letter in "bl")
 FOLDERS = {"vosr-0.5b": "VOSR_0.5B_ms", "vosr-0.5b-1step": "VOSR_0.5B_os", "vosr-1.4b": "VOSR_1.4B_ms", "vosr-1.4b-1step": "VOSR_1.4B_os"}
+REPOSITORIES = {"CSWRY/VOSR": "", "stabilityai/sd-turbo": "sd-turbo/", "zhangap/S3Diff": ""}     # and their folders below the release
+SD_TURBO = {part: f"sd-turbo/{part}/{file}" for part, file in (
+    ("unet", "diffusion_pytorch_model.safetensors"), ("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors"))}
+TOKENIZER = [f"sd-turbo/tokenizer/{file}" for file in ("vocab.json", "merges.txt")]
+CLIP = Path(__file__).resolve().parents[2] / "shared" / "clip"      # where the public ones are
 LIGHT_CONFIG = {"in_channels": 4, "out_channels": 3, "block_out_channels": [64, 128, 256, 256], "layers_per_block": 2}
 
 
@@ -57,8 +66,28 @@ def old_names(tensors):
     return tensors
 
 
+def s3diff_pkl(cfg):
+    """What S3Diff adds to SD-Turbo, with B of every adapter other than zero."""
+    with torch.device("meta"):
+        model = models.s3diff.S3Diff(cfg)
+    generator = torch.Generator().manual_seed(0)
+    trained = {k: numbers(k, x.shape, generator) for k, x in model.state_dict().items() if models.s3diff.is_trained(k)}
+    model.load_state_dict(trained, strict=False, assign=True)
+    return model.release()
+
+
 def contents(model):
     """The weight files that a public model needs -> {name in FILES: function that makes what is in it}"""
+    if model == "s3diff":
+        cfg = models.s3diff.S3DiffConfig()
+        return {
+            SD_TURBO["unet"]: lambda: random_tensors(UNet, cfg.unet),
+            SD_TURBO["vae"]: lambda: random_tensors(VAE, cfg.vae),
+            SD_TURBO["text_encoder"]: lambda: random_tensors(models.clip.TextEncoder),
+            **{name: (CLIP / Path(name).name).read_bytes for name in TOKENIZER},
+            "s3diff.pkl": lambda: s3diff_pkl(cfg),
+            "de_net.pth": lambda: random_tensors(DegradationEstimator),
+        }
     size = model[5:9]
     cfg = SIZES[size]
     own = {f"{FOLDERS[model]}/checkpoints/ema_model.safetensors":
@@ -72,15 +101,19 @@ def contents(model):
     }
 
 
-def write_release(root, *models):
+def write_release(root, *names):
     """The release folder `root` with what these public models need, at the sizes in SIZES; one network in memory at a time."""
-    for model in models:
+    for model in names:
         for name, content in contents(model).items():
             path = root / name
             if not path.exists():       # the frozen networks serve several models
                 path.parent.mkdir(parents=True, exist_ok=True)
-                (save_file if path.suffix == ".safetensors" else torch.save)(content(), path)
-        (root / FOLDERS[model] / "args.json").write_text(json.dumps(ARGS))
+                if name in TOKENIZER:
+                    path.write_bytes(content())
+                else:
+                    (save_file if path.suffix == ".safetensors" else torch.save)(content(), path)
+        if model in FOLDERS:
+            (root / FOLDERS[model] / "args.json").write_text(json.dumps(ARGS))
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------
@@ -88,8 +121,13 @@ def write_release(root, *models):
 
 def rows():
     """FILES' rows of what is in the release, without the sizes and hashes that random files cannot have, and with the hub as only source."""
-    of_hub = {name: f"CSWRY/VOSR:{name}" for name in FILES}
-    return {name: replace(FILES[name], size=None, sha256=None, sources=(source,)) for name, source in of_hub.items() if source in FILES[name].sources}
+    found = {}
+    for name, file in FILES.items():
+        for source in file.sources:
+            repository, _, path = source.partition(":")
+            if repository in REPOSITORIES and REPOSITORIES[repository] + path == name:
+                found[name] = replace(file, size=None, sha256=None, sources=(source,))
+    return found
 
 
 class Hub(ThreadingHTTPServer):
@@ -112,12 +150,13 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         place, _, name = self.path.removeprefix("/").partition("/resolve/main/" if "/resolve/" in self.path else "/")
+        name = REPOSITORIES.get(place, "") + name
         path = self.server.root / name
         if place != "blob":
             self.server.seen.append(name)
-        if place not in ("blob", "CSWRY/VOSR") or not path.is_file():
+        if place not in ("blob", *REPOSITORIES) or not path.is_file():
             return self.send_error(404)
-        if place != "blob" and path.suffix != ".json":
+        if place != "blob" and path.suffix not in (".json", ".txt"):
             return self.head(302, {"Location": f"/blob/{name}", "X-Linked-Etag": f'"{self.server.digest(path)}"', "Content-Length": 0})
         size, tag = path.stat().st_size, f'"{path.stat().st_mtime_ns:x}"'
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_vosr import SMALL
 
+import models.photos
 import sample
 import train_vosr
 import training
@@ -62,6 +63,11 @@ def train(monkeypatch, photos, out, stage, *more, preset="small", **kwargs):
     return load_file(out / ("model.safetensors" if preset == "small" else "checkpoints/ema_model.safetensors"))
 
 
+def newest(out):
+    """What the newest checkpoint in a folder holds."""
+    return torch.load(training.checkpoints(out)[0], weights_only=True)
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -80,7 +86,7 @@ def test_three_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, 
         assert model.cfg.dit.auxiliary_time_cond and model.cfg.steps == 1
     a, b = load_file(tmp_path / "flow" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("vae.", "vit.")))            # distillation trains the DiT alone
-    for name in ("log.csv", "loss.png", "sheet.png", "checkpoint.pt"):
+    for name in ("log.csv", "loss.png", "sheet.png"):
         assert (tmp_path / "rcgm" / name).stat().st_size > 0
     said = capsys.readouterr().out
     assert "small distill, from" in said and "float32" in said and "batch 2 = 1 x 2 x 1" in said
@@ -99,7 +105,7 @@ def test_resumed_equals_uninterrupted(monkeypatch, photos, autoencoder, tmp_path
     half = train(monkeypatch, photos, tmp_path / "parts", stage, *more, stop_at=2)
     parts = train(monkeypatch, photos, tmp_path / "parts", stage, *more)
     assert same(whole, parts) and not same(half, parts)
-    states = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "parts")]
+    states = [newest(tmp_path / run) for run in ("whole", "parts")]
     assert states[0]["step"] == states[1]["step"] == 4
     for part in ("model", "ema"):                                                              # float32, to the last bit
         assert same(states[0][part], states[1][part])
@@ -114,12 +120,12 @@ def test_held_out_photos_are_never_trained_on(monkeypatch, photos, tmp_path):
     """Also those that a list shows several times."""
     seen = []
 
-    class Spy(training.Photos):
+    class Spy(models.photos.Photos):
         def __init__(self, *args, files, **kwargs):
             seen.append(set(files))
             super().__init__(*args, files=files, **kwargs)
 
-    monkeypatch.setattr(training, "Photos", Spy)
+    monkeypatch.setattr(models.photos, "Photos", Spy)
     (tmp_path / "list.txt").write_text(f"{photos}, 13\n")
     train(monkeypatch, tmp_path / "list.txt", tmp_path / "ae", "autoencoder", "--steps", 1)
     held_out, trained = seen
@@ -146,7 +152,7 @@ def test_overfits_one_picture():
 
 
 def test_settings_that_matter_may_not_change(monkeypatch, photos, autoencoder):
-    with pytest.raises(training.Quit, match="batch_size 2, not 4"):
+    with pytest.raises(training.Quit, match="--batch-size: .* was written with 2, not 4"):
         train(monkeypatch, photos, autoencoder, "autoencoder", "--batch-size", 4)
 
 
@@ -191,13 +197,14 @@ def test_user_errors_are_one_line(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_saves_and_says_how_to_go_on(photos, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(photos, tmp_path, number):
     words, kwargs = script("--stage", "autoencoder", "--data", photos, "--out", tmp_path, "--batch-size", 2, stdout=subprocess.PIPE)
     process = subprocess.Popen(words, **kwargs)
     while process.poll() is None and not (tmp_path / "log.csv").exists():
         time.sleep(0.1)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > 0
+    assert newest(tmp_path)["step"] > 0

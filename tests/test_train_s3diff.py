@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import photos, same  # noqa: F401 (photos is a fixture)
+from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
 
 import models.s3diff
 import sample
@@ -64,7 +64,7 @@ def launch(patch, photos, out, *more, stop_at=None, preset="tiny"):  # noqa: F81
     patch.setattr(training, "Stop", Stop)
     patch.setattr(sys, "argv", ["train_s3diff.py", "--preset", preset, "--data", str(photos), "--out", str(out), "--device", "cpu", *map(str, more)])
     train_s3diff.main()
-    return torch.load(out / "checkpoint.pt", weights_only=True) if (out / "checkpoint.pt").exists() else None
+    return newest(out)
 
 
 def flat(state, prefix=""):
@@ -216,7 +216,7 @@ def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(work, (port, photos, tmp_path / "two"), nprocs=2)
-    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    two = newest(tmp_path / "two")
     logs = [list(csv.DictReader(open(tmp_path / run / "log.csv", newline="")))[-1] for run in ("one", "two")]
     for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-4), ("gan", 1e-2), ("d_real", 1e-2), ("d_fake", 1e-2)):
         # two parts in one process are two power iterations of the spectral norm a step, in two processes each has one
@@ -276,4 +276,4 @@ def test_command_line(photos, tmp_path):  # noqa: F811
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > 0
+    assert newest(tmp_path)["step"] > 0

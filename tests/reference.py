@@ -1,0 +1,97 @@
+"""S3Diff out of diffusers, peft and transformers, wired as the official code does it, on the very tensors of ours: what bench.py compares with.
+
+Official: two passes of the UNet for two prompts, both prompts through the text encoder for every picture, LoRA beside the layers, with the
+modulation as an einsum between A and B. Not official: the posterior's mode, and our estimator, modulation, enlargement and colour fix.
+"""
+
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from models.imaging import color_fix, pad_to_multiple
+from models.s3diff import ADAPTER
+
+
+def modulated_forward(self, x, *args, **kwargs):
+    """What the official code puts in place of a peft layer's forward."""
+    result = self.base_layer(x, *args, **kwargs)
+    for name in self.active_adapters:
+        A, B = self.lora_A[name], self.lora_B[name]
+        h = A(self.lora_dropout[name](x.to(A.weight.dtype)))
+        h = torch.einsum("...khw,...kr->...rhw" if h.ndim == 4 else "...lk,...kr->...lr", h, self.de_mod)
+        result = result + B(h) * self.scaling[name]
+    return result
+
+
+def block_id(network, layer):
+    """Which of the modulation's matrices a layer takes."""
+    parts = layer.removeprefix("encoder.").split(".")
+    numbers = {"down_blocks": 0, "mid_block": 4, "up_blocks": 5, "conv_in": 5, "conv_out": 5 if network == "vae" else 9}
+    return numbers[parts[0]] + (int(parts[1]) if parts[0] in ("down_blocks", "up_blocks") else 0)
+
+
+class Reference:
+    """model: S3Diff of four levels; encoder: TextEncoder; ids: (2, 77) of the good text and of the bad one"""
+
+    def __init__(self, model, encoder, ids):
+        self.model, self.ids, cfg, text = model, ids, model.cfg, encoder.cfg
+        self.like = model.unet.conv_in.weight
+        with torch.device("meta"):
+            self.unet = UNet2DConditionModel(block_out_channels=cfg.unet.widths, attention_head_dim=cfg.unet.num_heads,
+                                             layers_per_block=cfg.unet.layers_per_block, cross_attention_dim=cfg.unet.context_dim,
+                                             use_linear_projection=True)
+            self.vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                                     block_out_channels=cfg.vae.widths, layers_per_block=cfg.vae.layers_per_block, latent_channels=4)
+            self.unet.add_adapter(LoraConfig(r=cfg.r_unet, target_modules=list(cfg.unet_targets)), ADAPTER["unet"])
+            self.vae.add_adapter(LoraConfig(r=cfg.r_vae, target_modules=cfg.vae_targets), ADAPTER["vae"])
+            self.encoder = CLIPTextModel(CLIPTextConfig(
+                vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size, num_hidden_layers=text.layers,
+                num_attention_heads=text.heads, max_position_embeddings=text.positions, hidden_act="gelu", bos_token_id=0, eos_token_id=2))
+        self.adopt(self.unet, model.unet), self.adopt(self.vae, model.vae), self.adopt(self.encoder, encoder)
+        self.positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        self.layers = {network: [(block_id(network, name), m) for name, m in getattr(self, network).named_modules() if isinstance(m, LoraLayer)]
+                       for network in ADAPTER}
+        for _, layer in self.layers["unet"] + self.layers["vae"]:
+            layer.forward = MethodType(modulated_forward, layer)
+
+    def adopt(self, network, ours):
+        """Make our tensors the network's own; memory holds them once."""
+        tensors = {k.removeprefix("text_model."): v for k, v in ours.state_dict().items()}      # transformers 5 drops the prefix in memory
+        names = {name: name.replace(".base_layer.", ".").removeprefix("text_model.") for name in network.state_dict()}
+        assert set(names.values()) == set(tensors)
+        network.load_state_dict({name: tensors[ours] for name, ours in names.items()}, assign=True)
+        network.eval()
+
+    def modulate(self, scores):
+        for network, layers in self.layers.items():
+            C = self.model.matrices(network, scores)
+            for block, layer in layers:
+                layer.de_mod = C[block][ADAPTER[network]].to(self.like)
+
+    def describe(self):
+        """-> features of the good text and of the bad one, one after the other as the official code does"""
+        return [self.encoder(row[None], position_ids=self.positions).last_hidden_state for row in self.ids]
+
+    def guided(self, z, t, contexts, guidance):
+        good, bad = (self.unet(z, t, encoder_hidden_states=context.expand(len(z), -1, -1)).sample for context in contexts)
+        return bad + guidance * (good - bad)
+
+    def encode(self, x):
+        return self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        return self.vae.decode(z / self.vae.config.scaling_factor).sample
+
+    def upscale(self, lq, scale=4, color="wavelet"):
+        model, (H, W) = self.model, (scale * side for side in lq.shape[-2:])
+        self.modulate(model.estimate(lq))
+        lq_up = F.interpolate(lq, (H, W), mode="bilinear")
+        z = self.encode(pad_to_multiple(2 * lq_up - 1, 64).to(self.like))
+        eps = self.guided(z, model.cfg.t, self.describe(), model.cfg.guidance)
+        sr = self.decode(model.clean(z, eps, model.cfg.t)).float().clamp(-1, 1) / 2 + 0.5
+        return color_fix(sr[..., :H, :W], lq_up, color, stablesr=True)
