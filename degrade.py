@@ -323,7 +323,7 @@ def main():
             if min(H, W) < 8 * scale:
                 raise imaging.PictureError(f"{path}: {W} x {H} pixels are too few, both sides need {8 * scale}; remove or replace it")
             hq = hq[..., : H // scale * scale, : W // scale * scale]
-            digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode()).digest()  # so other files do not matter, nor their order
+            digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode(errors="surrogateescape")).digest()  # so other files do not matter
             lq, _ = degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
             for target, x in zip(targets, (lq, hq)):
                 imaging.write_picture(target, x)

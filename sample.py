@@ -2,13 +2,14 @@
 
     python sample.py                                 the example picture, with the embedded model
     python sample.py photo.jpg holiday/ --out big    files and folders
-    python sample.py lq/ --ref hq/                   PSNR and SSIM against pictures of the same names
+    python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against pictures of the same names; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
 
-Writes OUT/<name>.png for every picture, OUT/sheet.png to compare by eye, and OUT/metrics.csv if something was measured.
+Writes OUT/<name>.png for every picture and OUT/sheet.png to compare by eye; OUT/metrics.csv and metrics.json if something is to be measured.
 """
 
 import argparse
+import shlex
 import sys
 import time
 from inspect import signature
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import torch
 
-from models.evaluation import find_niqe, find_references, measure, protocol, read_reference, report, row_of, write_metrics
+from models.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of, report,
+                               row_of, write_metrics, write_text)
 from models.gramsr import GramSR
-from models.imaging import PictureError, contact_sheet, list_pictures, read_picture, resize, round8, save_png, write_picture
+from models.imaging import PictureError, contact_sheet, list_pictures, printable, read_picture, resize, round8, save_png, write_picture
+from models.page import figure_of, page_of
 from models.s3diff import S3Diff
 from models.vosr import VOSR
 from models.weights import WeightError, list_weights, read_config
@@ -73,7 +76,8 @@ def parse_args(argv):
     p.add_argument("--overlap", type=int, metavar="PX", help="pixels that tiles share (default: the model's choice), at least 1/8 tile")
     p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default: the model's choice)")
     p.add_argument("--sweep", action="store_true", help="also write OUT/sweep/<name>.png: the same picture with the model's main knobs turned")
-    # measuring
+    # measuring and looking
+    p.add_argument("--page", action="store_true", help="also write OUT/page.html: before and after with a divider, for any browser")
     p.add_argument("--ref", type=Path, metavar="DIR", help="references: a folder with the same names, or one picture")
     p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: looked for in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
@@ -130,30 +134,29 @@ def middle(x, side):
 def upscale(model, path, target, ref, args):
     """Upscale one file, write it, measure it.
 
-    -> ({column: value} for metrics.csv, [bicubic, ours, reference if any] of (1, 3, h, w) in [0, 1] for the sheet)
+    -> ({column: value} for metrics.csv, [bicubic, ours, reference if any] of (1, 3, H, W) in [0, 1])
     Raises PictureError, and RuntimeError when memory runs out.
     """
     lq, alpha = read_picture(path)
-    knobs = args.knobs
+    name, knobs = printable(path), args.knobs
     start = time.perf_counter()
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
-        print(f"{path}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
+        print(f"{name}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
     sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs).float().cpu()
     seconds = time.perf_counter() - start
     if not sr.isfinite().all():
         raise PictureError(f"{path}: the result is not a number; try --dtype float32")
     H, W = sr.shape[-2:]
     write_picture(target, sr, None if alpha is None else resize(alpha, (H, W)))
-    print(f"{path}: {lq.shape[3]}x{lq.shape[2]} -> {target}: {W}x{H}, {seconds:.2f} s")
+    print(f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {W}x{H}, {seconds:.2f} s")
 
     sr, bicubic = round8(sr), resize(lq, (H, W))  # measured is what the file holds
-    hq = read_reference(path, ref, (H, W)) if args.ref else None
-    found = measure(sr, bicubic, hq, args.scale, args.niqe)
+    hq, why = read_reference(path, ref, (H, W)) if args.ref else (None, "")
+    found, failed = measure(sr, bicubic, hq, args.metrics, why)
     if found:
         print(f"  {report(found)}")
-    row = row_of(target.name, (H, W), seconds, found)
-    return row, [middle(x, SHEET_CROP) for x in (bicubic, sr, hq) if x is not None]
+    return row_of(target.name, (H, W), seconds, found, args.absent | failed), [x for x in (bicubic, sr, hq) if x is not None]
 
 
 def sweep(model, path, target, args):
@@ -162,28 +165,33 @@ def sweep(model, path, target, args):
     results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **args.knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
     captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
     save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), target.parent / "sweep" / target.name)
-    print(f"  turned knobs: {target.parent / 'sweep' / target.name}")
+    print(f"  turned knobs: {printable(target.parent / 'sweep' / target.name)}")
 
 
-def summarise(rows, sheet, originals, args):
-    """Write the sheet and metrics.csv; print averages and how they were measured.  Raises PictureError."""
+def summarise(rows, sheet, figures, originals, args):
+    """Write the sheet, the metrics and the page; print averages and how they were measured.  Raises PictureError, OSError."""
     path = args.out / "sheet.png"
     if path.resolve() in originals:
         raise PictureError(f"{path}: is an input, so no sheet and no metrics are written; choose another --out")
-    captions = [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows]
-    save_png(contact_sheet(sheet, captions), path)
+    save_png(contact_sheet(sheet, [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows]), path)
     print(f"before and after: {path}")
 
-    averages = write_metrics(rows, args.out / "metrics.csv")
-    if averages:
-        print(f"average  {report(averages)}\nprotocol: {protocol(rows, args.seed, args.scale, args.niqe)}")
+    if args.measuring or args.page:
+        record = record_of(rows, args.command, args.flags, args.absent, args.files)
+    if args.measuring:
+        write_metrics(record, args.out)
+        print(f"average  {report(average(rows)) or 'of nothing'}\nprotocol: {record['protocol']}")
+    if args.page:
+        write_text(args.out / "page.html", page_of(figures, args.names, record))
+        print(f"to look at: {args.out / 'page.html'}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.list_weights:
         return list_weights()
-    rows, sheet, pictures, failures = [], [], [], []
+    args.flags, args.command = dict(vars(args)), shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
+    rows, sheet, figures, pictures, failures = [], [], [], [], []
 
     def fail(message):
         failures.append(message)
@@ -195,14 +203,17 @@ def main(argv=None):
         except PictureError as e:
             fail(str(e))
     try:
-        args.niqe = find_niqe(args.niqe)
         references = find_references(pictures, args.ref)
-        model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
+        with noting_weights() as weights:
+            model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
+        args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device)
+        args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
         args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) not in (None, False)}
         if other := set(args.knobs) - set(signature(model.upscale).parameters):
             raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {e}")
+    args.names = ["bicubic", Path(args.model).resolve().name, "reference"][: 3 if args.ref else 2]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(f"model {args.model}", *(f"{name} {value}" for name, value in settings.items()), sep=", ")
 
@@ -215,7 +226,9 @@ def main(argv=None):
             rows.append(row)
             if args.sweep:
                 sweep(model, path, target, args)
-            sheet = [*sheet, shown][:SHEET_ROWS]
+            if args.page:
+                figures.append(figure_of(row, shown, args.names, len(pictures) * len(args.names)))
+            sheet = [*sheet, [middle(x, SHEET_CROP) for x in shown]][:SHEET_ROWS]
         except (PictureError, WeightError) as e:
             fail(str(e))
         except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
@@ -224,7 +237,7 @@ def main(argv=None):
             fail(f"{path}: not enough memory; try --tile 256")
     try:
         if rows:
-            summarise(rows, sheet, originals, args)
+            summarise(rows, sheet, figures, originals, args)
     except (PictureError, OSError) as e:
         fail(str(e))
     if failures:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from models.weights import WeightError, cache_folder, load_strictly, nearby, read_json, read_tensors
@@ -228,8 +229,9 @@ def text_features(texts, folder=None):
             encoder = TextEncoder()
         load_strictly(encoder, read_tensors(path), path)
         known |= {text: encoder.float()(tokenizer([text]))[0] for text in new}
-        with suppress(OSError):     # a folder that is read-only: next time the same again
+        with suppress(OSError, SafetensorError):        # a folder that is read-only: next time the same again
+            store.parent.mkdir(parents=True, exist_ok=True)
             part = store.with_name(f"{store.name}.{os.getpid()}.part")
-            save_file(known, part)
+            save_file({text: x for text, x in known.items() if text != "__metadata__"}, part)     # safetensors' own word
             os.replace(part, store)
     return torch.stack([known[text] for text in texts])

@@ -50,7 +50,7 @@ class DiTConfig:
                 num_heads=D // shape["blocks.0.attn.q_norm.weight"][0], z_dims=shape["layer_norm.weight"][0],
                 encdim_ratio=shape["mlp_ca.fc1.weight"][0] // D, auxiliary_time_cond="r_embedder.mlp.0.weight" in shape,
             )
-        except (KeyError, ValueError, ZeroDivisionError) as e:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
             raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
 
 

@@ -1,20 +1,35 @@
-"""Measuring results: which reference belongs to which picture, what can be measured, the table and the protocol.
+"""Measuring results: which reference belongs to which picture, what can be measured, the tables and the protocol.
 
+Only with files that are on this disk: nothing is downloaded unasked. What cannot be measured is named, with the reason, wherever figures are.
 Left out: metrics with networks of their own (DISTS, MUSIQ, MANIQA, CLIPIQA, FID), which papers take from pyiqa.
 """
 
 import csv
+import io
+import json
 import math
 import os
+import platform
+import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import fmean
 
-from models.imaging import PictureError, list_pictures, read_picture
+import numpy as np
+import PIL
+import torch
+
+from models import weights
+from models.imaging import PictureError, list_pictures, printable, read_picture
+from models.lpips import LPIPS, NETS
 from models.metrics import load_niqe, niqe, psnr_y, ssim_y
-from models.weights import locate
+from models.weights import cache_folder, locate, sha256_of
 
 NIQE_FILE = "niqe_pris_params.npz"
-METRICS = {"psnr_y": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "niqe": ("NIQE", 2)}  # column: name, digits to print
+LPIPS_FILES = NETS["alex"][-1]      # papers report AlexNet, whatever they train with
+METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"), "lpips": ("LPIPS", 4, "lower"), "niqe": ("NIQE", 2, "lower")}
+NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"    # METRICS: column: name, digits to print, which is better
 
 
 def find_references(pictures, ref):
@@ -26,73 +41,167 @@ def find_references(pictures, ref):
 
 
 def find_niqe(path):
-    """NIQE's parameters from `path`, or else from the weights cache; None if they are not there, since nothing is downloaded unasked."""
+    """NIQE's parameters from `path`, or else from the weights cache; None if they are not there."""
     path = path or locate(NIQE_FILE)
     return path and load_niqe(path)
 
 
+def find_metrics(compare, scale, niqe_file=None, device="cpu"):
+    """What can be measured with the files that are here.
+
+    compare: are there references? -> {metric: f(x, hq) of pictures (1, 3, H, W) in [0, 1] -> float}, {metric: why not}, files that are used
+    Raises ValueError at a broken file.
+    """
+    border = round(scale)           # the usual cut of BasicSR's test settings
+    metrics, absent, files = {}, {}, []
+    lacking = [name for name in LPIPS_FILES if not locate(name)]
+    if not compare:
+        absent = dict.fromkeys(NEED_REFERENCE, "needs --ref")
+    else:
+        metrics = {"psnr_y": lambda x, hq: psnr_y(x, hq, border), "ssim_y": lambda x, hq: ssim_y(x, hq, border)}
+        if lacking:
+            absent["lpips"] = f"needs {' and '.join(lacking)} in {cache_folder()}"
+        else:
+            lpips = LPIPS.from_pretrained("alex", device)
+            metrics["lpips"] = lambda x, hq: lpips(2 * x.to(device) - 1, 2 * hq.to(device) - 1).item()
+            files += map(locate, LPIPS_FILES)
+    if (parameters := find_niqe(niqe_file)) is None:
+        absent["niqe"] = f"needs {NIQE_FILE} in {cache_folder()}"
+    else:
+        metrics["niqe"] = lambda x, hq: niqe(x, parameters)
+        files.append(niqe_file or locate(NIQE_FILE))
+    return metrics, absent, files
+
+
 def read_reference(path, ref, size):
-    """The reference of picture `path`, or None after a line that says why.  -> (1, 3, *size) in [0, 1] or None"""
+    """The reference of picture `path`.  -> (1, 3, *size) in [0, 1], "", or None, why not"""
     try:
         if ref is None:
             raise PictureError(f"no reference named {path.stem}")
         hq, _ = read_picture(ref)
         if hq.shape[-2:] != size:
             raise PictureError(f"reference {ref} is {hq.shape[3]}x{hq.shape[2]}, not {size[1]}x{size[0]}")
-        return hq
+        return hq, ""
     except PictureError as e:
-        print(f"{path}: {e}; not compared", file=sys.stderr)
+        print(f"{printable(path)}: {e}; not compared", file=sys.stderr)
+        return None, str(e)
 
 
-def measure(sr, bicubic, hq, scale, niqe_parameters):
-    """What can be measured of our result and of bicubic's.
+def measure(sr, bicubic, hq, metrics, why=""):
+    """Our result and bicubic's by the metrics of `find_metrics`.
 
-    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same or None; niqe_parameters: of `find_niqe` -> {metric: (ours, bicubic's)}
+    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same, or None, and why -> {metric: (ours, bicubic's)}, {metric: why not}
     """
-    tasks = {}
-    if hq is not None:  # the border that is cut is the usual one of BasicSR's test settings
-        tasks = {"psnr_y": (psnr_y, hq, round(scale)), "ssim_y": (ssim_y, hq, round(scale))}
-    if niqe_parameters is not None:
-        tasks["niqe"] = (niqe, niqe_parameters)
-    found = {}
-    for name, (metric, *rest) in tasks.items():
+    found, failed = {}, {}
+    for name, metric in metrics.items():
+        if hq is None and name in NEED_REFERENCE:
+            failed[name] = why
+            continue
         try:
-            pair = metric(sr, *rest), metric(bicubic, *rest)
-            if math.isnan(sum(pair)):
+            found[name] = metric(sr, hq), metric(bicubic, hq)
+            if math.isnan(sum(found[name])):
                 raise ValueError(f"{METRICS[name][0]} needs more pixels or more detail")
-            found[name] = pair
-        except ValueError as e:
-            print(f"  not measured: {e}", file=sys.stderr)
-    return found
+        except (ValueError, torch.OutOfMemoryError) as e:
+            found.pop(name, None)
+            failed[name] = str(e) if isinstance(e, ValueError) else "not enough memory"
+            print(f"  not measured: {failed[name]}", file=sys.stderr)
+    return found, failed
 
 
 def report(found):
     """{metric: (ours, bicubic's)} as text, bicubic's in brackets."""
-    return "  ".join(f"{name} {found[m][0]:.{n}f} ({found[m][1]:.{n}f})" for m, (name, n) in METRICS.items() if m in found)
+    return "  ".join(f"{name} {found[m][0]:.{n}f} ({found[m][1]:.{n}f})" for m, (name, n, _) in METRICS.items() if m in found)
 
 
-def row_of(name, size, seconds, found):
-    """A line of metrics.csv.  size: (H, W); found: of `measure` -> {column: value}"""
-    row = {"picture": name, "width": size[1], "height": size[0], "seconds": round(seconds, 3)}
+def row_of(name, size, seconds, found, missing):
+    """The line of a picture. size: (H, W); found, missing: {metric: (ours, bicubic's)}, {metric: why not} -> {column: value}"""
+    row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": round(seconds, 3)}
     for metric, (ours, bicubic) in found.items():
         row |= {metric: ours, f"{metric}_bicubic": bicubic}
-    return row
+    return row | {"not_measured": missing}
 
 
-def write_metrics(rows, path):
-    """metrics.csv, if anything was measured -> {metric: (our average, bicubic's)}"""
-    columns = {m: (m, f"{m}_bicubic") for m in METRICS if any(m in row for row in rows)}
-    if columns:
-        part = path.with_name(path.name + ".part")
-        with open(part, "w", newline="", encoding="utf-8") as f:
-            table = csv.DictWriter(f, ["picture", "width", "height", "seconds", *sum(columns.values(), ())])
-            table.writeheader()
-            table.writerows(rows)
-        os.replace(part, path)
-    return {m: tuple(fmean(row[c] for row in rows if c in row) for c in pair) for m, pair in columns.items()}
+def average(rows):
+    """-> {metric: (our average, bicubic's)} over the pictures where it was measured"""
+    measured = {m: [row for row in rows if m in row] for m in METRICS}
+    return {m: tuple(fmean(row[column] for row in some) for column in (m, f"{m}_bicubic")) for m, some in measured.items() if some}
 
 
-def protocol(rows, seed, scale, niqe_parameters):
+def protocol(rows, seed, scale, absent):
     """How it was measured, in one line."""
-    return (f"pictures {len(rows)}, references {sum('psnr_y' in row for row in rows)}, seed {seed}; 8-bit RGB; bicubic (Pillow) in brackets; "
-            f"PSNR, SSIM on Y as BasicSR, {round(scale)} px border cut; NIQE {'as BasicSR' if niqe_parameters else f'needs {NIQE_FILE}'}")
+    how = {"PSNR, SSIM": f"on Y (BT.601) as BasicSR, {round(scale)} px border cut",
+           "LPIPS": f"0.1 AlexNet ({', '.join(LPIPS_FILES)}) on RGB, no border cut", "NIQE": "on Y as BasicSR, no border cut"}
+    for name, metric in zip(how, ("psnr_y", "lpips", "niqe")):
+        how[name] = absent.get(metric, how[name])
+    return (f"pictures {len(rows)}, references {sum('psnr_y' in row for row in rows)}, scale {scale:g}, seed {seed}; whole pictures, no crop, "
+            f"8-bit RGB; bicubic (Pillow) in brackets; {'; '.join(f'{name} {text}' for name, text in how.items())}")
+
+
+# -----------------------------------------------------------------------------
+# what a later reader needs in order to trust the figures
+
+@contextmanager
+def noting_weights():
+    """In here, every weight file that is read is noted.  -> list of paths, which grows"""
+    noted, readers = [], {name: getattr(weights, name) for name in ("load_file", "read_pickle")}    # read_tensors calls one of the two
+    try:
+        for name, reader in readers.items():
+            setattr(weights, name, lambda path, reader=reader: noted.append(path) or reader(path))
+        yield noted
+    finally:
+        for name, reader in readers.items():
+            setattr(weights, name, reader)
+
+
+def versions():
+    """What ran. nanosr: the commit, with -dirty where files were changed; None outside a clone"""
+    root, commit = Path(__file__).resolve().parents[1], None
+    if (root / ".git").exists():
+        try:
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
+        except (OSError, subprocess.TimeoutExpired):
+            pass        # no git
+    return {"nanosr": commit, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+
+
+def record_of(rows, command, flags, absent, files):
+    """All of a run that metrics.json keeps.  command: as text; flags: {name: value}; files: weights that were used -> dict"""
+    means = average(rows)
+    return {
+        "command": command, "protocol": protocol(rows, flags["seed"], flags["scale"], absent), "seed": flags["seed"],
+        "flags": flags,
+        "metrics": {m: {"name": name, "better": better} for m, (name, _, better) in METRICS.items()},
+        "average": {m: {"ours": ours, "bicubic": bicubic, "pictures": sum(m in row for row in rows)} for m, (ours, bicubic) in means.items()},
+        "not_measured": absent | {m: "not of any picture" for m in METRICS if m not in means and m not in absent},
+        "pictures": rows,
+        "weights": {printable(path): sha256_of(path) for path in dict.fromkeys(files)},
+        "versions": versions(),
+    }
+
+
+def json_of(x):
+    """x in what JSON knows: PSNR may be infinite, a path or a dtype becomes text."""
+    if isinstance(x, dict):
+        return {str(k): json_of(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [json_of(v) for v in x]
+    return x if x is None or isinstance(x, (str, int)) or isinstance(x, float) and math.isfinite(x) else printable(x)
+
+
+def write_text(path, text):
+    """Under a temporary name, then renamed."""
+    part = path.with_name(f".{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")     # bytes of a name that are no UTF-8, as JSON writes them
+    os.replace(part, path)
+
+
+def write_metrics(record, folder):
+    """metrics.json, and metrics.csv with a line for every picture."""
+    text, columns = io.StringIO(newline=""), [m + end for m in METRICS for end in ("", "_bicubic")]
+    table = csv.DictWriter(text, ["picture", "width", "height", "seconds", *columns, "not_measured"])
+    table.writeheader()
+    for row in record["pictures"]:
+        table.writerow(row | {"not_measured": "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())})
+    write_text(folder / "metrics.csv", text.getvalue())
+    write_text(folder / "metrics.json", json.dumps(json_of(record), indent=2, ensure_ascii=False) + "\n")

@@ -27,7 +27,7 @@ from models.lora import ALPHA, add_lora
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import DINOv3, DINOv3Config
-from models.weights import WeightError, fetch, load_strictly, nearby, read_model, read_tensors
+from models.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
 
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
 TEXTURE = "default_unet_dino"       # one adapter for every layer that can take one, 258 of SD's; its own file leaves this name out
@@ -180,11 +180,8 @@ class GramSR(nn.Module):
         files = {part: fetch(file) if name == "gramsr" else last(path, file) for part, file in RELEASE.items()}
         if name != "gramsr" and ours.is_file():
             config, tensors = read_model(ours)
-            try:
-                with torch.device("meta"):
-                    model = cls(GramSRConfig.from_dict(config))
-            except (KeyError, TypeError, ValueError) as e:
-                raise ValueError(f"{ours}: its config is not one of GramSR ({type(e).__name__}: {e})") from None
+            with on_paper(ours, "GramSR"):
+                model = cls(checked(GramSRConfig.from_dict(config)))
             load_strictly(model, tensors, ours)
         elif files["model"]:
             model = cls.from_release(files, None if name == "gramsr" else path)
@@ -193,10 +190,13 @@ class GramSR(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
     @classmethod
-    def with_prior(cls, cfg, folder=None):
-        """SD 2.1 and DINOv3 from their public files, the rest without numbers, on the meta device. Raises WeightError."""
-        with torch.device("meta"):
-            model = cls(cfg)
+    def with_prior(cls, cfg, folder=None, source="GramSRConfig"):
+        """SD 2.1 and DINOv3 from their public files, the rest without numbers, on the meta device. Raises WeightError.
+
+        source: the file that cfg comes from, for messages
+        """
+        with on_paper(source, "GramSR"):        # before gigabytes are fetched
+            model = cls(checked(cfg))
         for network, name in PRIOR.items():
             path = nearby(name, folder)
             load_strictly(getattr(model, network), read_tensors(path), path, model.lora(*cfg.ranks) if network == "unet" else ())
@@ -218,7 +218,7 @@ class GramSR(nn.Module):
         if "texture" in sets:
             texture = {re.sub(r"(?<=lora_[AB])(?=\.)", f".{TEXTURE}", k): v for k, v in read_tensors(files["texture"]).items()}
             ranks["texture"] = next((len(v) for k, v in texture.items() if "lora_A" in k), 4)
-        model = cls.with_prior(GramSRConfig(ranks=ranks), folder)
+        model = cls.with_prior(GramSRConfig(ranks=ranks), folder, path)
         early = model.lora(*(name for name in sets if name != "texture"))
         tensors = {k: v for k, v in tensors.items() if k in early}      # as officially, what else the file holds is ignored
         for part, names, new in (("model", early, tensors), ("texture", model.lora("texture"), texture)):

@@ -112,7 +112,9 @@ def read_picture(path, file=None):
     try:
         with open_image(path if file is None else file) as img:
             img.load()
-            return decode(ImageOps.exif_transpose(img))
+            with suppress(Exception):  # broken EXIF says nothing
+                img = ImageOps.exif_transpose(img)
+            return decode(img)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None

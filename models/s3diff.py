@@ -22,7 +22,7 @@ from models.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
-from models.weights import WeightError, fetch, load_strictly, nearby, read_model, read_tensors
+from models.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
@@ -119,11 +119,11 @@ class S3Diff(nn.Module):
         f, (h, w) = self.vae.factor, z.shape[-2:]
         if h * w <= (tile // f) ** 2:
             return self.guided(z, t, prompts, C, guidance)
-        side = min(tile // f, h, w)
+        side = min(max(tile // f, 8), h, w)             # the UNet halves it three times
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
 
         def on_tiles(i):
-            mine = each(lambda M: M[i : i + 1], C)
+            mine = each(lambda M: M[i : i + 1] if len(M) > 1 else M, C)
             # official: the window's centre lies half a cell too low
             return blend_tiles(lambda tiles, _: self.guided(tiles, t, prompts, mine, guidance), z[i : i + 1], boxes, TILES_AT_ONCE, down=0.5)
 
@@ -185,11 +185,8 @@ class S3Diff(nn.Module):
             model = cls.from_release(fetch("s3diff.pkl"))
         elif (weights := path / "model.safetensors" if path.is_dir() else path).suffix == ".safetensors" and weights.is_file():
             config, tensors = read_model(weights)
-            try:
-                with torch.device("meta"):
-                    model = cls(S3DiffConfig(**config | {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"])}))
-            except (KeyError, TypeError, ValueError) as e:
-                raise ValueError(f"{weights}: its config is not one of S3Diff ({type(e).__name__}: {e})") from None
+            with on_paper(weights, "S3Diff"):
+                model = cls(checked(S3DiffConfig(**config | {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"])})))
             load_strictly(model, tensors, weights)
         elif (pkl := path / "s3diff.pkl" if path.is_dir() else path).is_file():
             model = cls.from_release(pkl, pkl.parent)
@@ -201,10 +198,13 @@ class S3Diff(nn.Module):
         return model.to(device).eval()
 
     @classmethod
-    def with_prior(cls, cfg, folder=None):
-        """SD-Turbo and the estimator from their public files, what is trained without numbers, on the meta device. Raises WeightError."""
-        with torch.device("meta"):
-            model = cls(cfg)
+    def with_prior(cls, cfg, folder=None, source="S3DiffConfig"):
+        """SD-Turbo and the estimator from their public files, what is trained without numbers, on the meta device. Raises WeightError.
+
+        source: the file that cfg comes from, for messages
+        """
+        with on_paper(source, "S3Diff"):        # before gigabytes are fetched
+            model = cls(checked(cfg))
         model.folder = folder
         for network in ("unet", "vae"):
             path = nearby(f"sd-turbo/{network}/diffusion_pytorch_model.safetensors", folder)
@@ -228,7 +228,7 @@ class S3Diff(nn.Module):
             trained = {f"{part}.{name}": x for part, tensors in found.items() for name, x in tensors.items()}
         except (AttributeError, KeyError, TypeError) as e:
             raise WeightError(f"{pkl}: is not laid out as s3diff.pkl ({type(e).__name__}: {e}); get it again") from None
-        model = cls.with_prior(cfg, folder)
+        model = cls.with_prior(cfg, folder, pkl)
         load_strictly(model, {k: v for k, v in model.state_dict().items() if not is_trained(k)} | trained, pkl)
         return model
 

@@ -121,7 +121,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         return in_strips(lambda x: self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), x, rate=2)
@@ -184,12 +184,12 @@ class Decoder(Checkpointing, nn.Module):
         super().__init__()
         widths = widths[::-1]  # deepest first
         steps = [Upsample] * (len(widths) - 1) + [None]
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList([Level(c_in, c_out, layers + 1, groups, step)
                                         for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
         self.conv_norm_out = group_norm(groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, z):
         x = self.mid_block(in_strips(self.conv_in, z))

@@ -24,7 +24,8 @@ from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTConfig
-from models.weights import WeightError, fetch, find_args, find_weights, load_strictly, nearby, read_json, read_model, read_tensors
+from models.weights import (WeightError, checked, fetch, find_args, find_weights, load_strictly, nearby, on_paper, read_json, read_model,
+                            read_tensors)
 
 TINY = Path(__file__).with_name("vosr_tiny.safetensors")
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
@@ -69,13 +70,10 @@ PUBLIC = {      # name: size, folder of the release (ms: multi-step, os: one ste
 
 def light_settings(content, path):
     """LightDecoder's arguments in what the authors' file holds, where more settings may stand beside them -> dict. Raises WeightError."""
-    try:
+    with on_paper(path, "a light decoder"):
         config = content.get("config", {})
         settings = {k: config[k] for k in signature(LightDecoder).parameters if k in config}
-        with torch.device("meta"):
-            LightDecoder(**settings)
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise WeightError(f"{path}: its config is not one of a light decoder ({type(e).__name__}: {e}); get it again") from None
+        LightDecoder(**settings)
     return settings
 
 
@@ -176,11 +174,8 @@ class VOSR(nn.Module):
     @classmethod
     def from_ours(cls, config, tensors, path):
         """What `save_model` wrote: all networks in one file."""
-        try:
-            with torch.device("meta"):
-                model = cls(VOSRConfig.from_dict(config))
-        except (KeyError, TypeError, ValueError, StopIteration) as e:
-            raise ValueError(f"{path}: its config is not one of VOSR ({type(e).__name__}: {e})") from None
+        with on_paper(path, "VOSR"):
+            model = cls(checked(VOSRConfig.from_dict(config)))
         load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
         return model
 
@@ -205,6 +200,8 @@ class VOSR(nn.Module):
             raise WeightError(f"{args}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
         if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # a newer one-step model has no second time
             cfg = replace(cfg, steps=1, guidance=1.0)
+        with on_paper(weights, "VOSR"):
+            DiT(checked(dit))                   # before gigabytes are fetched for it
         model = cls.with_frozen(cfg, args and args.parent.parent)
         load_strictly(model.dit, tensors, weights, may_miss=("freqs_cos", "freqs_sin"))
         return model

@@ -27,7 +27,7 @@ TRIES = 4               # of one source, without a byte gained
 TIMEOUT = 10, 60        # seconds to connect, and between two chunks
 LONGEST_WAIT = 60       # seconds, whatever Retry-After says
 BUSY = 408, 429, 500, 502, 503, 504
-MOST, LARGEST = 10_000, 1_000_000   # parameters (tensors) of a network, of which ours have up to 2,500; a number in a config
+MOST, LARGEST = 5_000, 1_000_000   # parameters (tensors) of a network, of which ours have up to 2,700; a number in a config
 
 
 class WeightError(ValueError):

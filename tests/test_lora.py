@@ -92,7 +92,8 @@ def test_starts_as_peft_does():
     layer.add_adapter("default", 4)
     assert layer.lora_A["default"].weight.std().item() == pytest.approx(0.25, rel=0.05) and not layer.lora_B["default"].weight.any()
     peft = pytest.importorskip("peft", reason=REFERENCE)
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["0"]), nn.Sequential(nn.Linear(4000, 7)))[0]
+    config = peft.LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(4000, 7)))[0]
     assert theirs.lora_A["default"].weight.std().item() == pytest.approx(0.25, rel=0.05) and theirs.scaling == layer.s
 
 
@@ -110,7 +111,8 @@ def tiny_networks():
 
 @pytest.mark.parametrize("network, targets", [
     ("unet", UNET_TARGETS), ("vae", VAE_TARGETS), ("unet", ("to_q",)), ("unet", ("conv",)), ("unet", ("0.proj", "conv_in")),
-    ("unet", r".*attn1\.to_[qk]"), ("unet", r"down_blocks.*conv1"), ("vae", r"encoder\.mid_block\..*to_(q|out\.0)"), ("unet", ("down_blocks.0.resnets.0.conv1",)),
+    ("unet", r".*attn1\.to_[qk]"), ("unet", r"down_blocks.*conv"), ("vae", r"encoder\.mid_block\..*to_(q|out\.0)"), ("unet", ("to_q", "shortcut")),
+    ("unet", ("down_blocks.0.resnets.0.conv1",)),
     ("vae", VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1)),        # of the paper's Table 4, as train_s3diff.py writes it
 ])
 def test_chooses_the_layers_that_peft_chooses(network, targets):

@@ -4,6 +4,7 @@ Files, messages and exit statuses are tried with a stand-in for the network; the
 """
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "VOSR", Bicubic)
     monkeypatch.setitem(sample.SYSTEMS, "vosr", Bicubic)
-    monkeypatch.setattr(sample, "find_niqe", lambda path: None)
+    for name in ("NANOSR_CACHE", "HF_HOME", "HF_HUB_CACHE"):    # no public file is at hand
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
 
     def run(*arguments):
         try:
@@ -122,8 +124,32 @@ def test_references_and_metrics(run):
         rows = list(csv.DictReader(f))
     assert [row["picture"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"] and rows[2]["psnr_y"] == ""
     assert 0 < float(rows[0]["psnr_y"]) < float(rows[0]["psnr_y_bicubic"]) + 3 and -1 < float(rows[1]["ssim_y"]) < 1
+    assert "is 60x60" in rows[2]["not_measured"] and "no reference named 3" in rows[3]["not_measured"]
+    record = json.loads(Path("out/metrics.json").read_text(encoding="utf-8"))
+    assert record["command"].endswith("sample.py --device cpu lq --ref hq") and record["average"]["psnr_y"]["pictures"] == 2
+    assert f"protocol: {record['protocol']}" in out and "lpips" in record["not_measured"] and record["weights"] == {}
     run("lq/0.png", "--ref", "hq/0.png", "--out", "one")
     assert "metrics.csv" in names("one")
+
+
+def test_what_cannot_be_measured_is_named(run):
+    picture("a.png"), picture("hq/a.png", 64, 96)
+    _, out, _ = run("a.png", "--ref", "hq")
+    assert any(all(f in line for f in (*evaluation.LPIPS_FILES, evaluation.NIQE_FILE)) for line in out if line.startswith("protocol"))
+    picture("hq/a.png", 8, 8)
+    status, out, err = run("a.png", "--ref", "hq", "--out", "none")
+    assert status == 0 and "average  of nothing" in out and "is 8x8, not 96x64" in err[0]
+    assert json.loads(Path("none/metrics.json").read_text())["average"] == {}
+
+
+def test_page(run):
+    picture("a.png"), picture("<b>.png"), picture("hq/a.png", 64, 96)
+    status, out, err = run("a.png", "<b>.png", "--ref", "hq", "--page")
+    html = Path("out/page.html").read_text(encoding="utf-8")
+    assert status == 0 and any("to look at: " in line for line in out) and html.count("<img") == 5 and "&lt;b&gt;.png" in html
+    assert "sample.py --device cpu a.png &#x27;&lt;b&gt;.png&#x27; --ref hq --page" in html and "vosr-tiny" in html
+    run("a.png", "--page", "--out", "plain")        # nothing to measure: nothing is written but said
+    assert names("plain") == ["a.png", "page.html", "sheet.png"] and "needs --ref" in Path("plain/page.html").read_text(encoding="utf-8")
 
 
 def test_seed_is_used(run):
@@ -168,7 +194,7 @@ def test_list_weights(run):
 
 def test_niqe_from_the_weights_cache(tmp_path, monkeypatch):
     """Used when it is there, never downloaded; a file of another size is not it."""
-    monkeypatch.setenv("NANOSR_CACHE", str(tmp_path))
+    monkeypatch.setenv("NANOSR_CACHE", str(tmp_path)), monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(evaluation, "load_niqe", lambda path: path)
     assert evaluation.find_niqe(None) is None and evaluation.find_niqe(Path("own.npz")) == Path("own.npz")
     file = tmp_path / evaluation.NIQE_FILE
@@ -186,4 +212,4 @@ def test_example_with_the_real_model(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(ROOT / "assets" / "example.png") as lq, Image.open(tmp_path / "out" / "example.png") as sr:
         assert sr.size == (lq.width * 4, lq.height * 4)
-    assert names(tmp_path / "out") == ["example.png", "metrics.csv", "sheet.png"] and "PSNR-Y" in done.stdout
+    assert names(tmp_path / "out") == ["example.png", "metrics.csv", "metrics.json", "sheet.png"] and "PSNR-Y" in done.stdout

@@ -64,7 +64,7 @@ def launch(patch, photos, out, *more, stop_at=None, preset="tiny"):  # noqa: F81
     patch.setattr(training, "Stop", Stop)
     patch.setattr(sys, "argv", ["train_s3diff.py", "--preset", preset, "--data", str(photos), "--out", str(out), "--device", "cpu", *map(str, more)])
     train_s3diff.main()
-    return newest(out)
+    return newest(out) if training.checkpoints(out) else None       # of several processes only the first one surely sees it
 
 
 def flat(state, prefix=""):
