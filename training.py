@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,7 +32,7 @@ def one_line_errors(name):
     """Turn the errors a user can cause into one line on stderr and exit status 1."""
     try:
         yield
-    except (Quit, FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as e:
+    except (Quit, OSError, ValueError, SafetensorError) as e:
         sys.exit(f"{name}: {str(e).strip().splitlines()[-1]}")     # a loader's worker wraps its error in a traceback
     except torch.OutOfMemoryError:
         sys.exit(f"{name}: out of device memory; lower --micro-batch, or add --checkpointing")

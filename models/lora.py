@@ -56,7 +56,7 @@ class LoRA:
 
         Gradients go the way beside: through a folded weight they would be as large as that weight.
         """
-        if torch.is_grad_enabled() or any(len(M) > 1 for M in (C or {}).values()):
+        if torch.is_grad_enabled() or any([len(M) > 1 for M in (C or {}).values()]):
             return False
         return pixels * (self.weight.numel() / len(self.weight) + len(self.weight)) > self.weight.numel()
 
@@ -100,7 +100,7 @@ class Conv2d(LoRA, nn.Conv2d):
         return F.conv2d(x, W, self.bias, self.stride, self.padding)
 
     def pixels(self, x):
-        return len(x) * math.prod(-(-side // stride) for side, stride in zip(x.shape[2:], self.stride))
+        return len(x) * math.prod([-(-side // stride) for side, stride in zip(x.shape[2:], self.stride)])
 
     def mix(self, h, M):
         return (M.mT @ h.flatten(2)).view_as(h)

@@ -48,8 +48,8 @@ output { align-self: center; min-width: 3.6rem; text-align: center; font-variant
 :focus-visible, input:focus-visible + span { outline: 2px solid var(--mark); outline-offset: 2px }
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; align-items: start }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .8rem; overflow: hidden }
-figure:only-child { width: min(100%, max(24rem, 78vh * var(--aspect) + 2px)) }
-.view { position: relative; overflow: hidden; aspect-ratio: var(--aspect); width: min(100%, 78vh * var(--aspect)); margin: auto;
+figure:only-child { width: min(100%, max(24rem, 70vh * var(--aspect) + 2px)) }
+.view { position: relative; overflow: hidden; aspect-ratio: var(--aspect); width: min(100%, 70vh * var(--aspect)); margin: auto;
         background: #808080; touch-action: pan-y; user-select: none; -webkit-user-select: none; cursor: col-resize }
 .zoomed .view { touch-action: none; cursor: grab }
 .layer { position: absolute; inset: 0; display: none; overflow: hidden }
@@ -230,7 +230,7 @@ def table(found, names):
 
 
 def figure_of(row, versions, names, pictures):
-    """One picture.  row: of `row_of`; versions: (1, 3, H, W) each, fewer than names where one is missing; pictures: on the whole page -> HTML"""
+    """One picture.  row: of `row_of`; versions: (1, 3, H, W) each, fewer than names if one is missing; pictures: on the whole page -> HTML"""
     layers, notes = "", {}
     for i, name in enumerate(names):
         inside = f"<p>no {text(name)}</p>"
@@ -246,7 +246,8 @@ def figure_of(row, versions, names, pictures):
         why.setdefault(reason, []).append(METRICS[m][0])
     lines = [f"{row['width']} × {row['height']}, {row['seconds']:.2f} s", *filter(None, notes),
              *(f"not measured: {', '.join(metrics)} ({reason})" for reason, metrics in why.items())]
-    return (f'<figure style="--aspect: {aspect:.4f}"><div class="view" style="--split: 50%" data-aspect="{aspect:.4f}" data-width="{row["width"]}">{layers}'
+    return (f'<figure style="--aspect: {aspect:.4f}">'
+            f'<div class="view" style="--split: 50%" data-aspect="{aspect:.4f}" data-width="{row["width"]}">{layers}'
             f'<span class="tag left"></span><span class="tag right"></span><div class="grip" role="slider" tabindex="0" aria-valuemin="0" '
             f'aria-valuemax="100" aria-valuenow="50" aria-orientation="horizontal" aria-label="Divider of {text(row["picture"])}"></div></div>'
             f'<figcaption><div><h2>{text(row["picture"])}</h2>{"".join(f"<p>{text(line)}</p>" for line in lines)}</div>'

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fill import fill_module  # noqa: E402
+from cases_vosr import fill_module  # noqa: E402
 from models import weights  # noqa: E402
 from models.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average, find_metrics, measure, noting_weights, protocol,  # noqa: E402
                                read_reference, record_of, report, row_of, write_metrics)

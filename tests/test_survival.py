@@ -14,12 +14,14 @@ from dataclasses import replace
 
 import pytest
 import test_train
+import test_train_gramsr
 import test_train_s3diff
 import torch
 from PIL import Image
 from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
 from test_train_s3diff import flat
 
+import train_gramsr
 import train_s3diff
 import train_vosr
 import training
@@ -39,7 +41,14 @@ def s3diff(patch, photos, out, **more):  # noqa: F811
     test_train_s3diff.launch(patch, photos, out, **more)
 
 
-SCRIPTS = {"vosr": vosr, "s3diff": s3diff}
+def gramsr(patch, photos, out, **more):  # noqa: F811
+    test_train_gramsr.shrink(patch)
+    stages = {"pixel": replace(test_train_gramsr.SMALL_STAGES["pixel"], steps=6, save_every=2)}
+    patch.setitem(train_gramsr.PRESETS, "tiny", (test_train_gramsr.SMALL, stages))
+    test_train_gramsr.launch(patch, photos, out, "pixel", **more)
+
+
+SCRIPTS = {"vosr": vosr, "s3diff": s3diff, "gramsr": gramsr}
 
 
 def work(name, *args):
