@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.charts import Log, save_sheet  # noqa: F401: scripts say training.Log, and so on
 from models.photos import batches, photos_for  # noqa: F401
-
 from models.weights import sha256_of
 
 

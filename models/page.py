@@ -29,18 +29,15 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 header, main, footer { max-width: 110rem; margin: auto; padding: 0 clamp(.75rem, 3vw, 2.5rem) }
 header { padding-top: 1.5rem }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; letter-spacing: -.015em }
-h2 { font-size: 1rem; margin: 0 }
-p { margin: .35rem 0; color: var(--soft) }
-a { color: var(--mark) }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; letter-spacing: -.015em } h2 { font-size: 1rem; margin: 0 }
+p { margin: .35rem 0; color: var(--soft) } a { color: var(--mark) }
 .bar { position: sticky; top: 0; z-index: 2; background: var(--paper); border-bottom: 1px solid var(--line); margin: .4rem 0 1.25rem }
 .bar > div { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; max-width: 110rem; margin: auto;
              padding: .6rem clamp(.75rem, 3vw, 2.5rem) }
 fieldset { border: 1px solid var(--line); border-radius: .6rem; background: var(--card); margin: 0; padding: .15rem; display: flex; min-width: 0 }
-fieldset label span, button { display: block; padding: .25rem .7rem; border: 0; border-radius: .45rem; background: none; color: inherit; min-height: 2rem;
-                              font: inherit; cursor: pointer }
-fieldset label { min-width: 0 }
-input { position: absolute; opacity: 0 }
+fieldset label span, button { display: block; padding: .25rem .7rem; border: 0; border-radius: .45rem; background: none; min-height: 2rem;
+                              color: inherit; font: inherit; cursor: pointer }
+fieldset label { min-width: 0 } input { position: absolute; opacity: 0 }
 input:checked + span { background: var(--mark); color: var(--on-mark) }
 button:hover { background: var(--line) }
 button:disabled { opacity: .35; background: none; cursor: default }
@@ -65,9 +62,9 @@ figure:only-child { width: min(100%, max(24rem, 70vh * var(--aspect) + 2px)) }
 .grip { position: absolute; top: 0; bottom: 0; left: var(--split); width: 44px; margin-left: -22px; outline: 0; touch-action: none;
         cursor: col-resize }
 .grip::before { content: ""; position: absolute; inset: 0 21px; background: #fff; box-shadow: 0 0 0 1px #0006 }
-.grip::after { content: "\\2039\\2009\\203a"; position: absolute; top: 50%; left: 4px; width: 36px; height: 36px; margin-top: -18px; text-align: center;
+.grip::after { content: "\\2039\\2009\\203a"; position: absolute; top: 50%; left: 4px; width: 36px; height: 36px; margin-top: -18px;
                border-radius: 50%; background: #fff; color: #222; box-shadow: 0 1px 5px #0008; font: 600 20px/32px system-ui, sans-serif;
-               white-space: nowrap }
+               text-align: center; white-space: nowrap }
 .grip:focus-visible::after { box-shadow: 0 0 0 3px var(--mark), 0 0 0 5px #fff }
 figcaption { padding: .8rem 1rem 1rem; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; border-top: 1px solid var(--line) }
 figcaption > div { flex: 1 1 11rem }
@@ -76,8 +73,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: right; padding: .1rem 0 .1rem 1.1rem; font-weight: 400; white-space: nowrap }
 th { color: var(--soft) } tbody th, thead td { text-align: left; padding-left: 0; max-width: 14rem; overflow: hidden; text-overflow: ellipsis }
 td b { font-weight: 650 }
-header table { margin: .2rem 0 .8rem }
-.keys { font-size: .85rem }
+header table { margin: .2rem 0 .8rem } .keys { font-size: .85rem }
 footer { padding-top: 2rem; padding-bottom: 3rem }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; margin: .5rem 0 1rem; white-space: pre-wrap;
       font: 13px/1.5 ui-monospace, monospace }
@@ -120,7 +116,6 @@ function split(view, percent) {
 }
 
 const position = view => parseFloat(view.style.getPropertyValue('--split'))
-
 function compare(pair) {
   for (const view of views) {
     const layers = view.querySelectorAll('.layer'), tags = view.querySelectorAll('.tag')

@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from test_qwen_vae import video_form
 
 import sample
+from models.clip import TextConfig
 from models.dit import DiTConfig
 from models.imaging import tile_boxes, tile_weight, write_picture
 from models.qwen_vae import QwenVAEConfig
+from models.s3diff import S3Diff, S3DiffConfig
+from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, TILES_AT_ONCE, VOSR, VOSRConfig
 from models.weights import FILES, fetch
-from release import ARGS, DINO_B, DINO_L, FOLDERS, LIGHT, QWEN_VAE, SD_VAE, Hub, contents, rows, write_release
+from release import ARGS, CLIP, DINO_B, DINO_L, FOLDERS, LIGHT, QWEN_VAE, SD_TURBO, SD_VAE, Hub, contents, rows, write_release
 
 TINY = {
     "0.5b": VOSRConfig(
@@ -412,3 +418,39 @@ def test_cache_and_blind_branch_change_nothing(monkeypatch, size, tile, tiles):
     del calls[:]
     monkeypatch.setattr(model, "restore", lambda *arguments: plain_restore(model, *arguments))
     assert torch.allclose(sr, model.upscale(lq, **knobs), atol=1e-5) and len(calls) == len(model.dit.blocks) * 5 * tiles
+
+
+# -----------------------------------------------------------------------------
+# S3Diff, whose parts lie at two places
+
+
+@pytest.mark.skipif(not CLIP.exists(), reason="needs ../shared/clip")
+def test_s3diff_by_name(tmp_path, monkeypatch, hub):
+    """Every file comes once; a second model reads no text encoder and gives the same picture, as does the release folder itself."""
+    unet = UNetConfig(widths=(64, 64, 64, 64), num_heads=(1, 1, 1, 1), layers_per_block=1, context_dim=32)
+    small = partial(S3DiffConfig, unet=unet, vae=VAEConfig(widths=(32, 32, 32, 32), layers_per_block=1))
+    monkeypatch.setattr("models.s3diff.S3DiffConfig", small)
+    monkeypatch.setattr("models.clip.TextConfig", partial(TextConfig, hidden_size=32, layers=2, heads=2, intermediate_size=64))
+    write_release(tmp_path / "s3diff", "s3diff")
+    hub.root = tmp_path / "s3diff"
+    first, lq = S3Diff.from_pretrained("s3diff"), picture(16, 20)
+    assert sorted(hub.seen) == sorted(contents("s3diff"))
+    published = torch.load(hub.root / "s3diff.pkl")["state_dict_unet"]
+    assert all(torch.equal(first.unet.state_dict()[k], x) for k, x in published.items()) and any(x.any() for k, x in published.items() if "lora_B" in k)
+    del hub.seen[:]
+    (Path(os.environ["NANOSR_CACHE"]) / SD_TURBO["text_encoder"]).unlink()
+    second, third = S3Diff.from_pretrained("s3diff"), S3Diff.from_pretrained(str(hub.root))
+    assert hub.seen == [] and first.prompts.std() > 0.1 and torch.equal(first.prompts, second.prompts)
+    sr = first.upscale(lq)
+    assert sr.shape == (1, 3, 64, 80) and sr.isfinite().all() and sr.std() > 0.01
+    assert torch.equal(sr, second.upscale(lq)) and torch.equal(sr, third.upscale(lq))
+
+
+def test_bench_s3diff(tmp_path):
+    """The tiny one, whose checks end with an error where ours and the reference differ."""
+    pytest.importorskip("diffusers"), pytest.importorskip("peft"), pytest.importorskip("transformers")
+    command = ["s3diff", "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "figures.json")]
+    subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), *command], check=True)
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert {(row["row"], row["who"]) for row in rows} >= {("whole picture", "ours"), ("whole picture", "reference"), ("UNet, two prompts", "ours, beside")}
+    assert all(row["MB"] > 0 and row["ms"] > 0 for row in rows if row["row"] == "whole picture")
