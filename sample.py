@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from inspect import signature
+from os.path import exists, realpath
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def parse_args(argv):
     args = p.parse_args(argv)
 
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
-        if path is not None and not path.exists():
+        if path is not None and not exists(path):
             p.error(f"argument {option}: {path} does not exist")
     for option, value, least in (("--seed", args.seed, 0), ("--tile", args.tile, 0), ("--overlap", args.overlap, 0), ("--steps", args.steps, 1),
                                  ("--start-step", args.start_step, 1)):  # fmt: skip
@@ -119,7 +120,7 @@ def output_paths(pictures, out):
             n += 1
             stem = f"{path.stem}-{n}"
         if n > 1:
-            print(f"{path}: the name {path.stem}.png is taken, so the result is {stem}.png")
+            print(printable(f"{path}: the name {path.stem}.png is taken, so the result is {stem}.png"))
         taken.add(stem.lower())
         paths.append(out / f"{stem}.png")
     return paths
@@ -146,7 +147,8 @@ def upscale(model, path, target, ref, args):
     sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs).float().cpu()
     seconds = time.perf_counter() - start
     if not sr.isfinite().all():
-        raise PictureError(f"{path}: the result is not a number; try --dtype float32")
+        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)     # looked for only now: it takes seconds
+        raise PictureError(f"{path}: the result is no number; " + (f"{args.model} has none in {bad}, get it again" if bad else "try --dtype float32"))
     H, W = sr.shape[-2:]
     write_picture(target, sr, None if alpha is None else resize(alpha, (H, W)))
     print(f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {W}x{H}, {seconds:.2f} s")
@@ -170,8 +172,7 @@ def sweep(model, path, target, args):
 
 def summarise(rows, sheet, figures, originals, args):
     """Write the sheet, the metrics and the page; print averages and how they were measured.  Raises PictureError, OSError."""
-    path = args.out / "sheet.png"
-    if path.resolve() in originals:
+    if realpath(path := args.out / "sheet.png") in originals:
         raise PictureError(f"{path}: is an input, so no sheet and no metrics are written; choose another --out")
     save_png(contact_sheet(sheet, [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows]), path)
     print(f"before and after: {path}")
@@ -194,8 +195,8 @@ def main(argv=None):
     rows, sheet, figures, pictures, failures = [], [], [], [], []
 
     def fail(message):
-        failures.append(message)
-        print(message, file=sys.stderr)
+        failures.append(printable(message))
+        print(failures[-1], file=sys.stderr)
 
     for path in args.pictures:
         try:
@@ -212,15 +213,15 @@ def main(argv=None):
         if other := set(args.knobs) - set(signature(model.upscale).parameters):
             raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     except (OSError, ValueError) as e:
-        sys.exit(f"sample.py: {e}")
-    args.names = ["bicubic", Path(args.model).resolve().name, "reference"][: 3 if args.ref else 2]
+        sys.exit(f"sample.py: {printable(e)}")
+    args.names = ["bicubic", Path(realpath(args.model)).name, "reference"][: 3 if args.ref else 2]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(f"model {args.model}", *(f"{name} {value}" for name, value in settings.items()), sep=", ")
 
-    originals = {path.resolve() for path in pictures + references if path}
+    originals = {realpath(path) for path in pictures + references if path}     # Path.resolve fails at loops of links
     for path, target, ref in zip(pictures, output_paths(pictures, args.out), references):
         try:
-            if target.resolve() in originals:
+            if realpath(target) in originals:
                 raise PictureError(f"{path}: its result {target} would overwrite an input; choose another --out")
             row, shown = upscale(model, path, target, ref, args)
             rows.append(row)

@@ -34,6 +34,7 @@ from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
 from models.unet import UNetConfig  # noqa: E402
 from models.vae import VAEConfig  # noqa: E402
 from models.vosr import SIZES, VOSR  # noqa: E402
+from release import numbers  # noqa: E402
 from training import choose_device, choose_dtype  # noqa: E402
 
 TINY = S3DiffConfig(UNetConfig(widths=(64, 64, 64, 64), num_heads=(1, 1, 1, 1), layers_per_block=1, context_dim=64),
@@ -84,9 +85,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# ---- VOSR -----------------------------------------------------------------------------------------------------------
-
-
 def bench_vosr(args, device, dtype):
     model = build(args.model).to(device=device, dtype=dtype)
     dit, vae, side = model.dit, model.vae, 4 * args.side
@@ -95,7 +93,6 @@ def bench_vosr(args, device, dtype):
     z_lq, feat, t, r = vae.encode(x), model.tokens(x), torch.ones(1, device=device), torch.zeros(1, device=device)
     z, tile_lq = torch.randn(2, 1, dit.cfg.out_channels, dit.cfg.input_size, dit.cfg.input_size, device=device, dtype=dtype)
     print(f"vosr-{args.model}, {device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-
     peaks = []
 
     def report(*parts):
@@ -121,13 +118,8 @@ def bench_vosr(args, device, dtype):
     print(f"peak memory {max(peaks):.0f} MB")
 
 
-# ---- S3Diff ---------------------------------------------------------------------------------------------------------
-
-
 def build_s3diff(tiny, device):
     """-> S3Diff with random weights, no part of which does nothing; the text encoder; (2, 77) ids of its two prompts"""
-    from release import numbers
-
     with torch.device("meta"):
         model, encoder = S3Diff(TINY if tiny else S3DiffConfig()), TextEncoder(TINY_TEXT if tiny else None)
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +134,7 @@ def build_s3diff(tiny, device):
 
 @contextmanager
 def beside():
-    """In here no adapter is folded into its layer's weight."""
+    """In here, or in a function that is wrapped with it, no adapter is folded into its layer's weight."""
     rule, LoRA.folding_pays = LoRA.folding_pays, lambda *_: False
     try:
         yield
@@ -150,23 +142,12 @@ def beside():
         LoRA.folding_pays = rule
 
 
-def unfolded(function):
-    def run():
-        with beside():
-            return function()
-    return run
-
-
 def added_memory(function, device):
     """MB that one call needs beyond what is there before it."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        with suppress(OSError, AttributeError):     # glibc keeps what was freed, and would use it unseen
-            ctypes.CDLL(None).malloc_trim(0)
-        reset_peak_memory(device)
-        before = peak_memory(device)
-    reset_peak_memory(device)
+    with suppress(OSError, AttributeError):     # glibc keeps what was freed, and would use it unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak_memory(device)                   # to what is there now
+    before = peak_memory(device)
     function()
     return peak_memory(device) - before
 
@@ -178,24 +159,17 @@ def parts_of(ours, theirs, lq):
     C_vae, C_unet = ours.matrices("vae", scores), ours.matrices("unet", scores)
     z, prompts = ours.vae.encode(x, C=C_vae), ours.prompts.to(like)
     encode, eps = lambda: ours.vae.encode(x, C=C_vae), lambda: ours.guided(z, cfg.t, prompts, C_unet, cfg.guidance)
-    rows = {
-        "estimator": {"ours": lambda: ours.estimate(lq)},
-        "two texts": {},
-        "encode": {"ours": encode},
-        "UNet, two prompts": {"ours": eps},
-        "decode": {"ours": lambda: ours.vae.decode(z)},
-        "whole picture": {"ours": lambda: ours.upscale(lq)},
-    }
+    rows = {"estimator": {"ours": lambda: ours.estimate(lq)}, "two texts": {}, "encode": {"ours": encode}, "UNet, two prompts": {"ours": eps},
+            "decode": {"ours": lambda: ours.vae.decode(z)}, "whole picture": {"ours": lambda: ours.upscale(lq)}}
     if len(lq) == 1:                    # several pictures are never folded
-        rows["encode"]["ours, beside"], rows["UNet, two prompts"]["ours, beside"] = unfolded(encode), unfolded(eps)
+        rows["encode"]["ours, beside"], rows["UNet, two prompts"]["ours, beside"] = beside()(encode), beside()(eps)
     if theirs:
         theirs.modulate(scores)
         contexts = [row[None] for row in prompts]
-        rows["two texts"]["reference"] = theirs.describe
-        rows["encode"]["reference"] = lambda: theirs.encode(x)
-        rows["UNet, two prompts"]["reference"] = lambda: theirs.guided(z, cfg.t, contexts, cfg.guidance)
-        rows["decode"]["reference"] = lambda: theirs.decode(z)
-        rows["whole picture"]["reference"] = lambda: theirs.upscale(lq)
+        same = (theirs.describe, lambda: theirs.encode(x), lambda: theirs.guided(z, cfg.t, contexts, cfg.guidance),
+                lambda: theirs.decode(z), lambda: theirs.upscale(lq))
+        for row, function in zip(list(rows)[1:], same):
+            rows[row]["reference"] = function
     return rows
 
 
@@ -217,13 +191,14 @@ def bench_s3diff(args, device, dtype):
     lq = torch.rand(args.batch, 3, args.side, args.side, device=device)
     if reference:
         from reference import Reference
+    else:
+        Reference = lambda *_: None  # noqa: E731
     if args.only is None:
-        check_s3diff(model, Reference(model, encoder, ids) if reference else None, device)
+        check_s3diff(model, Reference(model, encoder, ids), device)
     model.unet.to(dtype), model.vae.to(dtype), encoder.to(dtype)
-    theirs = Reference(model, encoder, ids) if reference else None
+    theirs = Reference(model, encoder, ids)
+    del encoder
     if args.only:
-        if args.only == "ours":
-            del encoder
         reset_peak_memory(device)
         (model if args.only == "ours" else theirs).upscale(lq)
         return print(peak_memory(device))
@@ -232,15 +207,16 @@ def bench_s3diff(args, device, dtype):
     rows = []
     for row, ways in parts_of(model, theirs, lq).items():
         memory = [added_memory(function, device) for function in ways.values()]
-        medians = {}
-        for (who, times), extra in zip(zip(ways, seconds([*ways.values()], args.repeat, device)), memory):
-            medians[who] = statistics.median(times)
-            rows.append({"row": row, "who": who, "ms": medians[who] * 1e3, "from": times[0] * 1e3, "to": times[-1] * 1e3, "MB": extra})
-        for r in rows[len(rows) - len(ways) :]:
-            r["times_reference"] = medians["reference"] / medians[r["who"]] if len({"ours", "reference"} & {*medians}) == 2 else None
-            ratio = f"{r['times_reference']:6.2f}x" if r["times_reference"] else ""
-            print(f"{row:18} {r['who']:13} {r['ms']:9.1f} ms  ({r['from']:.1f} to {r['to']:.1f})".ljust(68) + f"{r['MB']:7.0f} MB {ratio}", flush=True)
-    del model, theirs, encoder
+        measured = dict(zip(ways, seconds([*ways.values()], args.repeat, device)))
+        for (who, times), extra in zip(measured.items(), memory):
+            ms, ratio = 1e3 * statistics.median(times), ""
+            rows.append({"row": row, "who": who, "ms": ms, "from": times[0] * 1e3, "to": times[-1] * 1e3, "MB": extra})
+            if "reference" in ways and len(ways) > 1:
+                rows[-1]["times_reference"] = 1e3 * statistics.median(measured["reference"]) / ms
+                ratio = f"{rows[-1]['times_reference']:6.2f}x"
+            spread = f"({times[0] * 1e3:.1f} to {times[-1] * 1e3:.1f})"
+            print(f"{row:18} {who:13} {ms:9.1f} ms  {spread:24} {extra:7.0f} MB {ratio}", flush=True)
+    del model, theirs, ways
     for who in ["ours", "reference"] if reference else ["ours"]:
         flags = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "side", "batch")] + ["--tiny"] * args.tiny
         done = subprocess.run([sys.executable, __file__, "s3diff", "--only", who, *flags], stdout=subprocess.PIPE, text=True, check=True)

@@ -31,6 +31,7 @@ class Bicubic:
             raise FileNotFoundError(f"{name}: no such model")
         return cls()
 
+    state_dict = dict       # no weights to blame
     SWEEP = [[{"guidance": 0.0}, {"guidance": 1.0}]]
 
     def upscale(self, lq, scale, seed, steps=None, guidance=None, weak=None, tile=0, overlap=0, color="adain"):
