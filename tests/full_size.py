@@ -4,7 +4,8 @@
 
 Writes the model's files into a temporary folder (0.5B: 2.7 GB, 1.4B: 7 GB, s3diff: 5.3 GB; twice that with what is downloaded), serves them on
 this machine, runs sample.py against that server in a process of its own, whose peak memory is therefore its own, and removes everything.
-s3diff runs a second time, without its text encoder: the features of its two prompts are kept.
+s3diff runs a second time, without its text encoder: the features of its two prompts are kept. gramsr (4.2 GB), of whose files one has no address,
+is run from the folder.
 --keep DIR: leave the files there, and use them the next time.
 """
 
@@ -23,6 +24,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+import models.gramsr  # noqa: E402
 import models.s3diff  # noqa: E402
 import models.vosr  # noqa: E402
 import models.weights  # noqa: E402
@@ -52,7 +54,7 @@ def user(arguments):
     for module in (models.weights, models.vosr, models.s3diff):
         module.fetch = timed("download", module.fetch)
     models.s3diff.text_features = timed("text", models.s3diff.text_features)
-    for system in (models.vosr.VOSR, models.s3diff.S3Diff):
+    for system in (models.vosr.VOSR, models.s3diff.S3Diff, models.gramsr.GramSR):
         system.from_pretrained = timed("load", system.from_pretrained)
         system.upscale = timed("upscale", system.upscale)
     status = sample.main(arguments)
@@ -63,7 +65,8 @@ def user(arguments):
 def run_user(arguments, hub, caches):
     """sample.py as a user of that hub, and a line of figures -> exit status"""
     sent = hub.sent
-    done = subprocess.run([sys.executable, __file__, "as user", *arguments], env=os.environ | hub.environment(caches), stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "as user", *arguments]
+    done = subprocess.run(command, env=os.environ | hub.environment(caches), stdout=subprocess.PIPE, text=True)
     *lines, last = done.stdout.splitlines() or [""]
     print(*lines, sep="\n")
     if done.returncode == 0:
@@ -76,11 +79,11 @@ def run_user(arguments, hub, caches):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="vosr-0.5b-1step", choices=[*PUBLIC, "s3diff"])
+    p.add_argument("--model", default="vosr-0.5b-1step", choices=[*PUBLIC, "s3diff", "gramsr"])
     p.add_argument("--side", default="100x75", help="width x height of the input, enlarged 4 times")
     p.add_argument("--keep", type=Path, metavar="DIR", help="folder for the files of the release")
     args, others = p.parse_known_args()     # the others are sample.py's: --steps, --tile, --device, ...
-    needed = {"0.5b": 6e9, "1.4b": 16e9, "s3diff": 12e9}[args.model if args.model == "s3diff" else PUBLIC[args.model][0]]
+    needed = {"0.5b": 6e9, "1.4b": 16e9, "s3diff": 12e9, "gramsr": 5e9}[PUBLIC.get(args.model, [args.model])[0]]
     if shutil.disk_usage(tempfile.gettempdir()).free < needed:
         sys.exit(f"full_size.py: {tempfile.gettempdir()} has less than {needed / 1e9:.0f} GB left; name another folder in TMPDIR")
 
@@ -96,7 +99,8 @@ def main():
 
         width, height = map(int, args.side.split("x"))
         write_picture(folder / "lq.png", torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)))
-        command, caches = [str(folder / "lq.png"), "--out", str(folder / "out"), "--model", args.model, *others], folder / "caches"
+        model, caches = str(root) if args.model == "gramsr" else args.model, folder / "caches"
+        command = [str(folder / "lq.png"), "--out", str(folder / "out"), "--model", model, *others]
         status = run_user(command, hub, caches)
         if status == 0 and args.model == "s3diff":
             os.environ.update(hub.environment(caches))

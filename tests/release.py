@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 import models.clip
+import models.gramsr
 import models.s3diff
 from models.denet import DegradationEstimator
 from models.dit import DiT
 from models.qwen_vae import QwenVAE
 from models.unet import UNet
 from models.vae import VAE, LightDecoder
-from models.vit import ViT
+from models.vit import DINOv3, ViT
 from models.vosr import SIZES
 from models.weights import FILES, sha256_of
 
@@ -76,8 +77,27 @@ def s3diff_pkl(cfg):
     return model.release()
 
 
+def gramsr_files(cfg):
+    """GramSR's three files, with B of every adapter other than zero -> as its release()"""
+    with torch.device("meta"):
+        model = models.gramsr.GramSR(cfg)
+    generator = torch.Generator().manual_seed(0)
+    trained = model.lora(*cfg.ranks) | {f"adapter.{k}": x for k, x in model.adapter.state_dict().items()}
+    trained = {k if k.startswith("adapter.") else f"unet.{k}": numbers(k, x.shape, generator) for k, x in trained.items()}
+    model.load_state_dict(trained, strict=False, assign=True)
+    return model.release()
+
+
 def contents(model):
     """The weight files that a public model needs -> {name in FILES: function that makes what is in it}"""
+    if model == "gramsr":
+        cfg, prior = models.gramsr.GramSRConfig(), models.gramsr.PRIOR
+        return {
+            prior["unet"]: lambda: random_tensors(UNet, cfg.unet),
+            prior["vae"]: lambda: old_names(random_tensors(VAE, cfg.vae)),
+            prior["vit"]: lambda: random_tensors(DINOv3, cfg.vit),
+            **{file: lambda part=part: gramsr_files(cfg)[part] for part, file in models.gramsr.RELEASE.items()},
+        }
     if model == "s3diff":
         cfg = models.s3diff.S3DiffConfig()
         return {

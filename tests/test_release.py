@@ -436,7 +436,8 @@ def test_s3diff_by_name(tmp_path, monkeypatch, hub):
     first, lq = S3Diff.from_pretrained("s3diff"), picture(16, 20)
     assert sorted(hub.seen) == sorted(contents("s3diff"))
     published = torch.load(hub.root / "s3diff.pkl")["state_dict_unet"]
-    assert all(torch.equal(first.unet.state_dict()[k], x) for k, x in published.items()) and any(x.any() for k, x in published.items() if "lora_B" in k)
+    assert all(torch.equal(first.unet.state_dict()[k], x) for k, x in published.items())
+    assert all(x.any() for k, x in published.items() if "lora_B" in k)
     del hub.seen[:]
     (Path(os.environ["NANOSR_CACHE"]) / SD_TURBO["text_encoder"]).unlink()
     second, third = S3Diff.from_pretrained("s3diff"), S3Diff.from_pretrained(str(hub.root))
@@ -451,6 +452,6 @@ def test_bench_s3diff(tmp_path):
     pytest.importorskip("diffusers"), pytest.importorskip("peft"), pytest.importorskip("transformers")
     command = ["s3diff", "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "figures.json")]
     subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), *command], check=True)
-    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert {(row["row"], row["who"]) for row in rows} >= {("whole picture", "ours"), ("whole picture", "reference"), ("UNet, two prompts", "ours, beside")}
-    assert all(row["MB"] > 0 and row["ms"] > 0 for row in rows if row["row"] == "whole picture")
+    rows = {(row["row"], row["who"]): row for row in json.loads((tmp_path / "figures.json").read_text())["rows"]}
+    for row in (("whole picture", "ours"), ("whole picture", "reference"), ("UNet, two prompts", "ours, beside")):
+        assert rows[row]["ms"] > 0 and rows[row]["times_reference"] > 0
