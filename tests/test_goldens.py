@@ -13,7 +13,10 @@ CASES = [(path.stem, name) for path in FILES for name in json.loads(path.read_te
 @pytest.mark.parametrize("stem, name", CASES, ids=["/".join(pair) for pair in CASES])
 def test_golden(stem, name):
     case = json.loads((Path(__file__).parent / "golden" / f"{stem}.json").read_text())["cases"][name]
-    assert golden.check(stem, name, case) == []
+    faults = golden.check(stem, name, case)
+    if "neither in ../shared/clip nor in the weights cache" in str(faults):
+        pytest.skip("CLIP's vocabulary, a public file, is not on this machine")
+    assert faults == []
 
 
 def test_runner_tells_failures(tmp_path, capsys):
