@@ -12,6 +12,9 @@ import argparse
 import shlex
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from inspect import signature
 from os.path import exists, realpath
 from pathlib import Path
@@ -21,7 +24,7 @@ import torch
 from models.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of, report,
                                row_of, write_metrics, write_text)
 from models.gramsr import GramSR
-from models.imaging import PictureError, contact_sheet, list_pictures, printable, read_picture, resize, round8, save_png, write_picture
+from models.imaging import PictureError, contact_sheet, list_pictures, output_paths, printable, read_picture, resize, round8, save_png, write_picture
 from models.page import figure_of, page_of
 from models.s3diff import S3Diff
 from models.vosr import VOSR
@@ -32,21 +35,18 @@ ROOT = Path(__file__).resolve().parent
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
 KNOBS = ("guidance", "steps", "weak", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic", "texture",
          "tile", "overlap", "color")
+COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder"  # whichever of them a model has
+AT_ONCE = 3  # pictures that are read, or written, beside the one on the device
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
-def scale_factor(text):
-    value = float(text)
-    if not 1 <= value <= 8:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 8")
-    return int(value) if value.is_integer() else value
-
-
-def share(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+def between(low, high):
+    def number(text):
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return int(value) if value.is_integer() else value
+    return number
 
 
 def parse_args(argv):
@@ -58,14 +58,15 @@ def parse_args(argv):
     p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, gramsr, or a file or folder")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on cuda, else float32")
-    p.add_argument("--scale", type=scale_factor, default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster; for many pictures")
+    p.add_argument("--scale", type=between(1, 8), default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
     p.add_argument("--seed", type=int, default=0, help="of the noise; the same for every picture (default 0)")
     # knobs; what is not given is the model's own setting, and what a model does not have is an error
     p.add_argument("--guidance", type=float, help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")
     p.add_argument("--steps", type=int, help="VOSR: steps of the sampler, from 1 on")
     p.add_argument("--weak", type=float, help="VOSR: strength of the weak condition that guidance starts from, 0 to 1")
-    p.add_argument("--noise", type=share, help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
-    p.add_argument("--blur", type=share, help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
+    p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
+    p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
     p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
     p.add_argument("--start-step", type=int, help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")
@@ -111,59 +112,45 @@ def find_system(name):
     return GramSR if "ranks" in config or path.is_dir() and any(path.glob("model_*.pkl")) else VOSR
 
 
-def output_paths(pictures, out):
-    """One PNG per picture in `out`; equal stems get -2, -3, ..., and the sheet keeps its name.  -> list of Path"""
-    taken, paths = {"sheet"}, []
-    for path in pictures:
-        stem, n = path.stem, 1
-        while stem.lower() in taken:  # lower: some file systems do not tell a.png from A.png
-            n += 1
-            stem = f"{path.stem}-{n}"
-        if n > 1:
-            print(printable(f"{path}: the name {path.stem}.png is taken, so the result is {stem}.png"))
-        taken.add(stem.lower())
-        paths.append(out / f"{stem}.png")
-    return paths
-
-
 def middle(x, side):
     """(1, 3, H, W) -> at most side pixels of its middle either way"""
     row, col = (slice(max(n - side, 0) // 2, (n + side) // 2) for n in x.shape[-2:])
     return x[:, :, row, col]
 
 
-def upscale(model, path, target, ref, args):
-    """Upscale one file, write it, measure it.
-
-    -> ({column: value} for metrics.csv, [bicubic, ours, reference if any] of (1, 3, H, W) in [0, 1])
-    Raises PictureError, and RuntimeError when memory runs out.
-    """
-    lq, alpha = read_picture(path)
-    name, knobs = printable(path), args.knobs
-    start = time.perf_counter()
+def upscale(model, path, lq, args):
+    """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.  -> the same, seconds.  Raises PictureError."""
+    start, knobs = time.perf_counter(), args.knobs
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
-        print(f"{name}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
+        print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
     sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs).float().cpu()
-    seconds = time.perf_counter() - start
     if not sr.isfinite().all():
         bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)     # looked for only now: it takes seconds
         raise PictureError(f"{path}: the result is no number; " + (f"{args.model} has none in {bad}, get it again" if bad else "try --dtype float32"))
-    H, W = sr.shape[-2:]
-    write_picture(target, sr, None if alpha is None else resize(alpha, (H, W)))
-    print(f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {W}x{H}, {seconds:.2f} s")
+    return sr, time.perf_counter() - start
 
+
+def finish(path, target, ref, lq, alpha, sr, seconds, args):
+    """Write a result and measure it, which the next picture need not wait for.
+
+    lq, sr: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None
+    -> line of metrics.csv, [bicubic, ours, reference if any], lines to print, figure of the page or None.  Raises PictureError.
+    """
+    (H, W), name = sr.shape[-2:], printable(path)
+    write_picture(target, sr, None if alpha is None else resize(alpha, (H, W)))
+    lines = [f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {W}x{H}, {seconds:.2f} s"]
     sr, bicubic = round8(sr), resize(lq, (H, W))  # measured is what the file holds
     hq, why = read_reference(path, ref, (H, W)) if args.ref else (None, "")
     found, failed = measure(sr, bicubic, hq, args.metrics, why)
     if found:
-        print(f"  {report(found)}")
-    return row_of(target.name, (H, W), seconds, found, args.absent | failed), [x for x in (bicubic, sr, hq) if x is not None]
+        lines.append(f"  {report(found)}")
+    row, shown = row_of(target.name, (H, W), seconds, found, args.absent | failed), [x for x in (bicubic, sr, hq) if x is not None]
+    return row, [middle(x, SHEET_CROP) for x in shown], lines, figure_of(row, shown, args.names, args.shown) if args.page else None
 
 
-def sweep(model, path, target, args):
+def sweep(model, lq, target, args):
     """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet: OUT/sweep/<name>.png."""
-    lq = read_picture(path)[0]
     results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **args.knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
     captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
     save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), target.parent / "sweep" / target.name)
@@ -198,11 +185,21 @@ def main(argv=None):
         failures.append(printable(message))
         print(failures[-1], file=sys.stderr)
 
-    for path in args.pictures:
+    @contextmanager
+    def failing(path):
+        """What a user may meet becomes a line, and the next picture's turn comes."""
         try:
-            pictures += list_pictures([path])
-        except PictureError as e:
+            yield
+        except (PictureError, WeightError, OSError) as e:
             fail(str(e))
+        except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
+            if not any(words in str(e) for words in ("out of memory", "not enough memory", "allocate memory")):
+                raise
+            fail(f"{path}: not enough memory; try --tile 256")
+
+    for path in args.pictures:
+        with failing(path):
+            pictures += list_pictures([path])
     try:
         references = find_references(pictures, args.ref)
         with noting_weights() as weights:
@@ -218,29 +215,31 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(f"model {args.model}", *(f"{name} {value}" for name, value in settings.items()), sep=", ")
 
+    for name in COMPILED if args.compile else ():
+        with suppress(AttributeError):
+            model.get_submodule(name).compile()
     originals = {realpath(path) for path in pictures + references if path}     # Path.resolve fails at loops of links
-    for path, target, ref in zip(pictures, output_paths(pictures, args.out), references):
-        try:
-            if realpath(target) in originals:
-                raise PictureError(f"{path}: its result {target} would overwrite an input; choose another --out")
-            row, shown = upscale(model, path, target, ref, args)
-            rows.append(row)
-            if args.sweep:
-                sweep(model, path, target, args)
-            if args.page:
-                figures.append(figure_of(row, shown, args.names, len(pictures) * len(args.names)))
-            sheet = [*sheet, [middle(x, SHEET_CROP) for x in shown]][:SHEET_ROWS]
-        except (PictureError, WeightError) as e:
-            fail(str(e))
-        except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
-            if not any(words in str(e) for words in ("out of memory", "not enough memory", "allocate memory")):
-                raise
-            fail(f"{path}: not enough memory; try --tile 256")
-    try:
+    args.shown, reads, jobs = len(pictures) * len(args.names), deque(), deque()
+    with ThreadPoolExecutor(AT_ONCE) as pool:       # files are read and written while the device works on another picture
+        for i, (path, target, ref) in enumerate(zip(pictures, output_paths(pictures, args.out), references)):
+            reads.extend(pool.submit(read_picture, p) for p in pictures[i + len(reads) : i + AT_ONCE])
+            with failing(path):
+                lq, alpha = reads.popleft().result()
+                if realpath(target) in originals:
+                    raise PictureError(f"{path}: its result {target} would overwrite an input; choose another --out")
+                sr, seconds = upscale(model, path, lq, args)
+                if args.sweep:
+                    sweep(model, lq, target, args)
+                jobs.append((path, pool.submit(finish, path, target, ref, lq, alpha, sr, seconds, args)))
+            while len(jobs) > (AT_ONCE if i < len(pictures) - 1 else 0):
+                path, job = jobs.popleft()
+                with failing(path):
+                    row, shown, lines, figure = job.result()
+                    print(*lines, sep="\n")
+                    rows.append(row), figures.append(figure), sheet.extend([shown][: SHEET_ROWS - len(sheet)])
+    with failing(args.out):
         if rows:
             summarise(rows, sheet, figures, originals, args)
-    except (PictureError, OSError) as e:
-        fail(str(e))
     if failures:
         print(f"done {len(rows)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
     return 1 if failures else 0

@@ -215,7 +215,8 @@ def main():
         for k, p in model.unet.named_parameters():      # the prior needs no float32; earlier LoRA sets go into the files as they came
             p.data = p.data if "lora_" in k else p.data.to(dtype)
     model, lpips, vit = (network and network.to(device) for network in (model, lpips, vit))
-    optimizer = torch.optim.AdamW(params, lr=stage.lr, weight_decay=1e-2)   # a new one a stage: PiSA-SR's would go on moving what is frozen
+    # a new one a stage: PiSA-SR's would go on moving what is frozen
+    optimizer = torch.optim.AdamW(params, lr=stage.lr, weight_decay=1e-2, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     niqe_parameters = find_niqe(None) if stage.crop >= 2 * BLOCK else None      # only if it is on this disk
     judge = "niqe" if niqe_parameters else "held_out"
@@ -280,7 +281,7 @@ def main():
                 terms, _ = compute(2 * lq_up - 1, 2 * hq - 1, g)
             scaler.scale(sum(terms.values()) / parts).backward()
             for name, loss in terms.items():
-                sums[name] += loss.item() / parts
+                sums[name] += loss.detach() / parts
         grad_norm = health.step(optimizer, scaler)
         step, since = step + 1, since + 1
         # ------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def main():
         for p in model.unet.parameters():       # frozen weights need no float32; official: they have it
             p.data = p.data if p.requires_grad else p.data.to(dtype)
     model, lpips, D = model.to(device), lpips.to(device), D.to(device)
-    optimizers = {name: torch.optim.AdamW(p, lr=recipe.lr, weight_decay=1e-2) for name, p in (("G", params), ("D", list(D.parameters())))}
+    optimizers = {name: torch.optim.AdamW(p, lr=recipe.lr, weight_decay=1e-2, fused=True) for name, p in (("G", params), ("D", list(D.parameters())))}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     settings = {name: getattr(args, name) for name in ("preset", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper",
@@ -235,7 +235,7 @@ def main():
             terms, *others = compute(*inputs)
         scaler.scale(sum(terms.values()) / parts).backward()
         for name, loss in terms.items():
-            sums[name] += loss.item() / parts
+            sums[name] += loss.detach() / parts
         return others
 
     loader = training.batches(photos, range(step, recipe.steps), recipe.batch_size, rank, share, micro, args.workers, device)

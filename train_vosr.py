@@ -44,7 +44,8 @@ class Stage:
     crop: int = 512                     # pixels
     shrink: bool = False                # photos to the crop's size first, so that a crop shows nearly all of them
     flip: bool = False
-    recipe: str = "vosr"                # of degrade.py
+    recipes: tuple = ("vosr",)          # of degrade.py, by turns
+    branches_per: str = "batch"         # of each recipe; "image" draws directions, scales and kinds of noise anew for every picture
     betas: tuple = (0.9, 0.95)
     weight_decay: float = 0.01
     ema: float = 0.9999
@@ -74,9 +75,11 @@ PAPER = {       # the paper's, as far as they are known: 100 million pictures of
 }
 TINY_STAGES = {
     "autoencoder": Stage(3000, 16, 3e-3, crop=128, flip=True, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
-    "flow": Stage(2600, 8, 8e-4, crop=128, flip=True, recipe="s3diff", ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0),
+    "flow": Stage(2600, 8, 8e-4, crop=128, flip=True, recipes=("s3diff",), ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0),
                   lognorm=(1.0, 1.2)),
-    "distill": Stage(20, 8, 5e-5, crop=128, flip=True, recipe="s3diff", ema=0.8, schedule="cosine", warmup=5, strength=(7.0, 1.0), omega=1.0),
+    "refine": Stage(4500, 8, 5e-4, crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", ema=0.998, schedule="cosine", warmup=100,
+                    strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
+    "distill": Stage(20, 8, 5e-5, crop=128, flip=True, recipes=("s3diff",), ema=0.8, schedule="cosine", warmup=5, strength=(7.0, 1.0), omega=1.0),
 }
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -84,7 +87,7 @@ PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b"
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "distill"))
+    p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "refine", "distill"))
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
@@ -114,7 +117,7 @@ def parse_args():
         p.error(f"--distill is not read by --stage {args.stage}")
     if args.init and args.stage == "autoencoder":
         p.error("--init is not read by --stage autoencoder")
-    if not args.init and (args.stage == "distill" or args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig)):
+    if not args.init and (args.stage in ("refine", "distill") or args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig)):
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
     if args.fsdp and (args.dtype == "float16" or args.stage == "autoencoder"):
         p.error("--fsdp goes with --stage flow and distill, in bfloat16 or float32")
@@ -130,14 +133,14 @@ def build(args, cfg):
         model.dit = DiT(cfg.dit)
         return model, None, ["dit"], "transformer FROM SCRATCH"
     start = VOSR.from_pretrained(args.init).train()
-    if args.stage != "distill" and isinstance(cfg.vae, TinyVAEConfig):
+    if args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig):
         model = VOSR(cfg)
         model.vae.load_state_dict(start.vae.state_dict())
         return model, None, ["dit", "vit"], f"autoencoder from {args.init}, transformers FROM SCRATCH"
     if start.cfg.dit != cfg.dit:
         raise training.Quit(f"{args.init}: is not what stage {args.stage} of preset {args.preset} starts from: {start.cfg.dit}")
     if args.stage != "distill":
-        return start, None, ["dit"], f"from {args.init}"
+        return start, None, ["dit", "vit"] if args.stage == "refine" else ["dit"], f"from {args.init}"
     teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
     missing, unexpected = start.dit.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected and all(k.startswith("r_embedder.") for k in missing), (missing, unexpected)
@@ -211,7 +214,7 @@ def main():
             training.shard(m, device)
     learned = [p for name in names for k, p in getattr(model, name).named_parameters() if k != "mask_token"]
     params = training.freeze_all_but(model, learned)
-    optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
+    optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     settings = {name: getattr(args, name) for name in ("stage", "preset", "distill", "data", "init", "seed")} | {"batch_size": stage.batch_size}
@@ -236,8 +239,9 @@ def main():
         objective = training.replicate(model, objective, device)
 
     photos, test_hq, names_of_photos = training.photos_for(args.data, stage.crop, args.seed, names_of_photos, flip=stage.flip, shrink=stage.shrink)
-    recipe, test_hq = RECIPES[stage.recipe], test_hq.to(device)
-    test_lq = degrade(test_hq, replace(recipe, branches_per="image"), training.generator(0))[1]
+    recipes, test_hq = [replace(RECIPES[name], branches_per=stage.branches_per) for name in stage.recipes], test_hq.to(device)
+    test_lq = torch.cat([degrade(hq, replace(recipe, branches_per="image"), training.generator(0))[1]
+                         for hq, recipe in zip(test_hq.chunk(len(recipes)), recipes)])
     test_hq, test_lq = 2 * test_hq - 1, 2 * test_lq - 1
 
     def save():
@@ -274,13 +278,13 @@ def main():
         for i in range(parts):
             hq = next(loader).to(device, non_blocking=True)
             g = training.generator(args.seed, step, rank * parts + i)       # the same numbers, whoever computes this part of the batch
-            lq = degrade(hq, recipe, g)[1] if args.stage != "autoencoder" else hq
+            lq = degrade(hq, recipes[step % len(recipes)], g)[1] if args.stage != "autoencoder" else hq
             with objective.no_sync() if ddp and i < parts - 1 else nullcontext():    # gradients are averaged with the last part
                 with training.autocast(device, dtype):
                     terms = objective(2 * hq - 1, 2 * lq - 1, g)
                     loss = sum(terms.values()) / parts
                 scaler.scale(loss).backward()
-            mean_loss += loss.item()
+            mean_loss += loss.detach()
         grad_norm = health.step(optimizer, scaler)
         training.ema_update(ema, model, stage.ema)
         step, since = step + 1, since + 1

@@ -7,6 +7,7 @@ Left out: animations (the first frame is read), metadata other than orientation 
 
 import io
 import os
+import threading
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -84,10 +85,28 @@ def list_pictures(paths):
     return found
 
 
+def output_paths(pictures, out):
+    """One PNG per picture in `out`; equal stems get -2, -3, ..., and the sheet keeps its name.  -> list of Path"""
+    taken, paths = {"sheet"}, []
+    for path in pictures:
+        stem, n = path.stem, 1
+        while stem.lower() in taken:  # lower: some file systems do not tell a.png from A.png
+            n += 1
+            stem = f"{path.stem}-{n}"
+        if n > 1:
+            print(printable(f"{path}: the name {path.stem}.png is taken, so the result is {stem}.png"))
+        taken.add(stem.lower())
+        paths.append(out / f"{stem}.png")
+    return paths
+
+
+ONE_AT_A_TIME = threading.RLock()  # what is done about warnings holds for all threads
+
+
 @contextmanager
 def open_image(file):
     """Pillow's image of a path or binary file, so far only its header."""
-    with warnings.catch_warnings():
+    with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # chatter about odd metadata ...
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
         with Image.open(file, formats=FORMATS) as img:
@@ -162,7 +181,8 @@ def to_srgb(img):
 def save_png(img, path):
     """Write a Pillow image under a temporary name, then rename it, so that `path` is never half a file. Raises PictureError."""
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}.part")  # same folder: a rename across disks would be a copy; short: names may be as long as can be
+    # same folder: a rename across disks would be a copy; short: names may be as long as can be
+    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         img.save(part, format="PNG")

@@ -1,14 +1,16 @@
-"""Seconds and peak memory of a VOSR or of S3Diff on this machine.
+"""How fast: milliseconds, pictures a second, TFLOP/s and memory of a system's parts and of whole pictures, and of training steps.
 
-    python tests/bench.py [tiny|0.5b|0.5b-1step|1.4b|1.4b-1step] [--device auto] [--dtype auto] [--side 128] [--steps N] [--repeat 7]
-    python tests/bench.py s3diff [--device auto] [--dtype auto] [--side 128] [--batch 1] [--repeat 7] [--json FILE] [--tiny]
+    python tests/bench.py [tiny|0.5b|0.5b-1step|1.4b|1.4b-1step|s3diff|gramsr|train] [--device auto] [--dtype auto] [--side 128] [--batch 1]
+                          [--steps N] [--compile] [--repeat 7] [--json FILE] [--tiny] [--data PHOTOS --workers 8]
 
-Parts first, then the whole picture: median and spread after one warm-up. tiny is the embedded model; the others have their full size and
-random weights, so no file is needed. Multi-step models also run one guided step the long way, which the cache and the blind branch avoid.
+tiny (the default) is the embedded model; vosr, which is 0.5b-1step, and the others have their full size and random weights, so no file is
+needed. train: one step of all three scripts, without and with gradient checkpointing; with --data also how many photos a second are read.
 
-s3diff is compared with reference.py (diffusers, peft, transformers) where these are installed: first whether both, and adapters folded into
-the weights and beside them, give the same numbers in float32; then seconds, measured in turn; then the peak memory of a process that has
-only one of the two. Memory of a row is what one call adds to what was there. --tiny: small widths, to see in seconds whether all this works.
+First every fast way is checked against the plain one in float32, on a small picture: adapters folded into the weights or beside them, guidance
+with what is kept or the long way, ours or the reference (diffusers, peft, transformers, where these are installed: tests/reference.py). Then
+the ways of a row are measured in turn, so that a busy machine is busy for all: median and spread, after a first call that counts floating
+point operations and the MB which a call adds to what was there. "of peak" is against a large matrix product, measured in the same run.
+--tiny: small widths, to see in seconds whether all this works.
 """
 
 import argparse
@@ -24,47 +26,53 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from models.clip import TextConfig, TextEncoder  # noqa: E402
 from models.flow import guided  # noqa: E402
+from models.gramsr import SETS, GramSR, GramSRConfig  # noqa: E402
 from models.lora import LoRA  # noqa: E402
 from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
 from models.unet import UNetConfig  # noqa: E402
 from models.vae import VAEConfig  # noqa: E402
+from models.vit import DINOv3Config  # noqa: E402
 from models.vosr import SIZES, VOSR  # noqa: E402
 from release import numbers  # noqa: E402
 from training import choose_device, choose_dtype  # noqa: E402
 
-TINY = S3DiffConfig(UNetConfig(widths=(64, 64, 64, 64), num_heads=(1, 1, 1, 1), layers_per_block=1, context_dim=64),
-                    VAEConfig(widths=(32, 32, 32, 32), layers_per_block=1), r_unet=8, r_vae=4)
-TINY_TEXT = TextConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, vocab_size=999)
+UNET, VAE = UNetConfig(widths=(64, 64, 64, 64), num_heads=(1, 1, 1, 1), layers_per_block=1, context_dim=64), \
+    VAEConfig(widths=(32, 32, 32, 32), layers_per_block=1)      # of --tiny
+REFERENCE = ("diffusers", "peft", "transformers")
+aten = torch.ops.aten
+ON_CPU = {      # which torch does not count
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+}
 
 
-def build(name):
-    """-> VOSR on the CPU"""
-    if name == "tiny":
-        return VOSR.from_pretrained()
-    size, _, one_step = name.partition("-")
-    cfg = SIZES[size]
-    if one_step:
-        cfg = replace(cfg, dit=replace(cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0)
-    return VOSR(cfg).eval()
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 def seconds(functions, repeat, device):
-    """Time functions in turn, so that a busy machine is busy for all of them -> for each: sorted seconds of `repeat` calls after one warm-up"""
-    times = []
-    for _ in range(repeat + 1):
-        for function in functions:
-            start = time.perf_counter()
-            function()
+    """Time functions in turn -> for each: sorted seconds of `repeat` calls"""
+    times = [[] for _ in functions]
+    for _ in range(repeat):
+        for function, mine in zip(functions, times):
             if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    n = len(functions)
-    return [sorted(times[n + i :: n]) for i in range(n)]
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                function()
+                end.record()
+                end.synchronize()
+                mine.append(start.elapsed_time(end) / 1e3)
+            else:
+                start = time.perf_counter()
+                function()
+                mine.append(time.perf_counter() - start)
+    return [sorted(mine) for mine in times]
 
 
 def reset_peak_memory(device):
@@ -85,51 +93,108 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def bench_vosr(args, device, dtype):
-    model = build(args.model).to(device=device, dtype=dtype)
-    dit, vae, side = model.dit, model.vae, 4 * args.side
-    lq = torch.rand(1, 3, args.side, args.side, device=device)
-    x = torch.rand(1, 3, side, side, device=device, dtype=dtype)
-    z_lq, feat, t, r = vae.encode(x), model.tokens(x), torch.ones(1, device=device), torch.zeros(1, device=device)
-    z, tile_lq = torch.randn(2, 1, dit.cfg.out_channels, dit.cfg.input_size, dit.cfg.input_size, device=device, dtype=dtype)
-    print(f"vosr-{args.model}, {device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    peaks = []
-
-    def report(*parts):
-        """Measure (name, function) pairs in turn and print a line for each -> their medians"""
-        reset_peak_memory(device)
-        measured = seconds([function for _, function in parts], args.repeat, device)
-        peaks.append(peak_memory(device))
-        for (name, _), times in zip(parts, measured):
-            spread = f"({times[0] * 1e3:.1f} to {times[-1] * 1e3:.1f})"
-            print(f"{name:28} {statistics.median(times) * 1e3:9.1f} ms  {spread:24} {peaks[-1]:7.0f} MB", flush=True)
-        return [statistics.median(times) for times in measured]
-
-    report(("encode", lambda: vae.encode(x)))
-    report(("decode", lambda: model.decode(z_lq)))
-    report(("tokens of one tile", lambda: model.tokens(x)))
-    report(("DiT on one tile", lambda: dit(z, tile_lq, feat, t, r)))
-    if dit.r_embedder is None:
-        twice, lqs, feats, cache = torch.cat([z, z]), torch.cat([tile_lq, 0.15 * tile_lq]), torch.cat([feat, 0 * feat]), {}
-        long, short = report(("guided step, the long way", lambda: dit(twice, lqs, feats, t.repeat(2))),
-                             ("guided step", lambda: guided(dit, z, tile_lq, feat, 1.0, 0.0, 0.5, cache=cache)))
-        print(f"{'':28} {long / short:9.2f} times as fast")
-    report((f"whole picture {args.side} -> {side}", lambda: model.upscale(lq, steps=args.steps)))
-    print(f"peak memory {max(peaks):.0f} MB")
+def first_call(function, device):
+    """-> floating point operations of a call; MB that it needs beyond what was there before it"""
+    with suppress(OSError, AttributeError):     # glibc keeps what was freed, and would use it unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak_memory(device)                   # to what is there now
+    before = peak_memory(device)
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+        function()
+    return counter.get_total_flops(), peak_memory(device) - before
 
 
-def build_s3diff(tiny, device):
-    """-> S3Diff with random weights, no part of which does nothing; the text encoder; (2, 77) ids of its two prompts"""
-    with torch.device("meta"):
-        model, encoder = S3Diff(TINY if tiny else S3DiffConfig()), TextEncoder(TINY_TEXT if tiny else None)
-    generator = torch.Generator().manual_seed(0)
-    for network in (model, encoder):
-        tensors = {k: numbers(k, x.shape, generator).to(device) for k, x in network.state_dict().items()}
-        network.load_state_dict(tensors, assign=True)
-        network.eval()
-    ids = torch.randint(encoder.cfg.vocab_size, (2, 77), generator=generator).to(device)
-    model.prompts = encoder(ids)
-    return model, encoder, ids
+def matmul_peak(device, dtype):
+    """TFLOP/s of a large matrix product, what this machine can do at best."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    a @ a
+    return 2 * n**3 / seconds([lambda: a @ a], 5, device)[0][0] / 1e12
+
+
+class Table:
+    """Rows as they are measured: to the screen at once, and kept for --json."""
+
+    def __init__(self, args, device, dtype):
+        self.args, self.device, self.rows = args, device, []
+        self.about = {"model": args.model, "batch": args.batch, "side": args.side, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
+                      "compile": args.compile, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "peak_tflops": matmul_peak(device, dtype)}
+        print(*(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.about.items()), sep=", ")
+        print(f"{'':18} {'':13} {'ms':>9}   {'from, to':18} {'pictures/s':>10} {'TFLOP/s':>8} {'of peak':>7} {'MB':>6}  ours is faster", flush=True)
+
+    def measure(self, rows, compile=()):
+        """rows: {name: {"ours" or another way: function}}; compile: networks, after what can be counted only before"""
+        counted = {name: {who: first_call(function, self.device) for who, function in ways.items()} for name, ways in rows.items()}
+        for network in compile if self.args.compile else ():
+            network.compile()
+        for name, ways in rows.items():
+            if self.args.compile:
+                for function in ways.values():
+                    function(), function()
+            measured = seconds([*ways.values()], self.args.repeat, self.device)
+            ours = statistics.median(measured[0])
+            for who, times in zip(ways, measured):
+                (flops, MB), median = counted[name][who], statistics.median(times)
+                row = {"row": name, "who": who, "ms": 1e3 * median, "from": 1e3 * times[0], "to": 1e3 * times[-1],
+                       "pictures_per_s": self.args.batch / median, "tflops": flops / median / 1e12, "MB": MB}
+                row["of_peak"] = row["tflops"] / self.about["peak_tflops"]
+                if who != "ours":
+                    row["ours_is_faster"] = median / ours
+                self.print(row)
+
+    def print(self, row):
+        self.rows.append(row)
+        print(f"{row['row']:18} {row['who']:13} {row['ms']:9.1f}   {row['from']:<8.1f} {row['to']:<9.1f} {row['pictures_per_s']:10.2f} "
+              f"{row['tflops']:8.3g} {row['of_peak']:7.0%} {row['MB']:6.0f}" + (f" {row['ours_is_faster']:8.2f}x" if "ours_is_faster" in row else ""),
+              flush=True)
+
+
+# ---- what is measured: each has rows(lq) -> {row: {"ours" or another way: function}}, the first row of which one needs to know is the last
+
+
+class Vosr:
+    """name: tiny, or a size with or without -1step"""
+
+    def __init__(self, name, args, device):
+        self.args = args
+        if name == "tiny":
+            self.model = VOSR.from_pretrained(device=device)
+        else:
+            size, _, one_step = name.partition("-")
+            cfg = SIZES[size]
+            if one_step:
+                cfg = replace(cfg, dit=replace(cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0)
+            self.model = VOSR(cfg).to(device).eval()
+        self.compiled, self.reference = [self.model.dit], None
+
+    def to(self, dtype):
+        self.model.to(dtype)
+
+    def rows(self, lq):
+        model, dit, like = self.model, self.model.dit, self.model.dit.t_block[1].weight
+        x = F.interpolate(2 * lq - 1, scale_factor=4).to(like)
+        z_lq, feat, t, r = model.vae.encode(x), model.tokens(x), torch.ones(len(lq), device=lq.device), torch.zeros(len(lq), device=lq.device)
+        tile = z_lq[..., : dit.cfg.input_size, : dit.cfg.input_size]
+        z = torch.randn_like(tile)
+        rows = {"encode": {"ours": lambda: model.vae.encode(x)}, "decode": {"ours": lambda: model.decode(z_lq)},
+                "tokens of one tile": {"ours": lambda: model.tokens(x)}, "DiT on one tile": {"ours": lambda: dit(z, tile, feat, t, r)}}
+        if dit.r_embedder is None:
+            cache, zero = {}, torch.zeros_like(feat)
+            guided(dit, z, tile, feat, 1.0, 0.0, 0.5, cache=cache)
+
+            def long():
+                good, weak = dit(torch.cat([z, z]), torch.cat([tile, 0.15 * tile]), torch.cat([feat, zero]), t.repeat(2)).chunk(2)
+                return weak + 0.5 * (good - weak)
+
+            rows["guided step"] = {"ours": lambda: guided(dit, z, tile, feat, 1.0, 0.0, 0.5, cache=cache), "the long way": long}
+        return rows | {"whole picture": {"ours": lambda: model.upscale(lq, steps=self.args.steps)}}
+
+
+def with_numbers(network, generator, device):
+    """A network from the meta device, with random numbers in which no part does nothing."""
+    network.load_state_dict({k: numbers(k, x.shape, generator).to(device) for k, x in network.state_dict().items()}, assign=True)
+    return network.eval()
 
 
 @contextmanager
@@ -142,42 +207,87 @@ def beside():
         LoRA.folding_pays = rule
 
 
-def added_memory(function, device):
-    """MB that one call needs beyond what is there before it."""
-    with suppress(OSError, AttributeError):     # glibc keeps what was freed, and would use it unseen
-        ctypes.CDLL(None).malloc_trim(0)
-    reset_peak_memory(device)                   # to what is there now
-    before = peak_memory(device)
-    function()
-    return peak_memory(device) - before
+class S3:
+    def __init__(self, args, device):
+        cfg = S3DiffConfig(UNET, VAE, r_unet=8, r_vae=4) if args.tiny else S3DiffConfig()
+        text = TextConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, vocab_size=999) if args.tiny else None
+        with torch.device("meta"):
+            self.model, self.encoder = S3Diff(cfg), TextEncoder(text)
+        generator = torch.Generator().manual_seed(0)
+        with_numbers(self.model, generator, device), with_numbers(self.encoder, generator, device)
+        self.ids = torch.randint(self.encoder.cfg.vocab_size, (2, 77), generator=generator).to(device)
+        self.model.prompts = self.encoder(self.ids)
+        self.compiled, self.reference = [self.model.unet, self.model.vae.encoder, self.model.vae.decoder], None
+
+    def to(self, dtype):
+        self.model.unet.to(dtype), self.model.vae.to(dtype), self.encoder.to(dtype)
+
+    def refer(self):
+        from reference import S3DiffReference
+
+        self.reference = S3DiffReference(self.model, self.encoder, self.ids)
+
+    def rows(self, lq):
+        ours, theirs, cfg = self.model, self.reference, self.model.cfg
+        scores, like = ours.estimate(lq), ours.unet.conv_in.weight
+        x = F.interpolate(2 * lq - 1, scale_factor=4, mode="bilinear").to(like)
+        C_vae, C_unet = ours.matrices("vae", scores), ours.matrices("unet", scores)
+        z, prompts = ours.vae.encode(x, C=C_vae), ours.prompts.to(like)
+        encode, eps = lambda: ours.vae.encode(x, C=C_vae), lambda: ours.guided(z, cfg.t, prompts, C_unet, cfg.guidance)
+        rows = {"estimator": {"ours": lambda: ours.estimate(lq)}, "encode": {"ours": encode}, "UNet, two prompts": {"ours": eps},
+                "decode": {"ours": lambda: ours.vae.decode(z)}, "whole picture": {"ours": lambda: ours.upscale(lq)}}
+        if len(lq) == 1:                    # several pictures are never folded
+            rows["encode"]["beside"], rows["UNet, two prompts"]["beside"] = beside()(encode), beside()(eps)
+        if theirs:
+            theirs.modulate(scores)
+            contexts = [row[None] for row in prompts]
+            rows["encode"]["reference"] = lambda: theirs.encode(x)
+            rows["UNet, two prompts"]["reference"] = lambda: theirs.guided(z, cfg.t, contexts, cfg.guidance)
+            rows["decode"]["reference"] = lambda: theirs.decode(z)
+            rows["whole picture"]["reference"] = lambda: theirs.upscale(lq)     # reads its two texts anew, as officially
+        return rows
 
 
-def parts_of(ours, theirs, lq):
-    """What is measured -> {row: {"ours", "ours, beside" or "reference": function}}; theirs: a Reference or None"""
-    cfg, like, scores = ours.cfg, ours.unet.conv_in.weight, ours.estimate(lq)
-    x = torch.nn.functional.interpolate(2 * lq - 1, scale_factor=4, mode="bilinear").to(like)
-    C_vae, C_unet = ours.matrices("vae", scores), ours.matrices("unet", scores)
-    z, prompts = ours.vae.encode(x, C=C_vae), ours.prompts.to(like)
-    encode, eps = lambda: ours.vae.encode(x, C=C_vae), lambda: ours.guided(z, cfg.t, prompts, C_unet, cfg.guidance)
-    rows = {"estimator": {"ours": lambda: ours.estimate(lq)}, "two texts": {}, "encode": {"ours": encode}, "UNet, two prompts": {"ours": eps},
-            "decode": {"ours": lambda: ours.vae.decode(z)}, "whole picture": {"ours": lambda: ours.upscale(lq)}}
-    if len(lq) == 1:                    # several pictures are never folded
-        rows["encode"]["ours, beside"], rows["UNet, two prompts"]["ours, beside"] = beside()(encode), beside()(eps)
-    if theirs:
-        theirs.modulate(scores)
-        contexts = [row[None] for row in prompts]
-        same = (theirs.describe, lambda: theirs.encode(x), lambda: theirs.guided(z, cfg.t, contexts, cfg.guidance),
-                lambda: theirs.decode(z), lambda: theirs.upscale(lq))
-        for row, function in zip(list(rows)[1:], same):
-            rows[row]["reference"] = function
-    return rows
+class Gram:
+    def __init__(self, args, device):
+        ranks = dict.fromkeys(SETS, 4)
+        cfg = GramSRConfig(UNET, VAE, DINOv3Config(embed_dim=48, depth=2, num_heads=3), ranks) if args.tiny else GramSRConfig(ranks=ranks)
+        with torch.device("meta"):
+            self.model = GramSR(cfg)
+        with_numbers(self.model, torch.Generator().manual_seed(0), device)
+        self.compiled, self.reference = [self.model.unet, self.model.vae.encoder, self.model.vae.decoder, self.model.vit], None
+
+    def to(self, dtype):
+        self.model.to(dtype)
+
+    def refer(self):
+        from reference import GramSRReference
+
+        self.reference = GramSRReference(self.model)
+
+    def rows(self, lq):
+        ours, theirs = self.model, self.reference
+        x = F.interpolate(2 * lq - 1, scale_factor=4, mode="bilinear")
+        z, context = ours.vae.encode(x.to(ours.unet.conv_in.weight)), ours.tokens(x)
+
+        def e():
+            return ours.predict(z, context)
+
+        rows = {"tokens": {"ours": lambda: ours.tokens(x)}, "encode": {"ours": lambda: ours.vae.encode(x.to(z))},
+                "UNet at (1, 1, 1)": {"ours": e, "beside": beside()(e)},
+                "UNet, (1, .5, .2)": {"ours": lambda: ours.predict(z, context, (1, 0.5, 0.2))},
+                "decode": {"ours": lambda: ours.vae.decode(z)}, "whole picture": {"ours": lambda: ours.upscale(lq)}}
+        if theirs:
+            for name, function in {"tokens": lambda: theirs.tokens(x), "encode": lambda: theirs.encode(x.to(z)), "decode": lambda: theirs.decode(z),
+                                   "UNet at (1, 1, 1)": lambda: theirs.predict(z, context), "whole picture": lambda: theirs.upscale(lq)}.items():
+                rows[name]["reference"] = function
+        return rows
 
 
-def check_s3diff(ours, theirs, device):
-    """Whether all ways give the same numbers, on a smaller picture; float32."""
-    lq = torch.rand(1, 3, 32, 32, device=device)
-    for row, ways in parts_of(ours, theirs, lq).items():
-        results = {who: function() for who, function in ways.items() if row != "two texts"}
+def check(system, device):
+    """Whether all ways of a row give the same numbers, on a smaller picture; float32."""
+    for row, ways in system.rows(torch.rand(1, 3, 32, 32, device=device)).items():
+        results = {who: function() for who, function in ways.items()}
         for who in results.keys() - {"ours"}:
             error = ((results[who] - results["ours"]).abs().max() / results["ours"].abs().max()).item()
             print(f"{row}: {who} is {error:.1e} off, of the largest number", flush=True)
@@ -185,65 +295,64 @@ def check_s3diff(ours, theirs, device):
                 sys.exit(f"bench.py: {row}: {who} computes something else")
 
 
-def bench_s3diff(args, device, dtype):
-    reference = args.only != "ours" and all(map(find_spec, ("diffusers", "peft", "transformers")))
-    model, encoder, ids = build_s3diff(args.tiny, device)
-    lq = torch.rand(args.batch, 3, args.side, args.side, device=device)
+@torch.no_grad()
+def bench(args, device, dtype):
+    system = {"s3diff": S3, "gramsr": Gram}[args.model](args, device) if args.model in ("s3diff", "gramsr") else Vosr(args.model, args, device)
+    reference = hasattr(system, "refer") and args.only != "ours" and all(map(find_spec, REFERENCE))
     if reference:
-        from reference import Reference
-    else:
-        Reference = lambda *_: None  # noqa: E731
-    if args.only is None:
-        check_s3diff(model, Reference(model, encoder, ids), device)
-    model.unet.to(dtype), model.vae.to(dtype), encoder.to(dtype)
-    theirs = Reference(model, encoder, ids)
-    del encoder
+        system.refer()
+    if not args.only:
+        check(system, device)
+    system.reference = None
+    system.to(dtype)
+    if reference:
+        system.refer()                          # on the cast tensors
+    lq = torch.rand(args.batch, 3, args.side, args.side, device=device)
     if args.only:
+        model = system.model if args.only == "ours" else system.reference
+        system.encoder = None
         reset_peak_memory(device)
-        (model if args.only == "ours" else theirs).upscale(lq)
+        model.upscale(lq)
         return print(peak_memory(device))
-
-    print(f"s3diff, {args.batch} of {args.side} -> {4 * args.side}, {device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = []
-    for row, ways in parts_of(model, theirs, lq).items():
-        memory = [added_memory(function, device) for function in ways.values()]
-        measured = dict(zip(ways, seconds([*ways.values()], args.repeat, device)))
-        for (who, times), extra in zip(measured.items(), memory):
-            ms, ratio = 1e3 * statistics.median(times), ""
-            rows.append({"row": row, "who": who, "ms": ms, "from": times[0] * 1e3, "to": times[-1] * 1e3, "MB": extra})
-            if "reference" in ways and len(ways) > 1:
-                rows[-1]["times_reference"] = 1e3 * statistics.median(measured["reference"]) / ms
-                ratio = f"{rows[-1]['times_reference']:6.2f}x"
-            spread = f"({times[0] * 1e3:.1f} to {times[-1] * 1e3:.1f})"
-            print(f"{row:18} {who:13} {ms:9.1f} ms  {spread:24} {extra:7.0f} MB {ratio}", flush=True)
-    del model, theirs, ways
+    table = Table(args, device, dtype)
+    table.measure(system.rows(lq), system.compiled)
+    if not hasattr(system, "refer"):
+        return table
     for who in ["ours", "reference"] if reference else ["ours"]:
         flags = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "side", "batch")] + ["--tiny"] * args.tiny
-        done = subprocess.run([sys.executable, __file__, "s3diff", "--only", who, *flags], stdout=subprocess.PIPE, text=True, check=True)
-        rows.append({"row": "process", "who": who, "MB": float(done.stdout.split()[-1])})
-        print(f"a process with {who} alone, at its peak while it upscales: {rows[-1]['MB']:.0f} MB", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(), "side": args.side,
-                                         "batch": args.batch, "tiny": args.tiny, "torch": torch.__version__, "rows": rows}, indent=1))
+        done = subprocess.run([sys.executable, __file__, args.model, "--only", who, *flags], stdout=subprocess.PIPE, text=True, check=True)
+        table.rows.append({"row": "process", "who": who, "MB": float(done.stdout.split()[-1])})
+        print(f"a process with {who} alone, at its peak while it upscales: {table.rows[-1]['MB']:.0f} MB", flush=True)
+    return table
 
 
-@torch.no_grad()
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", nargs="?", default="tiny", choices=["tiny", "0.5b", "0.5b-1step", "1.4b", "1.4b-1step", "s3diff"])
+    p.add_argument("model", nargs="?", default="tiny", choices=["tiny", "vosr", "0.5b", "0.5b-1step", "1.4b", "1.4b-1step", "s3diff", "gramsr", "train"])
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
-    p.add_argument("--side", type=int, default=128, help="pixels per side of the input, enlarged 4 times")
-    p.add_argument("--steps", type=int, help="of the whole picture (default: the model's own)")
+    p.add_argument("--side", type=int, default=128, help="pixels per side of the input, enlarged 4 times; train: crops of 4 times this")
+    p.add_argument("--batch", type=int, default=1, help="pictures at once")
+    p.add_argument("--steps", type=int, help="of VOSR's whole picture (default: the model's own)")
+    p.add_argument("--compile", action="store_true", help="torch.compile ours")
     p.add_argument("--repeat", type=int, default=7)
-    p.add_argument("--batch", type=int, default=1, help="s3diff: pictures at once")
-    p.add_argument("--json", type=Path, metavar="FILE", help="s3diff: also write the figures there")
-    p.add_argument("--tiny", action="store_true", help="s3diff: small widths")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    p.add_argument("--tiny", action="store_true", help="s3diff, gramsr, train: small widths")
+    p.add_argument("--data", help="train: also read photos from here")
+    p.add_argument("--workers", type=int, default=8, help="train: processes that read them")
     p.add_argument("--only", choices=["ours", "reference"], help=argparse.SUPPRESS)     # one call, for its memory
     args = p.parse_args()
+    args.model = {"vosr": "0.5b-1step"}.get(args.model, args.model)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    (bench_s3diff if args.model == "s3diff" else bench_vosr)(args, device, dtype)
+    if args.model == "train":
+        from bench_train import bench_train
+
+        table = bench_train(args, Table(args, device, dtype), device, dtype)
+    else:
+        table = bench(args, device, dtype)
+    if args.json and table:
+        args.json.write_text(json.dumps(table.about | {"rows": table.rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from models.flow import Draws, loss_flow
 from models.vosr import VOSR
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipe="s3diff", ema=0.5, schedule="cosine", warmup=2)
+STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipes=("s3diff", "vosr"), ema=0.5, schedule="cosine", warmup=2)
 
 
 @pytest.fixture(autouse=True)

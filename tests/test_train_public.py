@@ -13,7 +13,7 @@ import train_vosr
 import training
 from models.vosr import PUBLIC, VOSR
 
-FLOW = replace(STAGE, lr=1e-3, recipe="vosr")
+FLOW = replace(STAGE, lr=1e-3, recipes=("vosr",))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,159 @@
+"""Training steps of the three scripts, for bench.py: their own functions on random photos, at full size with random weights.
+
+A row is one step, or one of its parts, in autocast's precision: degradation, losses, backward, clipping, optimizer, EMA. Rows named
+"checkpointing" compute the blocks a second time in backward; what that costs and saves is the difference.
+"""
+
+import time
+from argparse import Namespace
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from bench import Table, with_numbers
+from torch.utils.data import DataLoader
+
+import train_gramsr
+import train_s3diff
+import train_vosr
+import training
+from degrade import RECIPES, degrade
+from models.discriminator import Discriminator, draw_augment
+from models.dit import DiT
+from models.gramsr import SETS, GramSR
+from models.lpips import LPIPS
+from models.s3diff import S3Diff, is_trained
+from models.vit import PRESETS as VITS
+from models.vit import DINOv3, ViT, ViTConfig
+from models.vosr import VOSR
+
+
+class Step:
+    """What every script does with a batch: losses under autocast, backward, Health's clipped step."""
+
+    def __init__(self, params, device, dtype):
+        self.device, self.dtype, self.health = device, dtype, training.Health()
+        self.optimizer = torch.optim.AdamW(params, lr=1e-6, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def __call__(self, compute):
+        with training.autocast(self.device, self.dtype):
+            terms = compute()
+        self.scaler.scale(sum(terms.values())).backward()
+        self.health.step(self.optimizer, self.scaler)
+
+
+def vosr(args, hq, device, dtype):
+    """-> {stage: {row: function}}, one after the other, and switches for checkpointing"""
+    cfg, stages = train_vosr.PRESETS["tiny" if args.tiny else "0.5b"]
+    model = VOSR(cfg).to(device)
+    frozen = {name: m for name, m in model.named_children() if name not in (("dit", "vit") if args.tiny else ("dit",))}
+    if not args.tiny and dtype == torch.bfloat16:
+        for m in frozen.values():
+            m.to(dtype)
+    for name in ("flow", "distill"):
+        stage, teacher = stages[name], None
+        if name == "distill":
+            teacher, model.dit = model.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True)).to(device)
+        ema = deepcopy(model, {id(m): m for m in frozen.values()})
+        step = Step(training.freeze_all_but(model, [*model.dit.parameters()]), device, dtype)
+        options, recipe = Namespace(stage=name, distill=None), RECIPES[stage.recipes[0]]
+
+        def whole():
+            g = training.generator(0)
+            lq = degrade(hq, recipe, g)[1]
+            step(lambda: train_vosr.losses(options, stage, model, teacher, 2 * hq - 1, 2 * lq - 1, g))
+            training.ema_update(ema, model, stage.ema)
+
+        yield f"VOSR {name}", {"degradation": lambda: degrade(hq, recipe, training.generator(0)), "step": whole}, [model.dit]
+        del ema, step
+
+
+def s3diff(args, hq, device, dtype):
+    cfg, recipe = train_s3diff.PRESETS["tiny" if args.tiny else "sd-turbo"]
+    with torch.device("meta"):
+        model = S3Diff(cfg)
+    model = with_numbers(model, torch.Generator().manual_seed(0), device)
+    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
+    for p in model.unet.parameters() if dtype != torch.float32 else ():
+        p.data = p.data if p.requires_grad else p.data.to(dtype)
+    vit = ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1) if args.tiny else VITS["dino_vitb16"]
+    D, lpips = Discriminator(ViT(vit), **({"head_width": 16} if args.tiny else {})).to(device), LPIPS().requires_grad_(False).to(device)
+    G_step, D_step = Step(params, device, dtype), Step([*D.parameters()], device, dtype)
+
+    def part(step, compute):
+        """compute(x_src, x_tgt, scores, u, g) -> losses, ..."""
+        g = training.generator(0)
+        lq, lq_up = degrade(hq, RECIPES["s3diff"], g)
+        step(lambda: compute(2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), torch.rand(len(hq), generator=g), g)[0])
+
+    def reconstruct():
+        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.reconstruct(model, lpips, recipe, 0.05, x_src, x_tgt, scores, u, g))
+
+    def adversary():
+        D.requires_grad_(False)
+        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.adversary(model, D, recipe, x_src, scores, g, draw_augment(x_src, g)))
+        D.requires_grad_(True)
+
+    def judge():
+        for target in ("real", "fake"):
+            part(D_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.discriminator_loss(D, recipe, x_tgt, target, draw_augment(x_tgt, g)))
+
+    def whole():
+        reconstruct(), adversary(), judge()
+
+    yield "S3Diff", {"reconstruct": reconstruct, "adversary": adversary, "judge": judge, "step": whole}, \
+        [model.unet, model.vae.encoder, model.vae.decoder]
+
+
+def gramsr(args, hq, device, dtype):
+    cfg, stages = train_gramsr.PRESETS["tiny" if args.tiny else "sd-2.1"]
+    with torch.device("meta"):
+        model = GramSR(cfg)
+    model = with_numbers(model, torch.Generator().manual_seed(0), device).requires_grad_(False)
+    for p in model.unet.parameters() if dtype != torch.float32 else ():
+        p.data = p.data.to(dtype)
+    lpips = LPIPS().requires_grad_(False).to(device)
+    vit = DINOv3(VITS["dinov3_vits16plus"]).requires_grad_(False).to(device)
+    for name in SETS:
+        stage = stages[name]
+        model.add_set(name, stage.rank)
+        model.to(device)
+        step = Step(training.freeze_all_but(model, [*model.lora(name).values(), *model.adapter.parameters()]), device, dtype)
+
+        def whole():
+            g = training.generator(0)
+            lq_up = degrade(hq, RECIPES["gramsr"], g)[1]
+            step(lambda: train_gramsr.losses(model, lpips, vit, stage, {}, 2 * lq_up - 1, 2 * hq - 1, g)[0])
+
+        yield f"GramSR {name}", {"step": whole}, [model.unet, model.vae.decoder]
+
+
+def read_photos(args, crop, device):
+    """How many photos a second come from the disk, cropped and on the device."""
+    photos = training.photos_for(args.data, crop, 0, flip=True)[0]
+    loader = iter(DataLoader(photos, batch_size=args.batch, sampler=range(10**9), num_workers=args.workers, pin_memory=device.type == "cuda"))
+    for _ in range(20):
+        next(loader).to(device)
+    start, n = time.perf_counter(), 50
+    for _ in range(n):
+        next(loader).to(device, non_blocking=True)
+    print(f"photos of {crop} px read by {args.workers} workers: {n * args.batch / (time.perf_counter() - start):.1f} a second", flush=True)
+
+
+def bench_train(args, table: Table, device, dtype):
+    crop = 4 * args.side
+    if args.data:
+        read_photos(args, crop, device)
+    torch.manual_seed(0)
+    hq = torch.rand(args.batch, 3, crop, crop, device=device)
+    for system in (vosr, s3diff, gramsr):
+        for title, parts, networks in system(args, hq, device, dtype):
+            print(title)
+            table.measure({f"{title[:7]} {row}": {"ours": function} for row, function in parts.items()}, [*networks[0].children()])
+            for network in networks:
+                network.checkpointing = True
+            table.measure({"checkpointing": {"ours": parts["step"]}})
+            for network in networks:
+                network.checkpointing = False
+    return table
