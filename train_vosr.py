@@ -1,8 +1,9 @@
-"""Train VOSR: an autoencoder (tiny only), a flow from noise to clean latents, its distillation to one step.
+"""Train VOSR: an autoencoder (tiny only), a flow from noise to clean latents (tiny: refined), its distillation to one step.
 
     python train_vosr.py --stage autoencoder --data PHOTOS --out runs/ae
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
-    python train_vosr.py --stage distill     --data PHOTOS --out runs/distill --init runs/flow
+    python train_vosr.py --stage refine      --data PHOTOS --out runs/refine  --init runs/flow
+    python train_vosr.py --stage distill     --data PHOTOS --out runs/distill --init runs/refine
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
@@ -77,10 +78,11 @@ TINY_STAGES = {
     "autoencoder": Stage(3000, 16, 3e-3, crop=128, flip=True, ema=0.99, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0),
     "flow": Stage(2600, 8, 8e-4, crop=128, flip=True, recipes=("s3diff",), ema=0.998, schedule="cosine", warmup=100, strength=(7.0, 1.0),
                   lognorm=(1.0, 1.2)),
-    "refine": Stage(4500, 8, 5e-4, crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", ema=0.998, schedule="cosine", warmup=100,
+    "refine": Stage(3600, 8, 5e-4, crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", ema=0.998, schedule="cosine", warmup=100,
                     strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
     "distill": Stage(20, 8, 5e-5, crop=128, flip=True, recipes=("s3diff",), ema=0.8, schedule="cosine", warmup=5, strength=(7.0, 1.0), omega=1.0),
 }
+ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}     # no visual tokens; classifier-free guidance's usual reference, no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
 
@@ -92,6 +94,7 @@ def parse_args():
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
     p.add_argument("--init", help="model to start from: the earlier stage's --out, or anything that sample.py --model takes")
+    p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without the visual tokens, or with no condition where the weak one stands")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     # optimisation
     p.add_argument("--steps", type=int, help="optimizer steps in all (default: the preset's)")
@@ -115,6 +118,8 @@ def parse_args():
         p.error(f"preset {args.preset} has no --stage {args.stage}, only {', '.join(stages)}")
     if args.distill and args.stage != "distill":
         p.error(f"--distill is not read by --stage {args.stage}")
+    if args.ablate and (args.stage != "flow" or not isinstance(cfg.vae, TinyVAEConfig)):
+        p.error("--ablate is for --stage flow of --preset tiny; later stages go on with what they find")
     if args.init and args.stage == "autoencoder":
         p.error("--init is not read by --stage autoencoder")
     if not args.init and (args.stage in ("refine", "distill") or args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig)):
@@ -144,7 +149,8 @@ def build(args, cfg):
     teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
     missing, unexpected = start.dit.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected and all(k.startswith("r_embedder.") for k in missing), (missing, unexpected)
-    start.cfg = replace(cfg, dit=start.dit.cfg, light_decoder=start.cfg.light_decoder, steps=1, guidance=1.0)
+    kept = {name: getattr(start.cfg, name) for name in ("light_decoder", "weak", "blind")}
+    start.cfg = replace(cfg, dit=start.dit.cfg, steps=1, guidance=1.0, **kept)
     return start, teacher, ["dit"], f"from {args.init}"
 
 
@@ -155,10 +161,12 @@ def losses(args, stage, model, teacher, hq, lq, g):
     with torch.no_grad():
         z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
     feat = model.tokens(lq)
+    d = Draws.distill(z_hq, g) if args.stage == "distill" else Draws.flow(z_hq, g, stage.lognorm)
+    if model.cfg.weak == 0:
+        d.w = torch.zeros_like(d.w)
     if args.stage != "distill":
-        return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, Draws.flow(z_hq, g, stage.lognorm), strength=stage.strength)}
-    v_loss, u_loss = loss_distill(model.dit, teacher, z_hq, z_lq, feat, Draws.distill(z_hq, g), args.distill or "rcgm",
-                                  stage.omega, strength=stage.strength)
+        return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, d, strength=stage.strength)}
+    v_loss, u_loss = loss_distill(model.dit, teacher, z_hq, z_lq, feat, d, args.distill or "rcgm", stage.omega, strength=stage.strength)
     return {"v": v_loss, "u": u_loss}
 
 
@@ -203,6 +211,7 @@ def main():
 
     torch.manual_seed(args.seed)                # the initial weights; everything later has generators of its own
     model, teacher, names, origin = build(args, cfg)
+    model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
     frozen = {name: m for name, m in model.named_children() if name not in names}
     if dtype == torch.bfloat16 and "vae" in frozen and not isinstance(cfg.vae, TinyVAEConfig):
         for m in frozen.values():               # official: the autoencoder stays in float32
@@ -217,7 +226,8 @@ def main():
     optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    settings = {name: getattr(args, name) for name in ("stage", "preset", "distill", "data", "init", "seed")} | {"batch_size": stage.batch_size}
+    settings = {name: getattr(args, name) for name in ("stage", "preset", "ablate", "distill", "data", "init", "seed")}
+    settings["batch_size"] = stage.batch_size
     step, names_of_photos = 0, None
     checkpoint = training.load_checkpoint(out, settings)
     if checkpoint:

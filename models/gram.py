@@ -37,7 +37,7 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
 
 def normalised(x):
     """(B, 3, H, W) in [-1, 1] -> as DINO wants it"""
-    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1).to(x, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
     return (0.5 * x + 0.5 - mean) / std
 
 

@@ -109,9 +109,9 @@ class GramSR(nn.Module):
             return torch.zeros_like(z)
         n, C = len(passes), None
         if passes[0][0] < len(ranks):
-            on = torch.tensor([[i < k for k, _ in passes] for i in range(len(ranks))], dtype=z.dtype, device=z.device)
+            on = torch.tensor([[i < k for k, _ in passes] for i in range(len(ranks))]).to(z, non_blocking=True)
             on = on.repeat_interleave(B if n > 1 else 1, dim=1)
-            C = {adapter: on[i, :, None, None] * torch.eye(ranks[name]).to(z) for i, name in enumerate(ranks) for adapter in SETS[name]}
+            C = {adapter: on[i, :, None, None] * torch.eye(ranks[name], device=z.device) for i, name in enumerate(ranks) for adapter in SETS[name]}
             C = [C] * len(self.unet.blocks)
         eps = self.unet(z.repeat(n, 1, 1, 1), self.cfg.t, context.repeat(n, 1, 1), C).chunk(n)
         return sum(times * e for (_, times), e in zip(passes, eps))     # Eq. GramSR (2)
@@ -160,7 +160,7 @@ class GramSR(nn.Module):
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
         like = self.unet.conv_in.weight                             # the networks' device and dtype; pictures stay float32
-        lq_up = resize(lq, (H, W)).to(like.device)                  # official: whatever its shape, a picture is squeezed to 512 x 512
+        lq_up = resize(lq, (H, W)).to(like.device, non_blocking=True)   # official: whatever its shape, a picture is squeezed to 512 x 512
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
         scales = [1 if scale is None else scale for scale in (pixel, semantic, texture)]
         z = self.restore(self.vae.encode(x.to(like)), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)

@@ -328,7 +328,7 @@ def wavelet(x, ref):
 
 def low_frequencies(x, levels=5):
     """What is left of x after five blurs, each twice as wide as the one before (StableSR's wavelets).  x: (B, C, H, W) -> same shape"""
-    k = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
+    k = torch.tensor([1.0, 2.0, 1.0]).to(x, non_blocking=True) / 4
     kernel = (k[:, None] * k).expand(x.shape[1], 1, 3, 3)
     for level in range(levels):
         step = 2**level

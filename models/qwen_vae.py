@@ -236,7 +236,7 @@ class QwenVAE(nn.Module):
 
     def statistics(self, z):
         """Mean and standard deviation of the latent channels, two of (C, 1, 1), on z's device and in its dtype."""
-        return (torch.tensor(numbers).to(z).view(-1, 1, 1) for numbers in (self.config.latents_mean, self.config.latents_std))
+        return (torch.tensor(numbers).to(z, non_blocking=True).view(-1, 1, 1) for numbers in (self.config.latents_mean, self.config.latents_std))
 
     def moments(self, x):
         """Mean and standard deviation of the posterior q(z | x).
@@ -253,7 +253,7 @@ class QwenVAE(nn.Module):
         """
         z, std = self.moments(x)
         if generator is not None:  # drawn where the generator lives, in float32: one seed, one noise on any device and dtype
-            z = z + std * torch.randn(z.shape, generator=generator, device=generator.device).to(z)
+            z = z + std * torch.randn(z.shape, generator=generator, device=generator.device).to(z, non_blocking=True)
         channel_mean, channel_std = self.statistics(z)
         return (z - channel_mean) / channel_std
 

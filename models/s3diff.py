@@ -89,7 +89,7 @@ class S3Diff(nn.Module):
     def noisy(self, z, t, generator=None):
         """The latent as the UNet gets it: as it is, which is the point of S3Diff; only from an earlier t (Table 8) with that time's noise."""
         a = alphas_cumprod()[t].item()
-        return z if t == 999 else a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=generator).to(z)
+        return z if t == 999 else a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
         """The latent less its noise.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
@@ -132,7 +132,7 @@ class S3Diff(nn.Module):
     @torch.no_grad()
     def estimate(self, lq):
         """How blurred and how noisy pictures are.  lq: (B, 3, H, W) in [0, 1], not enlarged -> (B, 2) in [0, 1]"""
-        return self.denet(lq.to(next(self.denet.parameters())))
+        return self.denet(lq.to(next(self.denet.parameters()), non_blocking=True))
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, noise=None, blur=None, guidance=None, prompt=None, negative_prompt=None, start_step=None,
@@ -162,11 +162,11 @@ class S3Diff(nn.Module):
         lq_up = F.interpolate(lq, (H, W), mode="bicubic" if paper else "bilinear").clamp(0, 1)
         C_vae, C_unet = self.matrices("vae", scores), self.matrices("unet", scores)
         # official: a sample of the posterior, another one in every run; here its mode
-        z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, 64).to(like), C=C_vae)
+        z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, 64).to(like, non_blocking=True), C=C_vae)
         z = self.noisy(z, t, torch.Generator().manual_seed(seed))
         eps = self.predict(z, t, prompts.to(z), C_unet, guidance, tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = self.vae.decode(self.clean(z, eps, t)).float().clamp(-1, 1) / 2 + 0.5
-        return color_fix(sr[..., :H, :W], lq_up.to(sr), color, stablesr=True)
+        return color_fix(sr[..., :H, :W], lq_up.to(sr, non_blocking=True), color, stablesr=True)
 
     def describe(self, text):
         """Features of a text.  -> (77, D). Raises WeightError."""

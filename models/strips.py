@@ -75,7 +75,7 @@ def statistics(x, groups):
         shares.append(strip.shape[2] / x.shape[2])
         means.append(mean)
         variances.append(variance)
-    shares, means, variances = torch.tensor(shares, device=x.device).view(-1, 1, 1), torch.stack(means), torch.stack(variances)
+    shares, means, variances = torch.tensor(shares).view(-1, 1, 1).to(x.device, non_blocking=True), torch.stack(means), torch.stack(variances)
     mean = (shares * means).sum(0)
     return mean, (shares * (variances + (means - mean) ** 2)).sum(0)  # the mean of the variances plus the variance of the means
 

@@ -266,7 +266,7 @@ class UNet(Checkpointing, nn.Module):
         """
         C = C or [None] * len(self.blocks)
         n = len(self.down_blocks)
-        t = torch.as_tensor(t, device=z.device).expand(len(z))
+        t = (t if torch.is_tensor(t) else torch.full((1,), t, device=z.device)).expand(len(z))
         temb = self.time_embedding(sinusoid(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype))
         x = self.conv_in(z, C[0])
         skips = [x]

@@ -45,6 +45,7 @@ class VOSRConfig:
     weak: float = 0.15              # strength of the weak condition in sampling
     temperature: float = 1.0        # deviation of the starting noise; below 1 a one-step result is smoother and more faithful
     torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does in training, not as the official scripts do (Pillow)
+    blind: bool = False             # no visual tokens, as in the paper's ablation
     tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
     overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
 
@@ -96,9 +97,11 @@ class VOSR(nn.Module):
 
     def tokens(self, x):
         """What the vision encoder makes of x: (B, 3, H, W) in [-1, 1], the enlarged LQ picture -> (B, M, z_dims)."""
+        if self.cfg.blind:
+            return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         side = (self.cfg.vit_input, self.cfg.vit_input)         # official: whatever the aspect, the picture is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
-        mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(c).view(3, 1, 1).to(x, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
         return self.vit(((x - mean) / std).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
     @torch.no_grad()
@@ -144,13 +147,13 @@ class VOSR(nn.Module):
         lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else resize(lq, (H, W))
         generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
         like = self.dit.t_block[1].weight                           # the networks' device and dtype; pictures stay float32
-        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size).to(like.device)
+        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size).to(like.device, non_blocking=True)
         z_lq = self.vae.encode(x.to(like), generator)
-        eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq)
+        eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, own("steps", steps), own("guidance", guidance), own("weak", weak),
                          tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = (self.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
-        return color_fix(sr, lq_up.to(sr), color)
+        return color_fix(sr, lq_up.to(sr, non_blocking=True), color)
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):

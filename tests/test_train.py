@@ -28,7 +28,7 @@ STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipes=("s3diff", "vosr"), ema=0.
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
-    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "distill": STAGE}
+    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "refine": replace(STAGE, branches_per="image"), "distill": STAGE}
     monkeypatch.setitem(train_vosr.PRESETS, "small", (replace(SMALL, tile=64), stages))
 
 
@@ -78,13 +78,15 @@ def autoencoder(monkeypatch, photos, tmp_path):
     return tmp_path / "ae"
 
 
-def test_three_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys):
-    train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
+def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys):
+    flow = train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
+    refined = train(monkeypatch, photos, tmp_path / "refine", "refine", "--init", tmp_path / "flow")
+    assert {k.split(".")[0] for k in flow if not torch.equal(flow[k], refined[k])} == {"dit", "vit"}
     for kind in ("rcgm", "shortcut"):
-        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "flow", "--distill", kind, "--micro-batch", 1)
+        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "refine", "--distill", kind, "--micro-batch", 1)
         model = VOSR.from_pretrained(tmp_path / kind)
         assert model.cfg.dit.auxiliary_time_cond and model.cfg.steps == 1
-    a, b = load_file(tmp_path / "flow" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
+    a, b = load_file(tmp_path / "refine" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("vae.", "vit.")))            # distillation trains the DiT alone
     for name in ("log.csv", "loss.png", "sheet.png"):
         assert (tmp_path / "rcgm" / name).stat().st_size > 0
@@ -95,10 +97,27 @@ def test_three_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, 
     assert Image.open(tmp_path / "out" / "teal.png").size == (36, 28)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "flow", "distill"])
+@pytest.mark.parametrize("ablation", train_vosr.ABLATIONS)
+def test_ablations_last(monkeypatch, photos, autoencoder, tmp_path, ablation):
+    """What a flow has learned without, its refinement and its one-step student do without."""
+    runs = {}
+    for stage, init, *more in (("flow", autoencoder, "--ablate", ablation), ("refine", tmp_path / "flow"), ("distill", tmp_path / "refine")):
+        steps = 12 if stage == "flow" else 1        # the condition is dropped for one picture in ten
+        runs[stage] = train(monkeypatch, photos, tmp_path / stage, stage, "--init", init, *more, "--steps", steps)
+        cfg = VOSR.from_pretrained(tmp_path / stage).cfg
+        assert (cfg.blind, cfg.weak) == ((True, 0.15) if ablation == "tokens" else (False, 0.0))
+    usual = train(monkeypatch, photos, tmp_path / "usual", "flow", "--init", autoencoder, "--steps", 12)
+    assert any(not torch.equal(usual[k], runs["flow"][k]) for k in usual if k.startswith("dit."))
+    if ablation == "tokens":
+        a = VOSR.from_pretrained(tmp_path / "distill")
+        x = torch.rand(2, 3, 64, 64)
+        assert not a.tokens(x).any() and a.upscale(x[:1, :, :16, :16]).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flow", "refine", "distill"])
 def test_resumed_equals_uninterrupted(monkeypatch, photos, autoencoder, tmp_path, stage):
     more = [] if stage == "autoencoder" else ["--init", autoencoder]
-    if stage == "distill":
+    if stage in ("refine", "distill"):
         train(monkeypatch, photos, tmp_path / "flow", "flow", *more)
         more = ["--init", tmp_path / "flow"]
     whole = train(monkeypatch, photos, tmp_path / "whole", stage, *more)

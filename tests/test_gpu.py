@@ -1,0 +1,71 @@
+"""What only a CUDA device can show. Run: python -m pytest tests/test_gpu.py
+
+Small networks with random weights, but for the embedded model.
+"""
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from bench import S3, Gram, Vosr
+from PIL import Image
+
+import sample
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+ARGS = Namespace(tiny=True, steps=None)
+SYSTEMS = {"vosr": lambda device: Vosr("tiny", ARGS, device), "s3diff": lambda device: S3(ARGS, device), "gramsr": lambda device: Gram(ARGS, device)}
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request):
+    return SYSTEMS[request.param](torch.device("cuda"))
+
+
+@pytest.fixture
+def lq():
+    return torch.rand(1, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_the_host_never_waits_inside_a_picture(system, lq):
+    system.to(torch.bfloat16)
+    system.model.upscale(lq)        # what is done once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sr = system.model.upscale(lq)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sr.is_cuda and sr.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_close(system, lq, dtype):
+    whole = system.model.upscale(lq).float()
+    system.to(dtype)
+    error = (system.model.upscale(lq).float() - whole).square().mean().sqrt().item()
+    assert error < 0.02, f"{-20 * torch.tensor(error).log10():.1f} dB"
+
+
+@torch.no_grad()
+def test_compiled_equals_plain(system, lq):
+    plain = system.model.upscale(lq)
+    for name in sample.COMPILED:
+        if name in dict(system.model.named_modules()):
+            system.model.get_submodule(name).compile()
+    torch.testing.assert_close(system.model.upscale(lq), plain, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("script", ["train_vosr.py --stage autoencoder", "train_s3diff.py --preset tiny", "train_gramsr.py --preset tiny --stage pixel"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_training(tmp_path, script, dtype):
+    for i in range(3):
+        Image.effect_noise((140, 140), 60).convert("RGB").save(tmp_path / f"{i}.png")
+    command = [sys.executable, *script.split(), "--data", tmp_path, "--out", tmp_path / "out", "--steps", "3", "--batch-size", "2", "--dtype", dtype]
+    subprocess.run([*map(str, command), "--device", "cuda"], cwd=ROOT, check=True)
+    assert (tmp_path / "out" / "sheet.png").exists()
