@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 import sample
-from models import evaluation
+from models import evaluation, vosr
+from models.gramsr import GramSR, GramSRConfig
 from models.imaging import read_picture, resize, write_picture
+from models.s3diff import S3Diff, S3DiffConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "models" / "vosr_tiny.safetensors"
@@ -214,3 +216,39 @@ def test_example_with_the_real_model(tmp_path):
     with Image.open(ROOT / "assets" / "example.png") as lq, Image.open(tmp_path / "out" / "example.png") as sr:
         assert sr.size == (lq.width * 4, lq.height * 4)
     assert names(tmp_path / "out") == ["example.png", "metrics.csv", "metrics.json", "sheet.png"] and "PSNR-Y" in done.stdout
+
+
+def test_compile(run, monkeypatch):
+    """--compile reaches the networks that do the work, of every system; what it gains only a benchmark shows."""
+    names = {}
+    with torch.device("meta"):
+        for name, system, config in (("vosr", vosr.VOSR, vosr.VOSRConfig()), ("s3diff", S3Diff, S3DiffConfig()), ("gramsr", GramSR, GramSRConfig())):
+            names[name] = {part for part, _ in system(config).named_modules()} & set(sample.COMPILED)
+    assert names == {"vosr": {"dit", "vit", "vae.encoder", "vae.decoder"}, "s3diff": {"unet", "vae.encoder", "vae.decoder"},
+                     "gramsr": {"unet", "vit", "vae.encoder", "vae.decoder"}}
+    seen = []
+
+    class Modules(Bicubic, torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dit, self.other = torch.nn.Identity(), torch.nn.Identity()
+            self.dit.compile, self.other.compile = lambda: seen.append("dit"), lambda: seen.append("other")
+
+    monkeypatch.setitem(sample.SYSTEMS, "vosr", Modules)
+    picture("a.png")
+    assert run("a.png")[0] == 0 and seen == []
+    assert run("a.png", "--compile")[0] == 0 and seen == ["dit"]
+
+
+def test_many_pictures_keep_their_order(run):
+    """Files are read and written beside the device's work; lines, tables and sheet are as if they were not."""
+    for i in range(9):
+        picture(f"in/{i}.png", 8 + i, 12)
+    Path("in/4.png").write_text("no picture")
+    picture("ref/5.png", 26, 24)
+    status, out, err = run("in", "--ref", "ref", "--scale", 2)
+    assert status == 1 and [line.split(":")[0] for line in out if "->" in line] == [f"in/{i}.png".replace("/", os.sep) for i in range(9) if i != 4]
+    with open("out/metrics.csv") as f:
+        assert [row["picture"] for row in csv.DictReader(f)] == [f"{i}.png" for i in range(9) if i != 4]
+    assert names("out") == [f"{i}.png" for i in range(9) if i != 4] + ["metrics.csv", "metrics.json", "sheet.png"]
+    assert sum("in/4.png".replace("/", os.sep) in line for line in err) == 2
