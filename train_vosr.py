@@ -62,7 +62,7 @@ TINY = VOSRConfig(
     dit=DiTConfig(input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4, z_dims=128,
                   precondition=True, rope_rescale=False),
     vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2),
-    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.25, torch_bicubic=True,
+    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.65, torch_bicubic=True,
     tile=128, overlap=32,
 )
 AUTHORS = {     # the settings of the authors' code, for both sizes
@@ -80,7 +80,8 @@ TINY_STAGES = {
                   lognorm=(1.0, 1.2)),
     "refine": Stage(3600, 8, 5e-4, crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", ema=0.998, schedule="cosine", warmup=100,
                     strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
-    "distill": Stage(20, 8, 5e-5, crop=128, flip=True, recipes=("s3diff",), ema=0.8, schedule="cosine", warmup=5, strength=(7.0, 1.0), omega=1.0),
+    "distill": Stage(40, 8, 5e-5, crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", ema=0.8, schedule="cosine", warmup=5,
+                     strength=(7.0, 1.0), omega=1.0),
 }
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}     # no visual tokens; classifier-free guidance's usual reference, no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
@@ -139,7 +140,7 @@ def build(args, cfg):
         return model, None, ["dit"], "transformer FROM SCRATCH"
     start = VOSR.from_pretrained(args.init).train()
     if args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig):
-        model = VOSR(cfg)
+        model = VOSR(replace(cfg, temperature=1.0))     # less is for one step; many need all of the noise they were trained on
         model.vae.load_state_dict(start.vae.state_dict())
         return model, None, ["dit", "vit"], f"autoencoder from {args.init}, transformers FROM SCRATCH"
     if start.cfg.dit != cfg.dit:

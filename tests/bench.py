@@ -121,7 +121,7 @@ class Table:
                       "compile": args.compile, "threads": torch.get_num_threads(), "torch": torch.__version__,
                       "peak_tflops": matmul_peak(device, dtype)}
         print(*(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.about.items()), sep=", ")
-        print(f"{'':18} {'':13} {'ms':>9}   {'from, to':18} {'pictures/s':>10} {'TFLOP/s':>8} {'of peak':>7} {'MB':>6}  ours is faster", flush=True)
+        print(f"{'':27} {'':13} {'ms':>9}   {'from, to':18} {'pictures/s':>10} {'TFLOP/s':>8} {'of peak':>7} {'MB':>6}  ours is faster", flush=True)
 
     def measure(self, rows, compile=()):
         """rows: {name: {"ours" or another way: function}}; compile: networks, after what can be counted only before"""
@@ -145,7 +145,7 @@ class Table:
 
     def print(self, row):
         self.rows.append(row)
-        print(f"{row['row']:18} {row['who']:13} {row['ms']:9.1f}   {row['from']:<8.1f} {row['to']:<9.1f} {row['pictures_per_s']:10.2f} "
+        print(f"{row['row']:27} {row['who']:13} {row['ms']:9.1f}   {row['from']:<8.1f} {row['to']:<9.1f} {row['pictures_per_s']:10.2f} "
               f"{row['tflops']:8.3g} {row['of_peak']:7.0%} {row['MB']:6.0f}" + (f" {row['ours_is_faster']:8.2f}x" if "ours_is_faster" in row else ""),
               flush=True)
 

@@ -1,6 +1,6 @@
 """Training steps of the three scripts, for bench.py: their own functions on random photos, at full size with random weights.
 
-A row is one step, or one of its parts, in autocast's precision: degradation, losses, backward, clipping, optimizer, EMA. Rows named
+A row is one step, or one of its parts, in autocast's precision: degradation, losses, backward, clipping, optimizer, EMA. Rows that end in
 "checkpointing" compute the blocks a second time in backward; what that costs and saves is the difference.
 """
 
@@ -149,11 +149,10 @@ def bench_train(args, table: Table, device, dtype):
     hq = torch.rand(args.batch, 3, crop, crop, device=device)
     for system in (vosr, s3diff, gramsr):
         for title, parts, networks in system(args, hq, device, dtype):
-            print(title)
-            table.measure({f"{title[:7]} {row}": {"ours": function} for row, function in parts.items()}, [*networks[0].children()])
+            table.measure({f"{title} {row}": {"ours": function} for row, function in parts.items()}, networks[0].children())
             for network in networks:
                 network.checkpointing = True
-            table.measure({"checkpointing": {"ours": parts["step"]}})
+            table.measure({f"{title} checkpointing": {"ours": parts["step"]}})
             for network in networks:
                 network.checkpointing = False
     return table

@@ -447,11 +447,21 @@ def test_s3diff_by_name(tmp_path, monkeypatch, hub):
     assert torch.equal(sr, second.upscale(lq)) and torch.equal(sr, third.upscale(lq))
 
 
-def test_bench_s3diff(tmp_path):
-    """The tiny one, whose checks end with an error where ours and the reference differ."""
+@pytest.mark.parametrize("model, unet", [("s3diff", "UNet, two prompts"), ("gramsr", "UNet at (1, 1, 1)")])
+def test_bench(tmp_path, model, unet):
+    """The tiny ones, whose checks end with an error where ours and the reference differ."""
     pytest.importorskip("diffusers"), pytest.importorskip("peft"), pytest.importorskip("transformers")
-    command = ["s3diff", "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "figures.json")]
+    command = [model, "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "figures.json")]
     subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), *command], check=True)
     rows = {(row["row"], row["who"]): row for row in json.loads((tmp_path / "figures.json").read_text())["rows"]}
-    for row in (("whole picture", "ours"), ("whole picture", "reference"), ("UNet, two prompts", "ours, beside")):
-        assert rows[row]["ms"] > 0 and rows[row]["times_reference"] > 0
+    for row in (("whole picture", "reference"), (unet, "beside"), (unet, "reference")):
+        assert rows[row]["ms"] > 0 and rows[row]["ours_is_faster"] > 0 and 0 < rows[row]["tflops"]
+    # what is done is not more than the reference does: two passes there, one batch here
+    assert rows[unet, "ours"]["tflops"] * rows[unet, "ours"]["ms"] < 1.3 * rows[unet, "reference"]["tflops"] * rows[unet, "reference"]["ms"]
+
+
+def test_bench_train(tmp_path):
+    command = ["train", "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "figures.json")]
+    subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), *command], check=True)
+    rows = {row["row"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]}
+    assert {"VOSR flow step", "VOSR distill step", "S3Diff step", "GramSR texture step", "GramSR texture checkpointing"} <= rows
