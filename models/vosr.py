@@ -101,7 +101,7 @@ class VOSR(nn.Module):
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         side = (self.cfg.vit_input, self.cfg.vit_input)         # official: whatever the aspect, the picture is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
-        mean, std = (torch.tensor(c).view(3, 1, 1).to(x, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
         return self.vit(((x - mean) / std).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
     @torch.no_grad()
