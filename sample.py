@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from inspect import signature
 from os.path import exists, realpath
 from pathlib import Path
@@ -24,7 +24,8 @@ import torch
 from models.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of, report,
                                row_of, write_metrics, write_text)
 from models.gramsr import GramSR
-from models.imaging import PictureError, contact_sheet, list_pictures, output_paths, printable, read_picture, resize, round8, save_png, write_picture
+from models.imaging import (PictureError, contact_sheet, list_pictures, middle, output_paths, printable, read_picture, resize, round8,
+                            save_png, write_picture)
 from models.page import figure_of, page_of
 from models.s3diff import S3Diff
 from models.vosr import VOSR
@@ -113,10 +114,8 @@ def find_system(name):
     return GramSR if "ranks" in config or path.is_dir() and any(path.glob("model_*.pkl")) else VOSR
 
 
-def middle(x, side):
-    """(1, 3, H, W) -> at most side pixels of its middle either way"""
-    row, col = (slice(max(n - side, 0) // 2, (n + side) // 2) for n in x.shape[-2:])
-    return x[:, :, row, col]
+def to_compile(model):
+    return [network for name, network in model.named_modules() if name in COMPILED]
 
 
 def upscale(model, path, lq, args):
@@ -216,9 +215,8 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(f"model {args.model}", *(f"{name} {value}" for name, value in settings.items()), sep=", ")
 
-    for name in COMPILED if args.compile else ():
-        with suppress(AttributeError):
-            model.get_submodule(name).compile()
+    for network in to_compile(model) if args.compile else ():
+        network.compile()
     originals = {realpath(path) for path in pictures + references if path}     # Path.resolve fails at loops of links
     args.shown, reads, jobs = len(pictures) * len(args.names), deque(), deque()
     with ThreadPoolExecutor(AT_ONCE) as pool:       # files are read and written while the device works on another picture

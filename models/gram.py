@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from models.unet import alphas_cumprod
-from models.vit import IMAGENET_MEAN, IMAGENET_STD
+from models.vit import standardised
 
 CSD_TIMES = 20, 500     # t is drawn from 20 .. 499 (PiSA-SR's script; the default of its parser is a leftover)
 
@@ -37,8 +37,7 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
 
 def normalised(x):
     """(B, 3, H, W) in [-1, 1] -> as DINO wants it"""
-    mean, std = (torch.tensor(c).view(3, 1, 1).to(x, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    return (0.5 * x + 0.5 - mean) / std
+    return standardised(0.5 * x + 0.5)
 
 
 def features(vit, x):

@@ -354,6 +354,12 @@ def color_fix(x, ref, kind, stablesr=False):
 # -----------------------------------------------------------------------------
 # to look at
 
+def middle(x, side):
+    """(1, 3, H, W) -> at most side pixels of its middle either way"""
+    row, col = (slice(max(n - side, 0) // 2, (n + side) // 2) for n in x.shape[-2:])
+    return x[:, :, row, col]
+
+
 def contact_sheet(rows, labels=None, gap=8, font_size=14):
     """Pictures in rows and columns on white; smaller ones are enlarged to the height of their row with visible pixels.
 

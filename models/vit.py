@@ -28,6 +28,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def standardised(x):
+    """(B, 3, H, W) in [0, 1] -> with ImageNet's mean and deviation taken out, as all of these networks want it"""
+    mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / std
+
+
 @dataclass
 class ViTConfig:
     img_size: int = 518         # pixels per side the position table was trained on

@@ -23,7 +23,7 @@ from models.flow import guided, sample
 from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
-from models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTConfig
+from models.vit import ViT, ViTConfig, standardised
 from models.weights import (WeightError, checked, fetch, find_args, find_weights, load_strictly, nearby, on_paper, read_json, read_model,
                             read_tensors)
 
@@ -101,8 +101,7 @@ class VOSR(nn.Module):
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         side = (self.cfg.vit_input, self.cfg.vit_input)         # official: whatever the aspect, the picture is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
-        mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
-        return self.vit(((x - mean) / std).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
+        return self.vit(standardised(x).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
     @torch.no_grad()
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):

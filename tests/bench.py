@@ -41,6 +41,7 @@ from models.vae import VAEConfig  # noqa: E402
 from models.vit import DINOv3Config  # noqa: E402
 from models.vosr import SIZES, VOSR  # noqa: E402
 from release import numbers  # noqa: E402
+from sample import to_compile  # noqa: E402
 from training import choose_device, choose_dtype  # noqa: E402
 
 UNET, VAE = UNetConfig(widths=(64, 64, 64, 64), num_heads=(1, 1, 1, 1), layers_per_block=1, context_dim=64), \
@@ -150,7 +151,7 @@ class Table:
               flush=True)
 
 
-# ---- what is measured: each has rows(lq) -> {row: {"ours" or another way: function}}, the first row of which one needs to know is the last
+# ---- what is measured: each has rows(lq) -> {row: {"ours" or another way: function}}, parts first, then the whole picture
 
 
 class Vosr:
@@ -166,7 +167,7 @@ class Vosr:
             if one_step:
                 cfg = replace(cfg, dit=replace(cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0)
             self.model = VOSR(cfg).to(device).eval()
-        self.compiled, self.reference = [self.model.dit], None
+        self.reference = None
 
     def to(self, dtype):
         self.model.to(dtype)
@@ -217,7 +218,7 @@ class S3:
         with_numbers(self.model, generator, device), with_numbers(self.encoder, generator, device)
         self.ids = torch.randint(self.encoder.cfg.vocab_size, (2, 77), generator=generator).to(device)
         self.model.prompts = self.encoder(self.ids)
-        self.compiled, self.reference = [self.model.unet, self.model.vae.encoder, self.model.vae.decoder], None
+        self.reference = None
 
     def to(self, dtype):
         self.model.unet.to(dtype), self.model.vae.to(dtype), self.encoder.to(dtype)
@@ -255,7 +256,7 @@ class Gram:
         with torch.device("meta"):
             self.model = GramSR(cfg)
         with_numbers(self.model, torch.Generator().manual_seed(0), device)
-        self.compiled, self.reference = [self.model.unet, self.model.vae.encoder, self.model.vae.decoder, self.model.vit], None
+        self.reference = None
 
     def to(self, dtype):
         self.model.to(dtype)
@@ -299,9 +300,9 @@ def check(system, device):
 def bench(args, device, dtype):
     system = {"s3diff": S3, "gramsr": Gram}[args.model](args, device) if args.model in ("s3diff", "gramsr") else Vosr(args.model, args, device)
     reference = hasattr(system, "refer") and args.only != "ours" and all(map(find_spec, REFERENCE))
-    if reference:
-        system.refer()
     if not args.only:
+        if reference:
+            system.refer()
         check(system, device)
     system.reference = None
     system.to(dtype)
@@ -315,7 +316,7 @@ def bench(args, device, dtype):
         model.upscale(lq)
         return print(peak_memory(device))
     table = Table(args, device, dtype)
-    table.measure(system.rows(lq), system.compiled)
+    table.measure(system.rows(lq), to_compile(system.model))
     if not hasattr(system, "refer"):
         return table
     for who in ["ours", "reference"] if reference else ["ours"]:

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from bench import Table, with_numbers
-from torch.utils.data import DataLoader
 
 import train_gramsr
 import train_s3diff
@@ -132,7 +131,7 @@ def gramsr(args, hq, device, dtype):
 def read_photos(args, crop, device):
     """How many photos a second come from the disk, cropped and on the device."""
     photos = training.photos_for(args.data, crop, 0, flip=True)[0]
-    loader = iter(DataLoader(photos, batch_size=args.batch, sampler=range(10**9), num_workers=args.workers, pin_memory=device.type == "cuda"))
+    loader = training.batches(photos, range(10**6), args.batch, 0, args.batch, args.batch, args.workers, device)
     for _ in range(20):
         next(loader).to(device)
     start, n = time.perf_counter(), 50

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextConfig, CLIPTextModel, DINOv3ViTConfig, DINOv3ViTModel
 
 from models.gram import normalised
-from models.gramsr import TEXTURE
+from models.gramsr import SETS
 from models.imaging import color_fix, pad_to_multiple, resize
 from models.lora import ALPHA
 from models.s3diff import ADAPTER
@@ -120,10 +120,10 @@ class GramSRReference(Autoencoder):
         self.model, cfg, vit = model, model.cfg, model.cfg.vit
         with torch.device("meta"):
             self.unet, self.vae = unet_of(cfg.unet), vae_of(cfg.vae)
-            for adapter, layers in model.layers.items():
-                r = model.unet.conv_in.lora_A["default_encoder_pix"].weight.shape[0]
-                alpha = r if adapter == TEXTURE else ALPHA
-                self.unet.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=layers), adapter)
+            for name, r in cfg.ranks.items():
+                for adapter in SETS[name]:
+                    alpha = r if name == "texture" else ALPHA
+                    self.unet.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=model.layers[adapter]), adapter)
             self.unet.set_adapter(list(model.layers))
         self.vit = DINOv3ViTModel(DINOv3ViTConfig(      # not on the meta device: it would lose its table of positions
             patch_size=vit.patch_size, hidden_size=vit.embed_dim, intermediate_size=int(vit.embed_dim * vit.mlp_ratio), num_register_tokens=vit.registers,
