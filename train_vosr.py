@@ -1,9 +1,10 @@
-"""Train VOSR: an autoencoder (tiny only), a flow from noise to clean latents (tiny: refined), its distillation to one step.
+"""Train VOSR: a flow from noise to clean latents, and its distillation to one step. Tiny only: an autoencoder, a refined flow, a better decoder.
 
     python train_vosr.py --stage autoencoder --data PHOTOS --out runs/ae
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
     python train_vosr.py --stage refine      --data PHOTOS --out runs/refine  --init runs/flow
     python train_vosr.py --stage distill     --data PHOTOS --out runs/distill --init runs/refine
+    python train_vosr.py --stage decoder     --data PHOTOS --out runs/decoder --init runs/distill
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import training
@@ -82,7 +84,11 @@ TINY_STAGES = {
                     strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
     "distill": Stage(40, 8, 5e-5, crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", ema=0.8, schedule="cosine", warmup=5,
                      strength=(7.0, 1.0), omega=1.0),
+    "decoder": Stage(1500, 8, 1e-3, crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", ema=0.99, schedule="cosine", warmup=50,
+                     betas=(0.9, 0.99), weight_decay=0.0),
 }
+FINISH = 96                             # channels of the convolutions that stage decoder adds
+TEMPERATURES = 0.25, 1.0                # of the results they learn from
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}     # no visual tokens; classifier-free guidance's usual reference, no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -90,7 +96,7 @@ PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b"
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "refine", "distill"))
+    p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "refine", "distill", "decoder"))
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
@@ -123,9 +129,9 @@ def parse_args():
         p.error("--ablate is for --stage flow of --preset tiny; later stages go on with what they find")
     if args.init and args.stage == "autoencoder":
         p.error("--init is not read by --stage autoencoder")
-    if not args.init and (args.stage in ("refine", "distill") or args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig)):
+    if not args.init and (args.stage in ("refine", "distill", "decoder") or args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig)):
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
-    if args.fsdp and (args.dtype == "float16" or args.stage == "autoencoder"):
+    if args.fsdp and (args.dtype == "float16" or args.stage in ("autoencoder", "decoder")):
         p.error("--fsdp goes with --stage flow and distill, in bfloat16 or float32")
     return args
 
@@ -139,6 +145,13 @@ def build(args, cfg):
         model.dit = DiT(cfg.dit)
         return model, None, ["dit"], "transformer FROM SCRATCH"
     start = VOSR.from_pretrained(args.init).train()
+    if args.stage == "decoder":
+        if start.cfg.steps > 1:
+            raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage decoder learns from a one-step model's results")
+        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
+        missing, unexpected = model.load_state_dict(start.state_dict(), strict=False)
+        assert not unexpected and all(k.startswith("vae.finish.") for k in missing), (missing, unexpected)
+        return model, None, ["vae.finish"], f"from {args.init}"
     if args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig):
         model = VOSR(replace(cfg, temperature=1.0))     # less is for one step; many need all of the noise they were trained on
         model.vae.load_state_dict(start.vae.state_dict())
@@ -161,6 +174,11 @@ def losses(args, stage, model, teacher, hq, lq, g):
         return dict(zip(("all", "first_k"), model.vae.loss(hq, g)))
     with torch.no_grad():
         z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
+    if args.stage == "decoder":
+        low, high = TEMPERATURES
+        T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
+        eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
+        return {"L1": F.l1_loss(model.decode(model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak)).float(), hq)}
     feat = model.tokens(lq)
     d = Draws.distill(z_hq, g) if args.stage == "distill" else Draws.flow(z_hq, g, stage.lognorm)
     if model.cfg.weak == 0:
@@ -213,16 +231,16 @@ def main():
     torch.manual_seed(args.seed)                # the initial weights; everything later has generators of its own
     model, teacher, names, origin = build(args, cfg)
     model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
-    frozen = {name: m for name, m in model.named_children() if name not in names}
+    frozen = {name: m for name, m in model.named_children() if name not in {n.split(".")[0] for n in names}}
     if dtype == torch.bfloat16 and "vae" in frozen and not isinstance(cfg.vae, TinyVAEConfig):
         for m in frozen.values():               # official: the autoencoder stays in float32
             m.to(dtype)
     model, teacher = model.to(device), teacher and teacher.to(device)
     ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
     if args.fsdp:
-        for m in filter(None, (teacher, *(getattr(x, name) for x in (model, ema) for name in names))):
+        for m in filter(None, (teacher, *(x.get_submodule(name) for x in (model, ema) for name in names))):
             training.shard(m, device)
-    learned = [p for name in names for k, p in getattr(model, name).named_parameters() if k != "mask_token"]
+    learned = [p for name in names for k, p in model.get_submodule(name).named_parameters() if k != "mask_token"]
     params = training.freeze_all_but(model, learned)
     optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -257,7 +275,7 @@ def main():
 
     def save():
         """Every process helps to gather what is sharded, the first one writes."""
-        learned = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in names}
+        learned = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(f"{name}." for name in names))}
         averaged = training.gather(ema.state_dict())
         state = training.gather({"model": learned, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
         if rank > 0:

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.strips import attention, in_strips, norm_silu_conv
+from models.winograd import conv2d
 
 # Of each latent channel over natural pictures; diffusion happens on (latent - mean) / std. There is no common scale as in Stable Diffusion.
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -51,6 +52,9 @@ class Conv(nn.Conv2d):
     def __init__(self, c_in, c_out, size=3, **options):
         super().__init__(c_in, c_out, size, **{"padding": size // 2, **options})
         self.register_load_state_dict_pre_hook(take_last_slice)
+
+    def forward(self, x):
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 def drop_time_axis(module, state_dict, prefix, *_):

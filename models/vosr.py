@@ -51,7 +51,7 @@ class VOSRConfig:
 
     @staticmethod
     def from_dict(d):
-        vae = next(c for c in AUTOENCODERS if {f.name for f in fields(c)} == set(d["vae"]))(**d["vae"])
+        vae = next(c for c in AUTOENCODERS if set(d["vae"]) <= {f.name for f in fields(c)})(**d["vae"])
         return VOSRConfig(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
 
 
