@@ -149,7 +149,7 @@ class S3Diff(nn.Module):
         like = self.unet.conv_in.weight                             # the networks' device and dtype; pictures stay float32
         t = self.cfg.t if start_step is None else start_step
         guidance = guidance if guidance is not None else 1.1 if paper else self.cfg.guidance
-        scores = self.estimate(lq)
+        scores = self.estimate(lq) if None in (blur, noise) else torch.empty(len(lq), 2, device=like.device)
         for i, score in enumerate((blur, noise)):
             if score is not None:
                 scores[:, i] = score

@@ -28,7 +28,8 @@ STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipes=("s3diff", "vosr"), ema=0.
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
-    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "refine": replace(STAGE, branches_per="image"), "distill": STAGE}
+    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "refine": replace(STAGE, branches_per="image"), "distill": STAGE,
+              "decoder": STAGE}
     monkeypatch.setitem(train_vosr.PRESETS, "small", (replace(SMALL, tile=64), stages))
 
 
@@ -97,6 +98,21 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
     assert Image.open(tmp_path / "out" / "teal.png").size == (36, 28)
 
 
+def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
+    """At first the picture is the one without it; then only it has changed, and distilled models only are taken."""
+    train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
+    with pytest.raises(training.Quit, match="takes 2 steps; stage decoder learns from a one-step model"):
+        launch(monkeypatch, photos, tmp_path / "no", "decoder", "--init", tmp_path / "flow")
+    before = train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
+    after = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)
+    assert all(torch.equal(after[k], before[k]) for k in before) and {k.split(".")[1] for k in after.keys() - before.keys()} == {"finish"}
+    model, z = VOSR.from_pretrained(tmp_path / "decoder"), torch.randn(1, 8, 3, 4)
+    assert model.cfg.steps == 1 and model.decode(z).shape == (1, 3, 24, 32)
+    assert not torch.equal(model.decode(z), VOSR.from_pretrained(tmp_path / "one").decode(z))
+    torch.nn.init.zeros_(model.vae.finish.conv_out.weight), torch.nn.init.zeros_(model.vae.finish.conv_out.bias)
+    assert torch.equal(model.decode(z), VOSR.from_pretrained(tmp_path / "one").decode(z))
+
+
 @pytest.mark.parametrize("ablation", train_vosr.ABLATIONS)
 def test_ablations_last(monkeypatch, photos, autoencoder, tmp_path, ablation):
     """What a flow has learned without, its refinement and its one-step student do without."""
@@ -114,12 +130,15 @@ def test_ablations_last(monkeypatch, photos, autoencoder, tmp_path, ablation):
         assert not a.tokens(x).any() and a.upscale(x[:1, :, :16, :16]).shape == (1, 3, 64, 64)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "flow", "refine", "distill"])
+@pytest.mark.parametrize("stage", ["autoencoder", "flow", "refine", "distill", "decoder"])
 def test_resumed_equals_uninterrupted(monkeypatch, photos, autoencoder, tmp_path, stage):
     more = [] if stage == "autoencoder" else ["--init", autoencoder]
-    if stage in ("refine", "distill"):
+    if stage in ("refine", "distill", "decoder"):
         train(monkeypatch, photos, tmp_path / "flow", "flow", *more)
         more = ["--init", tmp_path / "flow"]
+    if stage == "decoder":
+        train(monkeypatch, photos, tmp_path / "one", "distill", *more)
+        more = ["--init", tmp_path / "one"]
     whole = train(monkeypatch, photos, tmp_path / "whole", stage, *more)
     half = train(monkeypatch, photos, tmp_path / "parts", stage, *more, stop_at=2)
     parts = train(monkeypatch, photos, tmp_path / "parts", stage, *more)
