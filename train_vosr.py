@@ -64,7 +64,7 @@ TINY = VOSRConfig(
     dit=DiTConfig(input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4, z_dims=128,
                   precondition=True, rope_rescale=False),
     vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2),
-    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.8, torch_bicubic=True,
+    vae=TinyVAEConfig(), vit_input=112, vit_layer=None, guidance=1.0, temperature=0.65, torch_bicubic=True,
     tile=128, overlap=32,
 )
 AUTHORS = {     # the settings of the authors' code, for both sizes

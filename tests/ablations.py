@@ -27,8 +27,7 @@ from training import generator, photos_for  # noqa: E402
 CROP = 224      # pixels: four tiles of 128 that share 32
 FLOWS = {"as VOSR": (), "no visual tokens": ("--ablate", "tokens"), "reference without any condition": ("--ablate", "weak")}
 DISTILLED = {"RCGM": ("--distill", "rcgm"), "shortcut": ("--distill", "shortcut")}
-SAMPLERS = {"conditional only": {"guidance": 1, "steps": 10}, "guidance 0.5": {"guidance": 0.5, "steps": 10},
-            "guidance 1.5": {"guidance": 1.5, "steps": 10}}
+SAMPLERS = {"conditional only": {"guidance": 1, "steps": 10}, "guidance 0.5": {"guidance": 0.5, "steps": 10}}
 ONE_STEP = {"one step, temperature 1": {"temperature": 1}}
 
 
