@@ -167,6 +167,7 @@ class Vosr:
             if one_step:
                 cfg = replace(cfg, dit=replace(cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0)
             self.model = VOSR(cfg).to(device).eval()
+            torch.nn.init.normal_(self.model.dit.final_layer.linear.weight, std=0.02)   # or every result would be 0 in every way
         self.reference = None
 
     def to(self, dtype):
