@@ -148,7 +148,7 @@ def build(args, cfg):
     if args.stage == "decoder":
         if start.cfg.steps > 1:
             raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage decoder learns from a one-step model's results")
-        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH), temperature=cfg.temperature))
+        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
         missing, unexpected = model.load_state_dict(start.state_dict(), strict=False)
         assert not unexpected and all(k.startswith("vae.finish.") for k in missing), (missing, unexpected)
         return model, None, ["vae.finish"], f"from {args.init}"
@@ -172,13 +172,14 @@ def losses(args, stage, model, teacher, hq, lq, g):
     """Loss terms of a batch, their sum is the loss. hq, lq: (B, 3, H, W) in [-1, 1] -> {name: scalar}."""
     if args.stage == "autoencoder":
         return dict(zip(("all", "first_k"), model.vae.loss(hq, g)))
-    with torch.no_grad():
-        z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
     if args.stage == "decoder":
+        z_lq = model.vae.encode(lq).float()
         low, high = TEMPERATURES
         T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
         eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
         return {"L1": F.l1_loss(model.decode(model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak)).float(), hq)}
+    with torch.no_grad():
+        z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
     feat = model.tokens(lq)
     d = Draws.distill(z_hq, g) if args.stage == "distill" else Draws.flow(z_hq, g, stage.lognorm)
     if model.cfg.weak == 0:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from degrade import RECIPES, degrade  # noqa: E402
-from models.metrics import load_niqe, niqe, psnr_y, ssim_y  # noqa: E402
+from models.evaluation import METRICS, find_metrics  # noqa: E402
 from models.vosr import VOSR  # noqa: E402
 from training import generator, photos_for  # noqa: E402
 
@@ -40,12 +40,11 @@ def train(out, *flags):
     return out
 
 
-def measure(folder, knobs, pairs, parameters):
-    """-> PSNR-Y in dB, SSIM-Y, NIQE: averages over pairs of pictures (hq, lq), each (1, 3, H, W) in [0, 1]"""
+def measure(folder, knobs, pairs, metrics):
+    """-> the average of each metric over pairs of pictures (hq, lq), each (1, 3, H, W) in [0, 1]"""
     model = VOSR.from_pretrained(folder)
     sr = [model.upscale(lq, seed=i, **knobs) for i, (_, lq) in enumerate(pairs)]
-    return [fmean(f(x, hq) for x, (hq, _) in zip(sr, pairs))
-            for f in (lambda x, hq: psnr_y(x, hq, 4), lambda x, hq: ssim_y(x, hq, 4), lambda x, hq: niqe(x, parameters))]
+    return [fmean(metric(x, hq) for x, (hq, _) in zip(sr, pairs)) for metric in metrics.values()]
 
 
 def main():
@@ -71,12 +70,13 @@ def main():
     crops = photos_for(args.data, CROP, 0)[1][::2]                 # 8 of the 16
     recipe = replace(RECIPES["s3diff"], branches_per="image")
     lq, _ = degrade(crops, recipe, generator(0))
-    pairs, parameters = list(zip(crops.split(1), lq.split(1))), load_niqe(args.niqe)
-    print("| trained | sampled | PSNR-Y | SSIM-Y | NIQE |\n|---|---|---|---|---|")
+    pairs, metrics = list(zip(crops.split(1), lq.split(1))), find_metrics(True, 4, args.niqe)[0]
+    names, digits, _ = zip(*(METRICS[m] for m in metrics))
+    print("| trained | sampled |", " | ".join(names), "|\n|---|---|" + "---|" * len(names))
     for name, jobs in runs.items():
         for how, knobs in (ONE_STEP if name in DISTILLED else SAMPLERS).items():
-            figures = zip(*(measure(job.result(), knobs, pairs, parameters) for job in jobs))
-            print(f"| {name} | {how} |", " | ".join(f"{fmean(x):.{n}f} ± {stdev(x):.{n}f}" for x, n in zip(figures, (2, 4, 2))), "|", flush=True)
+            figures = zip(*(measure(job.result(), knobs, pairs, metrics) for job in jobs))
+            print(f"| {name} | {how} |", " | ".join(f"{fmean(x):.{n}f} ± {stdev(x):.{n}f}" for x, n in zip(figures, digits)), "|", flush=True)
 
 
 if __name__ == "__main__":
