@@ -34,7 +34,7 @@ from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, VOSR, VOSRConfig
-from models.weights import save_model, save_release
+from models.weights import load_strictly, save_model, save_release
 
 
 @dataclass
@@ -145,19 +145,18 @@ def build(args, cfg):
         model.dit = DiT(cfg.dit)
         return model, None, ["dit"], "transformer FROM SCRATCH"
     start = VOSR.from_pretrained(args.init).train()
-    if args.stage == "decoder":
-        if start.cfg.steps > 1:
-            raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage decoder learns from a one-step model's results")
-        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
-        missing, unexpected = model.load_state_dict(start.state_dict(), strict=False)
-        assert not unexpected and all(k.startswith("vae.finish.") for k in missing), (missing, unexpected)
-        return model, None, ["vae.finish"], f"from {args.init}"
     if args.stage == "flow" and isinstance(cfg.vae, TinyVAEConfig):
         model = VOSR(replace(cfg, temperature=1.0))     # less is for one step; many need all of the noise they were trained on
         model.vae.load_state_dict(start.vae.state_dict())
         return model, None, ["dit", "vit"], f"autoencoder from {args.init}, transformers FROM SCRATCH"
-    if start.cfg.dit != cfg.dit:
+    if args.stage == "decoder" and start.cfg.steps > 1:
+        raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage decoder learns from a one-step model's results")
+    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=args.stage == "decoder"):
         raise training.Quit(f"{args.init}: is not what stage {args.stage} of preset {args.preset} starts from: {start.cfg.dit}")
+    if args.stage == "decoder":
+        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
+        load_strictly(model, start.state_dict(), args.init, [k for k in model.state_dict() if k.startswith("vae.finish.")])
+        return model, None, ["vae.finish"], f"from {args.init}"
     if args.stage != "distill":
         return start, None, ["dit", "vit"] if args.stage == "refine" else ["dit"], f"from {args.init}"
     teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
