@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models import imaging
-from models.photos import list_photos
+from models.support import imaging
+from models.support.photos import list_photos
 
 # ---- recipes: what may be drawn, with which odds
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others

@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from models.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of, report,
+from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of, report,
                                row_of, write_metrics, write_text)
 from models.gramsr import GramSR
-from models.imaging import (PictureError, contact_sheet, list_pictures, middle, output_paths, printable, read_picture, resize, round8,
+from models.support.imaging import (PictureError, contact_sheet, list_pictures, middle, output_paths, printable, read_picture, resize, round8,
                             save_png, write_picture)
-from models.page import figure_of, page_of
+from models.support.page import figure_of, page_of
 from models.s3diff import S3Diff
 from models.vosr import VOSR
-from models.weights import WeightError, list_weights, read_config
+from models.support.weights import WeightError, list_weights, read_config
 from training import choose_device, choose_dtype
 
 ROOT = Path(__file__).resolve().parent

@@ -37,17 +37,17 @@ from tqdm import tqdm
 
 import training
 from degrade import RECIPES, degrade
-from models.evaluation import find_niqe
+from models.support.evaluation import find_niqe
 from models.gram import CSD_TIMES, features, loss_csd, loss_gram
 from models.gramsr import SETS, GramSR, GramSRConfig, token_adapter
-from models.imaging import round8
+from models.support.imaging import round8
 from models.lpips import LPIPS
-from models.metrics import BLOCK, niqe
+from models.support.metrics import BLOCK, niqe
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, DINOv3Config
-from models.weights import fetch, load_strictly, read_tensors, save_model
+from models.support.weights import fetch, load_strictly, read_tensors, save_model
 
 
 @dataclass

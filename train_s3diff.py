@@ -36,7 +36,7 @@ from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import ViT, ViTConfig
-from models.weights import fetch, load_strictly, read_tensors, save_model
+from models.support.weights import fetch, load_strictly, read_tensors, save_model
 
 
 @dataclass

@@ -34,7 +34,7 @@ from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, VOSR, VOSRConfig
-from models.weights import load_strictly, save_model, save_release
+from models.support.weights import load_strictly, save_model, save_release
 
 
 @dataclass

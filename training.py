@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.charts import Log, save_sheet  # noqa: F401: scripts say training.Log, and so on
-from models.photos import batches, photos_for  # noqa: F401
-from models.weights import sha256_of
+from models.support.charts import Log, save_sheet  # noqa: F401: scripts say training.Log, and so on
+from models.support.photos import batches, photos_for  # noqa: F401
+from models.support.weights import sha256_of
 
 
 class Quit(Exception):

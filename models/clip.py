@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from models.weights import WeightError, cache_folder, load_strictly, nearby, read_json, read_tensors
+from models.support.weights import WeightError, cache_folder, load_strictly, nearby, read_json, read_tensors
 
 
 @dataclass

@@ -22,12 +22,12 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from models.gram import normalised
-from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.lora import ALPHA, add_lora
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import DINOv3, DINOv3Config
-from models.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
+from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
 
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
 TEXTURE = "default_unet_dino"       # one adapter for every layer that can take one, 258 of SD's; its own file leaves this name out

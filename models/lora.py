@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.winograd import conv2d
+from models.support.winograd import conv2d
 
 ALPHA = 8  # trap: peft's default, which both papers' files silently rely on: s = 8 / r, not 1
 

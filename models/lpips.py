@@ -16,7 +16,7 @@ Left out: SqueezeNet, maps instead of numbers, training the heads (with their dr
 import torch
 import torch.nn as nn
 
-from models.weights import fetch, load_strictly, read_tensors
+from models.support.weights import fetch, load_strictly, read_tensors
 
 SHIFT = (-0.030, -0.088, -0.188)    # ImageNet's mean and deviation, moved from [0, 1] to [-1, 1] and rounded
 SCALE = (0.458, 0.448, 0.450)

@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.strips import attention, in_strips, norm_silu_conv
-from models.winograd import conv2d
+from models.support.strips import attention, in_strips, norm_silu_conv
+from models.support.winograd import conv2d
 
 # Of each latent channel over natural pictures; diffusion happens on (latent - mean) / std. There is no common scale as in Stable Diffusion.
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,

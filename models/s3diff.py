@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 from models.clip import text_features
 from models.denet import DegradationEstimator
-from models.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
+from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
-from models.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
+from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"

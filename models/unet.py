@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.lora import Conv2d, Linear
-from models.strips import Checkpointing
+from models.support.strips import Checkpointing
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.lora import Conv2d, Linear
-from models.strips import Checkpointing, attention, fixed, in_strips, in_tiles, norm_silu_conv
-from models.winograd import conv3x3_pays
+from models.support.strips import Checkpointing, attention, fixed, in_strips, in_tiles, norm_silu_conv
+from models.support.winograd import conv3x3_pays
 
 SD_VAE_SCALE = 0.18215  # one over the standard deviation of SD's latents; diffusion happens on latents times this
 

@@ -1,7 +1,7 @@
 """VOSR: super-resolution by a diffusion transformer that never saw a text prompt.
 
 Paper:   VOSR, arXiv 2604.03225.
-Weights: VOSR_{0.5B,1.4B}_{ms,os} of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and models/weights.py;
+Weights: VOSR_{0.5B,1.4B}_{ms,os} of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and models/support/weights.py;
          vosr_tiny.safetensors beside this file: ours, trained by train_vosr.py.
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
-from models.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
-from models.weights import (WeightError, checked, fetch, find_args, find_weights, load_strictly, nearby, on_paper, read_json, read_model,
+from models.support.weights import (WeightError, checked, fetch, find_args, find_weights, load_strictly, nearby, on_paper, read_json, read_model,
                             read_tensors)
 
 TINY = Path(__file__).with_name("vosr_tiny.safetensors")

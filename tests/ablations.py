@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from degrade import RECIPES, degrade  # noqa: E402
-from models.evaluation import METRICS, find_metrics  # noqa: E402
+from models.support.evaluation import METRICS, find_metrics  # noqa: E402
 from models.vosr import VOSR  # noqa: E402
 from training import generator, photos_for  # noqa: E402
 

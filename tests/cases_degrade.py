@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from degrade import PULSE, S3DIFF, Plan, StagePlan, add_noise, apply, blur, jpeg, kernel, resize, stack_kernels
-from models.metrics import YIQ, psnr, psnr_y, ssim_y
+from models.support.metrics import YIQ, psnr, psnr_y, ssim_y
 
 
 def tensor(case, get, name):

@@ -12,7 +12,7 @@ from cases_vosr import fill_module, tensors
 
 from models.gram import features, gram, loss_csd, loss_gram, normalised
 from models.gramsr import SETS, TEXTURE, GramSR, GramSRConfig, token_adapter
-from models.imaging import adain, from_uint8, low_frequencies, resize
+from models.support.imaging import adain, from_uint8, low_frequencies, resize
 from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
 from models.vit import DINOv3, DINOv3Config

@@ -13,14 +13,14 @@ from cases_vosr import fill_module, known, tensors
 from models.clip import TextConfig, TextEncoder, Tokenizer
 from models.denet import DegradationEstimator
 from models.discriminator import AugmentPlan, Discriminator, augment, multilevel_loss
-from models.imaging import adain, low_frequencies, pad_to_multiple, tile_boxes
+from models.support.imaging import adain, low_frequencies, pad_to_multiple, tile_boxes
 from models.lora import Conv2d, Linear, Modulation
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, S3DiffConfig, is_trained
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
-from models.weights import locate
+from models.support.weights import locate
 from train_s3diff import Recipe, adversary, discriminator_loss, reconstruct
 from training import freeze_all_but
 

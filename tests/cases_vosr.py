@@ -12,7 +12,7 @@ import torch
 
 from models.dit import DiT, DiTConfig, rope_table
 from models.flow import Draws, column, conditions, correction_rcgm, guided, loss_distill, loss_flow, sample, teach
-from models.imaging import adain, from_uint8, resize, tile_starts, tile_weight, wavelet
+from models.support.imaging import adain, from_uint8, resize, tile_starts, tile_weight, wavelet
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import LightDecoder, VAEConfig
 from models.vit import ViT, ViTConfig

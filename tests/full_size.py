@@ -27,12 +27,12 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import models.gramsr  # noqa: E402
 import models.s3diff  # noqa: E402
 import models.vosr  # noqa: E402
-import models.weights  # noqa: E402
+import models.support.weights  # noqa: E402
 import sample  # noqa: E402
 from bench import peak_memory  # noqa: E402
-from models.imaging import write_picture  # noqa: E402
+from models.support.imaging import write_picture  # noqa: E402
 from models.vosr import PUBLIC  # noqa: E402
-from models.weights import FILES, cache_folder  # noqa: E402
+from models.support.weights import FILES, cache_folder  # noqa: E402
 from release import SD_TURBO, Hub, contents, rows, write_release  # noqa: E402
 
 
@@ -51,7 +51,7 @@ def user(arguments):
                 seconds[name] += time.perf_counter() - start - inside
         return wrapper
 
-    for module in (models.weights, models.vosr, models.s3diff):
+    for module in (models.support.weights, models.vosr, models.s3diff):
         module.fetch = timed("download", module.fetch)
     models.s3diff.text_features = timed("text", models.s3diff.text_features)
     for system in (models.vosr.VOSR, models.s3diff.S3Diff, models.gramsr.GramSR):

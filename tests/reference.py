@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, DINOv3ViTConfig, DINOv3V
 
 from models.gram import normalised
 from models.gramsr import SETS
-from models.imaging import color_fix, pad_to_multiple, resize
+from models.support.imaging import color_fix, pad_to_multiple, resize
 from models.lora import ALPHA
 from models.s3diff import ADAPTER
 

@@ -27,7 +27,7 @@ from models.unet import UNet
 from models.vae import VAE, LightDecoder
 from models.vit import DINOv3, ViT
 from models.vosr import SIZES
-from models.weights import FILES, sha256_of
+from models.support.weights import FILES, sha256_of
 
 ARGS = {"ae_type": "sd2", "weak_cond_strength_aelq_list": [0.05, 0.25], "distill_type": "rcgm", "resume_ckpt": None}   # among many others
 SD_VAE, QWEN_VAE = (f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("stable-diffusion-2-1-base/vae", "Qwen-Image-vae-2d"))

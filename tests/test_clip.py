@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.clip import TextConfig, TextEncoder, Tokenizer, byte_symbols, merge, split_words
-from models.weights import WeightError, load_strictly, locate, read_tensors
+from models.support.weights import WeightError, load_strictly, locate, read_tensors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = TextConfig(hidden_size=32, layers=3, heads=4, intermediate_size=48, vocab_size=99, positions=20)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cases_vosr import fill_module
 
 from models.denet import DegradationEstimator
-from models.weights import WeightError, load_strictly
+from models.support.weights import WeightError, load_strictly
 
 MANIFEST = Path(__file__).resolve().parents[2] / "shared" / "manifests" / "de_net.json"
 TINY = {"num_feats": (8, 8, 12), "num_blocks": (1, 2, 1), "downscales": (2, 1, 1)}

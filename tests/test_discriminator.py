@@ -11,7 +11,7 @@ from cases_vosr import fill_module
 
 from models.discriminator import AugmentPlan, Blur, Discriminator, augment, draw_augment, multilevel_loss
 from models.vit import PRESETS, ViT, ViTConfig
-from models.weights import load_strictly
+from models.support.weights import load_strictly
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"
 TINY = ViTConfig(img_size=224, patch_size=16, embed_dim=12, depth=12, num_heads=2, version=1)

@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cases_vosr import fill_module  # noqa: E402
-from models import weights  # noqa: E402
-from models.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average, find_metrics, measure, noting_weights, protocol,  # noqa: E402
+from models.support import weights  # noqa: E402
+from models.support.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average, find_metrics, measure, noting_weights, protocol,  # noqa: E402
                                read_reference, record_of, report, row_of, write_metrics)
-from models.imaging import read_picture, resize, round8, write_picture  # noqa: E402
+from models.support.imaging import read_picture, resize, round8, write_picture  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
-from models.weights import sha256_of  # noqa: E402
+from models.support.weights import sha256_of  # noqa: E402
 
 PUBLIC = ROOT.parent / "shared" / "public"
 

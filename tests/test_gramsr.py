@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import gramsr, weights
+from models import gramsr
+from models.support import weights
 from models.gram import CSD_TIMES, features, gram, loss_csd, loss_gram
 from models.gramsr import PRIOR, SETS, GramSR, GramSRConfig
 from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
 from models.vit import PRESETS, DINOv3, DINOv3Config
-from models.weights import WeightError, read_tensors, save_model
+from models.support.weights import WeightError, read_tensors, save_model
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"
 SMALL = GramSRConfig(

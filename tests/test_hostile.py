@@ -33,13 +33,13 @@ from test_train_s3diff import SMALL as S3DIFF
 import degrade
 from models.dit import DiTConfig
 from models.gramsr import GramSR
-from models.imaging import PictureError, contact_sheet, printable, read_picture, to_uint8, write_picture
-from models.photos import Photos, list_photos
+from models.support.imaging import PictureError, contact_sheet, printable, read_picture, to_uint8, write_picture
+from models.support.photos import Photos, list_photos
 from models.s3diff import S3Diff
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import VOSR, VOSRConfig
-from models.weights import read_tensors, save_model
+from models.support.weights import read_tensors, save_model
 
 GB = 2**30
 KINDS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
@@ -544,7 +544,7 @@ def test_bad_pickles(tmp_path):
 
 def test_public_layouts_that_lie(tmp_path, monkeypatch):
     """Sizes in the authors' own layouts; nothing is fetched before they are refused."""
-    monkeypatch.setattr("models.weights.download", lambda *_: pytest.fail("it would download"))
+    monkeypatch.setattr("models.support.weights.download", lambda *_: pytest.fail("it would download"))
     monkeypatch.setenv("NANOSR_CACHE", str(tmp_path / "none"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "none"))
     good = {"rank_unet": 4, "rank_vae": 4, "unet_lora_target_modules": ["to_q"], "vae_lora_target_modules": "x", "state_dict_unet": {},

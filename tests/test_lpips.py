@@ -10,7 +10,7 @@ from cases_vosr import fill_module
 
 from models import lpips
 from models.lpips import EPS, LPIPS, NETS, SCALE, SHIFT, unit
-from models.weights import FILES, WeightError, read_tensors
+from models.support.weights import FILES, WeightError, read_tensors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ALEXNET = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}  # convolutions of torchvision's

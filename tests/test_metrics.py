@@ -12,7 +12,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.metrics import YIQ, half, load_niqe, niqe, psnr, psnr_y, ssim_y, to_y  # noqa: E402
+from models.support.metrics import YIQ, half, load_niqe, niqe, psnr, psnr_y, ssim_y, to_y  # noqa: E402
 
 PARAMS = ROOT.parent / "shared" / "public" / "niqe_pris_params.npz"
 

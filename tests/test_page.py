@@ -24,11 +24,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from models import page  # noqa: E402
-from models.evaluation import measure, record_of, row_of  # noqa: E402
-from models.imaging import read_picture, resize, to_uint8  # noqa: E402
-from models.metrics import psnr_y, ssim_y  # noqa: E402
-from models.page import embed, figure_of, page_of  # noqa: E402
+from models.support import page  # noqa: E402
+from models.support.evaluation import measure, record_of, row_of  # noqa: E402
+from models.support.imaging import read_picture, resize, to_uint8  # noqa: E402
+from models.support.metrics import psnr_y, ssim_y  # noqa: E402
+from models.support.page import embed, figure_of, page_of  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")

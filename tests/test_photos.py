@@ -12,7 +12,7 @@ from PIL.ContainerIO import ContainerIO
 from test_degrade import save_photos
 from torch.utils.data import DataLoader
 
-from models.photos import Photos, list_photos
+from models.support.photos import Photos, list_photos
 
 
 def pack(folder, tar, mode="w"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import strips
+from models.support import strips
 from models.qwen_vae import LATENTS_MEAN, LATENTS_STD, QwenVAE, QwenVAEConfig, downsample, upsample
 
 MANIFEST = Path(__file__).resolve().parents[2] / "shared" / "manifests" / "qwen_image_vae_2d.json"

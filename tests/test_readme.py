@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.imaging import read_picture
-from models.metrics import psnr_y
+from models.support.imaging import read_picture
+from models.support.metrics import psnr_y
 from models.vosr import VOSR
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,14 +17,14 @@ from test_qwen_vae import video_form
 import sample
 from models.clip import TextConfig
 from models.dit import DiTConfig
-from models.imaging import tile_boxes, tile_weight, write_picture
+from models.support.imaging import tile_boxes, tile_weight, write_picture
 from models.qwen_vae import QwenVAEConfig
 from models.s3diff import S3Diff, S3DiffConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, TILES_AT_ONCE, VOSR, VOSRConfig
-from models.weights import FILES, fetch
+from models.support.weights import FILES, fetch
 from release import ARGS, CLIP, DINO_B, DINO_L, FOLDERS, LIGHT, QWEN_VAE, SD_TURBO, SD_VAE, Hub, contents, rows, write_release
 
 TINY = {

@@ -18,13 +18,13 @@ from test_clip import tiny_vocabulary
 
 import models.clip
 import models.s3diff
-import models.weights
+import models.support.weights
 from models.clip import TextConfig, TextEncoder, text_features
 from models.lora import LoRA
 from models.s3diff import BAD, GOOD, GOOD_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_trained
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
-from models.weights import WeightError, save_model
+from models.support.weights import WeightError, save_model
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"
 TINY = S3DiffConfig(unet=UNetConfig(widths=(8, 16), num_heads=(1, 2), layers_per_block=1, norm_groups=4),   # context_dim 1024: prompts can be changed
@@ -40,7 +40,7 @@ def nothing_from_elsewhere(monkeypatch, tmp_path):
     def refuse(source, *_):
         raise WeightError("no network in this test")
 
-    monkeypatch.setattr(models.weights, "download", refuse)
+    monkeypatch.setattr(models.support.weights, "download", refuse)
     for variable in ("NANOSR_CACHE", "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 import sample
-from models import evaluation, vosr
+from models import vosr
+from models.support import evaluation
 from models.gramsr import GramSR, GramSRConfig
-from models.imaging import read_picture, resize, write_picture
+from models.support.imaging import read_picture, resize, write_picture
 from models.s3diff import S3Diff, S3DiffConfig
 
 ROOT = Path(__file__).resolve().parents[1]

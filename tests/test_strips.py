@@ -9,10 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import strips
+from models.support import strips
 from models.qwen_vae import QwenVAE, QwenVAEConfig, downsample, upsample
 from models.qwen_vae import ResnetBlock as QwenResnetBlock
-from models.strips import attention, fixed, in_strips, norm_silu_conv, plain, statistics
+from models.support.strips import attention, fixed, in_strips, norm_silu_conv, plain, statistics
 from models.vae import VAE, Downsample, ResnetBlock, Upsample, VAEConfig
 
 CONV = nn.Conv2d(4, 4, 3, padding=1)

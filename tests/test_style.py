@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-MODELS = sorted((ROOT / "models").glob("*.py"))
+MODELS = sorted(p for p in (ROOT / "models").rglob("*.py") if p.name != "__init__.py")
 README = (ROOT / "README.md").read_text()
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "safetensors", "requests"}
 SYSTEMS = {"vosr", "s3diff", "gramsr"}

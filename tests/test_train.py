@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_vosr import SMALL
 
-import models.photos
+import models.support.photos
 import sample
 import train_vosr
 import training
@@ -158,12 +158,12 @@ def test_held_out_photos_are_never_trained_on(monkeypatch, photos, tmp_path):
     """Also those that a list shows several times."""
     seen = []
 
-    class Spy(models.photos.Photos):
+    class Spy(models.support.photos.Photos):
         def __init__(self, *args, files, **kwargs):
             seen.append(set(files))
             super().__init__(*args, files=files, **kwargs)
 
-    monkeypatch.setattr(models.photos, "Photos", Spy)
+    monkeypatch.setattr(models.support.photos, "Photos", Spy)
     (tmp_path / "list.txt").write_text(f"{photos}, 13\n")
     train(monkeypatch, tmp_path / "list.txt", tmp_path / "ae", "autoencoder", "--steps", 1)
     held_out, trained = seen

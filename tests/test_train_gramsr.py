@@ -320,7 +320,7 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
     save_file(DINOv3(gated).state_dict(), features)
     for name, letter in (("vgg16-397923af.pth", "f"), ("lpips_vgg.pth", "l")):
         torch.save({k: v.abs() if letter == "l" else v for k, v in LPIPS().state_dict().items() if k[0] == letter}, tmp_path / name)
-    for module in ("models.gramsr", "models.weights", "models.lpips", "train_gramsr"):
+    for module in ("models.gramsr", "models.support.weights", "models.lpips", "train_gramsr"):
         monkeypatch.setattr(f"{module}.fetch", lambda name: tmp_path / name)
     monkeypatch.setitem(train_gramsr.VITS, "dinov3_vits16plus", gated)
     monkeypatch.setattr(gramsr, "GramSRConfig", partial(GramSRConfig, unet=SMALL.unet, vae=SMALL.vae, vit=SMALL.vit))

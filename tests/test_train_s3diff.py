@@ -237,7 +237,7 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
         path = tmp_path / "sd-turbo" / name / "diffusion_pytorch_model.safetensors"
         path.parent.mkdir(parents=True)
         save_file({k: v for k, v in network.state_dict().items() if "lora_" not in k}, path)
-    for module in ("models.s3diff", "models.weights", "models.lpips", "train_s3diff"):
+    for module in ("models.s3diff", "models.support.weights", "models.lpips", "train_s3diff"):
         monkeypatch.setattr(f"{module}.fetch", lambda name: tmp_path / name, raising=False)
     monkeypatch.setattr("models.s3diff.text_features", lambda texts, folder: torch.arange(len(texts)).float().view(-1, 1, 1).expand(-1, 77, 8))
     monkeypatch.setitem(train_s3diff.VITS, "dino_vitb16", small_dino)

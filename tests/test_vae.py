@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import strips
+from models.support import strips
 from models.vae import SD_VAE_SCALE, VAE, Attention, Downsample, LightDecoder, ResnetBlock, Upsample, VAEConfig
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"

@@ -9,7 +9,7 @@ import torch
 from cases_vosr import fill_module
 
 from models.vit import PRESETS, DINOv3, DINOv3Config, ViT, ViTConfig, rope_table, rotate
-from models.weights import load_strictly
+from models.support.weights import load_strictly
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"
 OLD = ViTConfig(img_size=28, embed_dim=16, depth=3, num_heads=2)

@@ -10,11 +10,11 @@ from test_release import TINY
 
 from models.dit import DiT, DiTConfig
 from models.flow import Draws, conditions, guided, loss_distill, loss_flow, sample
-from models.imaging import blend_tiles, tile_boxes
+from models.support.imaging import blend_tiles, tile_boxes
 from models.vae import TinyVAE, TinyVAEConfig
 from models.vit import ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
-from models.weights import load_strictly, save_model
+from models.support.weights import load_strictly, save_model
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"
 SMALL = VOSRConfig(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.weights import FILES, PublicFile, WeightError, cache_folder, fetch, list_weights, locate, read_tensors
+from models.support.weights import FILES, PublicFile, WeightError, cache_folder, fetch, list_weights, locate, read_tensors
 
 DATA = bytes(range(256)) * 1500     # 384,000 bytes: several chunks
 HASH = hashlib.sha256(DATA).hexdigest()

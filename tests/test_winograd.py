@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import winograd
+from models.support import winograd
 from models.lora import Conv2d
 from models.qwen_vae import Conv
 from models.vae import Upsample
-from models.winograd import conv3x3, conv3x3_pays
+from models.support.winograd import conv3x3, conv3x3_pays
 
 
 def parts(B, C, K, H, W):

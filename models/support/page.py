@@ -12,8 +12,8 @@ from html import escape
 
 from PIL import Image
 
-from models.evaluation import METRICS
-from models.imaging import printable, to_pil
+from models.support.evaluation import METRICS
+from models.support.imaging import printable, to_pil
 
 EXACT, MOST, LARGEST = 6e6, 90e6, 16e6      # pixels: of all pictures together as PNG and else as JPEG; of one picture
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from models.imaging import contact_sheet, save_png
+from models.support.imaging import contact_sheet, save_png
 
 
 def axis_ticks(low, high, log=False):

@@ -20,11 +20,11 @@ import numpy as np
 import PIL
 import torch
 
-from models import weights
-from models.imaging import PictureError, list_pictures, printable, read_picture
+from models.support import weights
+from models.support.imaging import PictureError, list_pictures, printable, read_picture
 from models.lpips import LPIPS, NETS
-from models.metrics import load_niqe, niqe, psnr_y, ssim_y
-from models.weights import cache_folder, locate, sha256_of
+from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
+from models.support.weights import cache_folder, locate, sha256_of
 
 NIQE_FILE = "niqe_pris_params.npz"
 LPIPS_FILES = NETS["alex"][-1]      # papers report AlexNet, whatever they train with
@@ -155,7 +155,7 @@ def noting_weights():
 
 def versions():
     """What ran. nanosr: the commit, with -dirty where files were changed; None outside a clone"""
-    root, commit = Path(__file__).resolve().parents[1], None
+    root, commit = Path(__file__).resolve().parents[2], None
     if (root / ".git").exists():
         try:
             command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

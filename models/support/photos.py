@@ -16,7 +16,7 @@ import torch
 from PIL import ContainerIO
 from torch.utils.data import DataLoader
 
-from models import imaging
+from models.support import imaging
 
 KINDS = " ".join(sorted(imaging.SUFFIXES))
 
