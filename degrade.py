@@ -17,7 +17,7 @@ import math
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -277,6 +277,22 @@ def apply(plan, hq, scale=4, fields=None, steps=None):
     lq_up = step("resize", resize(x if plan.eight_bit else lq, plan.enlarge, size=(H, W)))  # official: S3Diff clamps before, the others after
     lq_up = imaging.round8(lq_up) if plan.eight_bit else lq_up.clamp(0, 1)
     return lq, hq if plan.clean else lq_up  # official: beside a clean lq_up, S3Diff's degradation estimator still sees the degraded lq
+
+
+@torch.no_grad()
+def severity(plan, hq, lq):
+    """How much a plan blurs and how noisy it is, as far as lq shows it: what a degradation estimator is to say.
+
+    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), what `apply` made of it -> (B, 2) in [0, 1]: blur, the share of an even spectrum's energy
+    that is lost beyond shrinking; noise, the deviation in lq over 0.1
+    """
+    n = len(plan.first.strength)
+    still = [replace(stage, strength=[0.0] * n) for stage in (plan.first, plan.second)]
+    noise = (lq - apply(replace(plan, first=still[0], second=still[1]), hq, scale := hq.shape[2] // lq.shape[2])[0]).std((1, 2, 3)) / 0.1
+    mild = [replace(stage, jpeg=[100.0] * n) for stage in still]
+    grain = 0.5 + 0.1 * torch.randn(hq.shape, generator=torch.Generator().manual_seed(0)).to(hq)
+    kept = apply(replace(plan, first=mild[0], second=mild[1]), grain, scale)[0].std((1, 2, 3)) / F.avg_pool2d(grain, scale).std((1, 2, 3))
+    return torch.stack([1 - kept, noise], dim=1).clamp(0, 1)
 
 
 @torch.no_grad()

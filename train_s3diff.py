@@ -1,7 +1,6 @@
 """Train S3Diff: adapters on a frozen SD-Turbo, from pairs of good photos and bad copies.
 
     python train_s3diff.py --data PHOTOS --out runs/s3diff
-    python train_s3diff.py --data PHOTOS --out runs/tiny --preset tiny
     torchrun --nproc_per_node=4 train_s3diff.py --data photos.txt --out runs/s3diff --micro-batch 4 --checkpointing
 
 A step has four parts, each with its own backward and its own step of an optimizer:
@@ -11,12 +10,19 @@ A step has four parts, each with its own backward and its own step of an optimiz
     4. fake          D is to know the pictures of part 2
 Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients, as officially.
 
+A tiny S3Diff has a tiny Stable Diffusion, trained here too, and its own estimator of the degradation; each stage goes on from the last:
+
+    python train_s3diff.py --preset tiny --stage prior     --data PHOTOS --out runs/prior
+    python train_s3diff.py --preset tiny --stage estimator --data PHOTOS --out runs/estimator --init runs/prior
+    python train_s3diff.py --preset tiny --stage adapters  --data PHOTOS --out runs/s3diff    --init runs/estimator
+
 The same command again goes on where it stopped, exactly. Ctrl-C and SIGTERM save first. What may change then: --steps, --lr, --micro-batch,
 --keep, --save-every and all that names the machine; anything else is refused. --out holds s3diff.pkl, laid out as the public file, for
-sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv, loss.png, sheet.png (LQ | result | HQ of held-out photos).
+sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv, loss.png, sheet.png (of held-out photos).
 """
 
 import argparse
+import copy
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,16 +33,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import training
-from degrade import RECIPES, degrade
+from degrade import RECIPES, apply, degrade, draw_plan, severity
 from models.clip import text_features
-from models.discriminator import Discriminator, draw_augment
+from models.discriminator import Discriminator, PatchDiscriminator, draw_augment
 from models.lpips import LPIPS
-from models.s3diff import GOOD_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_trained
-from models.unet import UNetConfig
-from models.vae import VAEConfig
+from models.s3diff import GOOD_PAPER, PRIOR, VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
+from models.unet import UNetConfig, alphas_cumprod
+from models.vae import TinyVAEConfig
 from models.vit import PRESETS as VITS
-from models.vit import ViT, ViTConfig
-from models.support.weights import fetch, load_strictly, read_tensors, save_model
+from models.vit import ViT
+from models.support.weights import fetch, load_strictly, read_model, read_tensors, save_model
+from models.vosr import VOSR
 
 
 @dataclass
@@ -45,37 +52,55 @@ class Recipe:
 
     steps: int = 30_000                 # of the paper; the code counts 50 epochs
     batch_size: int = 64                # of all processes together; officially 4 GPUs x 4 photos x 4 parts
-    lr: float = 2e-5                    # constant, for the generator and for D
+    lr: float = 2e-5                    # for the generator and for D
     crop: int = 512                     # pixels, cut out, never shrunk
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
+    gan_from: int = 0                   # step with which D begins
+    schedule: str = "constant"          # or "cosine"
+    warmup: int = 0                     # steps
+    ema: float = 0.0                    # decay of the average that is saved; 0 = what is trained itself
+    recipes: tuple = ("s3diff",)        # of degrade.py, by turns
+    branches_per: str = "batch"         # of each recipe; "image" draws directions, scales and kinds of noise anew for every picture
     save_every: int = 500               # steps
 
 
 PUBLIC_PARAMETERS = 34_475_120          # trained ones, with S3DiffConfig() as it is
 TINY = S3DiffConfig(
-    unet=UNetConfig(widths=(32, 64, 64, 64), num_heads=(1, 1, 1, 1), context_dim=32), vae=VAEConfig(widths=(32, 32, 32, 32), layers_per_block=1),
-    r_unet=8, r_vae=4,
+    unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64, norm_groups=16),
+    vae=TinyVAEConfig(), r_unet=8, r_vae=4, vae_targets="encoder", denet_widths=(16, 16, 32, 32), tokens=8,
+    t=250, start_noise=0.0, guidance=1.0, enlarge="bicubic", tile=1024,    # at 999 every error of eps would count 14.6 times
 )
-PRESETS = {"sd-turbo": (S3DiffConfig(), Recipe()), "tiny": (TINY, Recipe(300, 2, 1e-3, crop=128, save_every=50))}
+PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, {
+    "prior": Recipe(6000, 16, 6e-4, crop=128, schedule="cosine", warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
+    "estimator": Recipe(3000, 16, 2e-3, crop=128, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr"), branches_per="image"),
+    "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.1, lambda_gan=0.01, gan_from=3000, schedule="cosine", warmup=100,
+                       branches_per="image"),
+})}
+PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
+    "unet": ("", "(?!)"), "unet+encoder": (VAE_TARGETS, "encoder"),
+    "unet+decoder": (VAE_TARGETS.replace("encoder", "decoder", 1), r"finish\..*"),
+    "unet+encoder+decoder": (VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1), r"encoder|finish\..*"),
+}
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default), or tiny: random weights, to watch the loop, not to use")
+    p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default), or tiny: everything trained here")
+    p.add_argument("--stage", default="adapters", choices=PRESETS["tiny"][1], help="adapters (default); tiny only: prior, estimator")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
-    p.add_argument("--init", help="go on from the adapters of a model: s3diff, an s3diff.pkl, or another run's --out (default: new adapters)")
+    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out, or with --preset tiny the earlier stage's "
+                   "(default: new adapters on SD-Turbo, or on the embedded tiny prior; none: random numbers, the paper's Figure 9)")  # fmt: skip
     # the paper's ablations
-    p.add_argument("--lora", default="unet+encoder", choices=("unet", "unet+encoder", "unet+decoder", "unet+encoder+decoder"),
-                   help="what gets adapters (Table 4; default unet+encoder)")  # fmt: skip
+    p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; default unet+encoder)")
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
                    help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")  # fmt: skip
     p.add_argument("--neg-prob", type=float, default=0.05, help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")
     p.add_argument("--rank-unet", type=int, help="rank of the UNet's adapters (Table 7; default 32, tiny 8)")
     p.add_argument("--rank-vae", type=int, help="rank of the VAE's adapters (Table 7; default 16, tiny 4)")
-    p.add_argument("--start-step", type=int, default=999, help="t of the one step; below 999 with that time's noise (Table 8: 250, 500)")
+    p.add_argument("--start-step", type=int, help="t of the one step; below 999 with that time's noise (Table 8: 250, 500; default 999)")
     p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as the released code has it")
     # optimisation
     p.add_argument("--steps", type=int, help="steps in all (default: the preset's)")
@@ -93,30 +118,39 @@ def parse_args():
     p.add_argument("--keep", type=int, choices=range(1, 100), default=2, metavar="K",
                    help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
-    if args.init and (args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"):
+    if args.stage not in PRESETS[args.preset][1]:
+        p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
+    if args.preset != "tiny" and args.init and (args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"):
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
-    if not 1 <= args.start_step <= 999 or not 0 <= args.neg_prob <= 1:
+    if not 1 <= (args.start_step or 999) <= 999 or not 0 <= args.neg_prob <= 1:
         p.error("--start-step is from 1 to 999, --neg-prob from 0 to 1")
     return args
 
 
+def build_tiny(args, cfg):
+    """The tiny networks: the autoencoder of all tiny models, what args.init has, the rest new -> as `build`"""
+    model, origin = S3Diff(cfg), "FROM SCRATCH"
+    torch.nn.init.normal_(model.prompts)
+    autoencoder = VOSR.from_pretrained("vosr-tiny").vae.state_dict()
+    model.vae.load_state_dict({k: v for k, v in autoencoder.items() if k in model.vae.state_dict()}, strict=False)
+    if args.init != "none" and (args.init or args.stage != "prior"):
+        path = Path(args.init, "model.safetensors") if args.init else PRIOR
+        tensors = {k: v for k, v in read_model(path)[1].items() if is_prior(k) or k.startswith("denet.") or is_trained(k)}
+        load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
+        origin = f"from {path}"
+    return model.float(), LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
+
+
 def build(args, cfg):
     """Networks -> S3Diff to train, LPIPS and discriminator for its losses, a line on their origin."""
-    vae = {"unet": "", "unet+encoder": VAE_TARGETS, "unet+decoder": VAE_TARGETS.replace("encoder", "decoder", 1),
-           "unet+encoder+decoder": VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1)}[args.lora]  # fmt: skip
-    cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae, vae_targets=vae, modulation=args.modulation,
-                  t=args.start_step)
-    if args.preset == "tiny":
-        model = S3Diff.from_pretrained(args.init) if args.init else S3Diff(cfg)
-        if not args.init:
-            torch.nn.init.normal_(model.prompts)
-        lpips, vit = LPIPS(), ViT(ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1))
-        for i in range(len(lpips.taps)):    # positive, as the public ones are
-            torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
-        return model, lpips.requires_grad_(False), Discriminator(vit, head_width=16), f"from {args.init}" if args.init else "all FROM SCRATCH"
+    tiny = args.preset == "tiny"
+    cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae, vae_targets=PLACES[args.lora][tiny],
+                  modulation=args.modulation, t=args.start_step or cfg.t)
+    if tiny:
+        return build_tiny(args, cfg)
     if args.init:
         model, origin = S3Diff.from_pretrained(args.init), f"from {args.init}"
-        model.cfg.t = args.start_step
+        model.cfg.t = cfg.t
     else:
         model, origin = S3Diff.with_prior(cfg), "SD-Turbo with new adapters"
         model.adapt()           # now with numbers
@@ -127,6 +161,52 @@ def build(args, cfg):
         vit = ViT(VITS["dino_vitb16"])
     load_strictly(vit, read_tensors(path), path)
     return model, LPIPS.from_pretrained("vgg"), Discriminator(vit), origin
+
+
+# ---- what a stage learns, and from what
+
+
+def learns(stage, name):
+    """Whether a stage trains the parameter of that name."""
+    if stage == "prior":
+        return is_prior(name) and not name.startswith("vae.")
+    return name.startswith("denet.") if stage == "estimator" else is_trained(name) and name != "modulation.w"
+
+
+def draw(stage, model, hq, recipe, g):
+    """What the losses of a stage take.  hq: (B, 3, H, W) photos in [0, 1]; recipe: of degrade.py; g: generator of all draws"""
+    if stage == "prior":
+        good = len(hq) // 2         # the others become bad
+        return 2 * torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]]) - 1, (torch.arange(len(hq)) >= good).long(), g
+    if stage == "estimator":
+        plans = [draw_plan(recipe, 1, g) for _ in hq]
+        lq = [apply(plan, one)[0] for plan, one in zip(plans, hq.split(1))]
+        return torch.cat(lq), torch.cat([severity(*each) for each in zip(plans, hq.split(1), lq)])
+    lq, lq_up = degrade(hq, recipe, g)
+    return 2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), torch.rand(len(hq), generator=g), g
+
+
+def denoise(model, x, bad, g):
+    """Stage prior, x: (B, 3, H, W) in [-1, 1]: Stable Diffusion's own training, on photos and on bad pictures, each told by its prompt; one in ten is told nothing.
+
+    bad: (B,) 1 where x is bad, 0 where it is a photo; g: of times, noise and the untold -> {name: loss}
+    """
+    z, T = model.vae.encode(x), 1000
+    t = (torch.rand(len(z), generator=g) * T).long()
+    ends = torch.rand(len(z), generator=g)                      # S3Diff and GramSR work near the ends: one in ten each there
+    t = torch.where(ends < 0.1, t % 100 + 900, torch.where(ends < 0.2, t % 10, t))
+    eps, told = torch.randn(z.shape, generator=g).to(z), (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)
+    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
+    z_t = a.sqrt() * z + (1 - a).sqrt() * eps
+    error = (model.unet(z_t, t.to(z.device), told * model.prompts[bad]) - eps).float().square().mean((1, 2, 3))
+    snr = (a / (1 - a)).flatten()
+    return ({"eps": (error * snr.clamp(max=5) / snr).mean()},)      # min-SNR weights, 2303.09556
+
+
+def tell(model, lq, scores):
+    """Stage estimator.  lq: (B, 3, h, w) in [0, 1]; scores: (B, 2), what `severity` says -> {name: loss}"""
+    blur, noise = (model.denet(lq) - scores).abs().mean(0)
+    return ({"blur": blur, "noise": noise},)
 
 
 # ---- the losses: x_src, x_tgt (B, 3, H, W) in [-1, 1] are the enlarged LQ picture and the photo; scores (B, 2) the estimated degradation
@@ -140,8 +220,13 @@ def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None)
     return {"l2": recipe.lambda_l2 * F.mse_loss(y, target), "lpips": recipe.lambda_lpips * lpips(y, target).mean()}, y  # Eq. S3Diff (7)
 
 
+def beside(D, x, x_src, g):
+    """What D gets beside a picture x like x_src: how to augment it, or what it was made from."""
+    return draw_augment(x, g) if isinstance(D, Discriminator) else x_src
+
+
 def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
-    """Part 2. plan: of draw_augment, None = D sees y as it is -> {name: loss}, y"""
+    """Part 2. plan: of `beside`, None = Discriminator sees y as it is -> {name: loss}, y"""
     # official: all photos, each with the good prompt; the paper: only those that have it in part 1
     y = model(x_src, scores, model.prompts[:1].expand(len(x_src), -1, -1), g)
     return {"gan": recipe.lambda_gan * D(y, "generator", plan).mean()}, y.detach()
@@ -151,7 +236,7 @@ def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scor
     """Parts 1 and 2 as one function of the model, which DDP can wrap."""
     if part == "reconstruct":
         return reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g)
-    return adversary(model, D, recipe, x_src, scores, g, draw_augment(x_src, g))
+    return adversary(model, D, recipe, x_src, scores, g, beside(D, x_src, x_src, g))
 
 
 def discriminator_loss(D, recipe, x, target, plan=None):
@@ -160,17 +245,30 @@ def discriminator_loss(D, recipe, x, target, plan=None):
 
 
 @torch.no_grad()
-def evaluate(model, lpips, recipe, test):
-    """Held-out loss with the good prompt and without guidance.  -> loss, PSNR in dB over RGB, pictures (16, 3, crop, crop) in [-1, 1]"""
-    parts = [reconstruct(model, lpips, recipe, 0.0, *(x[i : i + 1] for x in test), u=torch.ones(1)) for i in range(len(test[0]))]
-    y = torch.cat([y for _, y in parts]).float()
-    psnr = -10 * ((y - test[1]) / 2).square().mean((1, 2, 3)).log10().mean()
-    return sum(float(sum(terms.values())) for terms, _ in parts) / len(parts), float(psnr), y
+def evaluate(stage, model, objective, test, held_out):
+    """Held-out loss with fixed draws, and what there is to see.
+
+    test: inputs of the losses; held_out: (16, 3, crop, crop) photos in [-1, 1] -> columns of the log, columns of the sheet
+    """
+    if stage == "adapters":         # the good prompt, no guidance
+        parts = [objective("reconstruct", *(x[i : i + 1] for x in test[:3]), torch.ones(1), None) for i in range(len(held_out))]
+        y, x = torch.cat([y for _, y in parts]).float(), test[0]
+        loss = sum(float(sum(terms.values())) for terms, _ in parts) / len(parts)
+    else:
+        loss = float(sum(objective(*test[:2], *([training.generator(1)] if stage == "prior" else []))[0].values()))
+        if stage == "estimator":
+            return {"held_out": loss}, {}
+        a, z = alphas_cumprod()[300].item(), model.vae.encode(held_out)
+        z_t = a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=training.generator(2)).to(z)
+        eps = model.unet(z_t, 300, model.prompts[:1].expand(len(z), -1, -1))
+        x, y = model.vae.decode(z_t / a**0.5), model.vae.decode(model.clean(z_t, eps, 300)).float()
+    psnr = -10 * ((y.clamp(-1, 1) - held_out) / 2).square().mean((1, 2, 3)).log10().mean()
+    return {"held_out": loss, "psnr": float(psnr)}, {"noisy" if stage == "prior" else "LQ": x, "result": y, "HQ": held_out}
 
 
 def main():
     args = parse_args()
-    cfg, recipe = PRESETS[args.preset]
+    cfg, recipe = PRESETS[args.preset][0], PRESETS[args.preset][1][args.stage]
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "save_every": args.save_every}
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
     device = training.choose_device(args.device)
@@ -182,51 +280,61 @@ def main():
 
     torch.manual_seed(args.seed)                # the initial weights; everything later has generators of its own
     model, lpips, D, origin = build(args, cfg)
-    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
+    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if learns(args.stage, k)])
     if model.cfg == S3DiffConfig():
         assert training.count(params) == PUBLIC_PARAMETERS, f"{training.count(params):,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if dtype != torch.float32 and args.preset != "tiny":
         for p in model.unet.parameters():       # frozen weights need no float32; official: they have it
             p.data = p.data if p.requires_grad else p.data.to(dtype)
     model, lpips, D = model.to(device), lpips.to(device), D.to(device)
+    ema = copy.deepcopy(model).eval() if recipe.ema else model
     optimizers = {name: torch.optim.AdamW(p, lr=recipe.lr, weight_decay=1e-2, fused=True) for name, p in (("G", params), ("D", list(D.parameters())))}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    settings = {name: getattr(args, name) for name in ("preset", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper",
+    settings = {name: getattr(args, name) for name in ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper",
                                                        "data", "init", "seed")} | {"batch_size": recipe.batch_size}  # fmt: skip
     step, names_of_photos = 0, None
     checkpoint = training.load_checkpoint(out, settings)
     if checkpoint:
         step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
         training.load_tensors(model, checkpoint["model"])
+        training.load_tensors(ema, checkpoint["ema"])
         training.load_tensors(D, checkpoint["D"])
         for name, optimizer in optimizers.items():
             training.load_optimizer(optimizer, checkpoint["optimizers"][name])
         scaler.load_state_dict(checkpoint["scaler"])
-    print(f"train_s3diff: {args.preset}, {origin}, on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", ""))
+    print(f"train_s3diff: {args.preset} {args.stage}, {origin}, on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", ""))
     print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters, discriminator's heads "
           f"{training.count(D.parameters()):,}; batch {recipe.batch_size} = {world} x {parts} x {micro}; {recipe}")
-    model.unet.checkpointing = model.vae.encoder.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
+    for part in (model.unet, *model.vae.children()):
+        part.checkpointing = args.checkpointing
     if args.compile:
         for block in model.unet.blocks[:-1]:
             block.compile()
-    generate, judge = partial(generator_losses, model, lpips, D, recipe, args.neg_prob), partial(discriminator_loss, D, recipe)
+    def objective_of(model):
+        if args.stage == "adapters":
+            return partial(generator_losses, model, lpips, D, recipe, args.neg_prob)
+        return partial({"prior": denoise, "estimator": tell}[args.stage], model)
+
+    generate, judge = objective_of(model), partial(discriminator_loss, D, recipe)
     if world > 1:
         generate, judge = training.replicate(model, generate, device), training.replicate(D, judge, device)
 
-    photos, test_hq, names_of_photos = training.photos_for(args.data, recipe.crop, args.seed, names_of_photos, flip=True)
-    test_lq, test_up = degrade(test_hq, replace(RECIPES["s3diff"], branches_per="image"), training.generator(0))
-    test = [x.to(device) for x in (2 * test_up - 1, 2 * test_hq - 1)] + [model.estimate(test_lq.to(device))]
+    photos, held_out, names_of_photos = training.photos_for(args.data, recipe.crop, args.seed, names_of_photos, flip=True)
+    recipes, held_out = [replace(RECIPES[name], branches_per=recipe.branches_per) for name in recipe.recipes], held_out.to(device)
+    test = draw(args.stage, model, held_out, replace(recipes[0], branches_per="image"), training.generator(0))
+    test, held_out = [x.to(device) if torch.is_tensor(x) else x for x in test], 2 * held_out - 1
 
     def save():
         """The first process writes; all have the same."""
         if rank > 0:
             return
-        learned = {k: v for k, v in model.state_dict().items() if is_trained(k)}
-        training.write(out / "s3diff.pkl", model.release())     # the checkpoint last: if it says that the run is over, all is there
-        if args.preset == "tiny":
-            save_model(out / "model.safetensors", model.cfg, model.state_dict(), note=f"random prior, step {step}")
-        training.save_checkpoint(out, step, args.keep, settings=settings, photos=names_of_photos, model=learned, D=D.state_dict(),
+        trained, averaged = ({k: v for k, v in m.state_dict().items() if learns(args.stage, k)} for m in (model, ema))
+        if args.preset == "tiny":       # the checkpoint last: if it says that the run is over, all is there
+            save_model(out / "model.safetensors", model.cfg, ema.state_dict(), note=f"{args.preset} {args.stage}, step {step}")
+        else:
+            training.write(out / "s3diff.pkl", model.release())
+        training.save_checkpoint(out, step, args.keep, settings=settings, photos=names_of_photos, model=trained, ema=averaged, D=D.state_dict(),
                                  optimizers={k: v.state_dict() for k, v in optimizers.items()}, scaler=scaler.state_dict())
 
     def backward(compute, *inputs):
@@ -239,38 +347,44 @@ def main():
         return others
 
     loader = training.batches(photos, range(step, recipe.steps), recipe.batch_size, rank, share, micro, args.workers, device)
-    names = ["l2", "lpips", "gan", "d_real", "d_fake"]
+    names = {"prior": ["eps"], "estimator": ["blur", "noise"]}.get(args.stage, ["l2", "lpips", "gan", "d_real", "d_fake"])
     log = training.Log(out / "log.csv", ["step", *names, "grad_norm", "seconds", "held_out", "psnr"], step or -1) if rank == 0 else None
     stop, health = training.Stop(), training.Health()
     bar = tqdm(total=recipe.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
     model.train()
     while step < recipe.steps and not training.mean_of_all(bool(stop), device):
+        lr = training.learning_rate(step, recipe.steps, recipe.lr, recipe.schedule, recipe.warmup)
+        for group in [group for optimizer in optimizers.values() for group in optimizer.param_groups]:
+            group["lr"] = lr
+
         # ---------------------------------------------------------------- the step
         batch = []
         for i in range(parts):
             g = training.generator(args.seed, step, rank * parts + i)       # the same numbers, whoever computes this part of the batch
             hq = next(loader).to(device, non_blocking=True)
-            lq, lq_up = degrade(hq, RECIPES["s3diff"], g)
-            batch.append((2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), torch.rand(micro, generator=g), g))
+            batch.append(draw(args.stage, model, hq, recipes[step % len(recipes)], g))
 
-        for x_src, x_tgt, scores, u, g in batch:
-            backward(generate, "reconstruct", x_src, x_tgt, scores, u, g)
+        for inputs in batch:
+            backward(generate, *(["reconstruct"] if args.stage == "adapters" else []), *inputs)
         grad_norm = health.step(optimizers["G"], scaler)
 
-        fakes = []
-        D.requires_grad_(False)     # official: D keeps what this backward leaves in it, and learns a little to be deceived
-        for x_src, x_tgt, scores, u, g in batch:
-            fakes += backward(generate, "adversary", x_src, x_tgt, scores, u, g)
-        D.requires_grad_(True)
-        health.step(optimizers["G"], scaler)
+        if args.stage == "adapters" and step >= recipe.gan_from:
+            fakes = []
+            D.requires_grad_(False)     # official: D keeps what this backward leaves in it, and learns a little to be deceived
+            for inputs in batch:
+                fakes += backward(generate, "adversary", *inputs)
+            D.requires_grad_(True)
+            health.step(optimizers["G"], scaler)
 
-        for _, x_tgt, _, _, g in batch:
-            backward(judge, x_tgt, "real", draw_augment(x_tgt, g))
-        health.step(optimizers["D"], scaler)
-        for y, (_, _, _, _, g) in zip(fakes, batch):
-            backward(judge, y, "fake", draw_augment(y, g))
-        health.step(optimizers["D"], scaler)
+            for x_src, x_tgt, _, _, g in batch:
+                backward(judge, x_tgt, "real", beside(D, x_tgt, x_src, g))
+            health.step(optimizers["D"], scaler)
+            for y, (x_src, _, _, _, g) in zip(fakes, batch):
+                backward(judge, y, "fake", beside(D, y, x_src, g))
+            health.step(optimizers["D"], scaler)
+        if recipe.ema:
+            training.ema_update(ema, model, min(recipe.ema, (1 + step) / (10 + step)))
         step, since = step + 1, since + 1
         # ------------------------------------------------------------------------
 
@@ -283,14 +397,16 @@ def main():
             sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
             if due:                                         # once in a longer while: evaluate, save, draw
                 with training.autocast(device, dtype):
-                    row["held_out"], row["psnr"], y = evaluate(model, lpips, recipe, test)
+                    seen, columns = evaluate(args.stage, ema, objective_of(ema), test, held_out)
                 save()
+                row |= seen
             if rank == 0:
                 log.write(**row)
             if rank == 0 and due:
-                training.save_sheet(out / "sheet.png", {"LQ": test[0][:6], f"result, step {step}": y[:6], "HQ": test[1][:6]})
-                tqdm.write(f"step {step}: held-out loss {row['held_out']:.4f}, PSNR {row['psnr']:.2f} dB")
-                log.draw(out / "loss.png", [*names, "held_out"], f"S3Diff {args.preset}")
+                if columns:
+                    training.save_sheet(out / "sheet.png", {title: x[:6] for title, x in columns.items()})
+                tqdm.write(f"step {step}: held-out loss {row['held_out']:.4f}" + f", PSNR {row['psnr']:.2f} dB" * ("psnr" in row))
+                log.draw(out / "loss.png", [*names, "held_out"], f"S3Diff {args.preset}, stage {args.stage}")
     bar.close()
     if step < recipe.steps:
         save()

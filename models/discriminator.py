@@ -15,6 +15,7 @@ Left out: its other backbones and losses, class conditions.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -174,3 +175,25 @@ class Discriminator(nn.Module):
     def forward(self, x, target, plan=None):
         """Loss of each picture of x (B, 3, H, W) in [-1, 1], taken for `target`: real, fake, or generator (a fake to pass as real) -> (B, 1)"""
         return multilevel_loss(self.logits(x, plan), target)
+
+
+class PatchDiscriminator(nn.Module):
+    """The tiny presets' judge, without a backbone that saw ImageNet: four convolutions, a logit for every place of the last three maps.
+
+    It also sees the picture that was to be restored, so that a sharp picture of something else is no good. Ours; as Discriminator to use.
+    """
+
+    def __init__(self, width=32):
+        super().__init__()
+        widths = (6, width, 2 * width, 4 * width, 4 * width)
+        self.layers = nn.ModuleList(spectral_norm(nn.Conv2d(c_in, c_out, 3, stride=1 if c_in == c_out else 2, padding=1))
+                                    for c_in, c_out in pairwise(widths))
+        self.heads = nn.ModuleList(spectral_norm(nn.Conv2d(c, 1, 1)) for c in widths[2:])
+
+    def forward(self, x, target, x_src):
+        """x, x_src: (B, 3, H, W) in [-1, 1], the picture to judge and the enlarged LQ picture -> (B, 1)"""
+        h, logits = torch.cat([x, x_src], dim=1), []
+        for layer in self.layers:
+            h = F.leaky_relu(layer(h), 0.2)
+            logits.append(h)
+        return multilevel_loss([head(h) for head, h in zip(self.heads, logits[1:])], target)

@@ -21,6 +21,7 @@ from models.support.weights import fetch, load_strictly, read_tensors
 SHIFT = (-0.030, -0.088, -0.188)    # ImageNet's mean and deviation, moved from [0, 1] to [-1, 1] and rounded
 SCALE = (0.458, 0.448, 0.450)
 EPS = 1e-10                         # added to the length of a feature vector
+FAINT = 0.3                         # instead, for random features: what is fainter than this counts less
 
 
 # -----------------------------------------------------------------------------
@@ -47,21 +48,36 @@ def alex():
     ]
 
 
+def random():
+    """No classifier at all: filters drawn once (seed 0), orthogonal and blind for brightness, see edges and grain at three scales.
+
+    Ours, for the tiny presets; that random features do as a loss is known (2103.10571).
+    """
+    g, layers = torch.Generator().manual_seed(0), []
+    for c_in, width in ((3, 16), (16, 32), (32, 64)):
+        conv = nn.Conv2d(c_in, width, 3, padding=1, padding_mode="reflect", bias=False)
+        nn.init.orthogonal_(conv.weight, gain=2**0.5, generator=g)
+        conv.weight.data -= conv.weight.data.mean((2, 3), keepdim=True)
+        layers += [conv, nn.LeakyReLU(0.2), nn.AvgPool2d(2)]
+    return layers[:-1]
+
+
 #       trunk, where its features are taken {layer: channels}, smallest side in pixels, files of trunk and heads
 NETS = {
     "vgg": (vgg, {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}, 16, ("vgg16-397923af.pth", "lpips_vgg.pth")),
     "alex": (alex, {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}, 31, ("alexnet-owt-7be5be79.pth", "lpips_alex.pth")),
+    "random": (random, {1: 16, 4: 32, 7: 64}, 8, ()),
 }
 
 
 # -----------------------------------------------------------------------------
 # the metric
 
-def unit(f):
+def unit(f, eps=EPS):
     """Feature vectors to length one, in float32 at least: half precision has no 1e-10.  (B, C, h, w) -> same shape"""
     f = f.to(torch.promote_types(f.dtype, torch.float32))
     length = torch.linalg.vector_norm(f, dim=1, keepdim=True)   # official: a square root, whose infinite slope at 0 makes the gradient NaN
-    return f / (length + EPS)
+    return f / (length + eps)
 
 
 class LPIPS(nn.Module):
@@ -75,10 +91,12 @@ class LPIPS(nn.Module):
         if net not in NETS:
             raise ValueError(f"unknown LPIPS net {net!r}; choose from {', '.join(NETS)}")
         trunk, self.taps, self.smallest, _ = NETS[net]
+        self.eps = FAINT if net == "random" else EPS
         self.features = nn.Sequential(*trunk())
         for i, channels in enumerate(self.taps.values()):   # a dropout was number 0 when the heads were trained
             head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
+            nn.init.constant_(head[1].weight, 1.0)          # positive, as the public ones are
 
     @classmethod
     def from_pretrained(cls, net="vgg", device="cpu"):
@@ -96,7 +114,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
-                yield unit(x)
+                yield unit(x, self.eps)
 
     def levels(self, x, y):
         """What each of the five depths adds.  x, y: (B, 3, H, W) in [-1, 1] -> (B, 5)"""

@@ -21,7 +21,7 @@ from models.denet import DegradationEstimator
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
-from models.vae import VAE, VAEConfig
+from models.vae import VAE, TinyVAE, TinyVAEConfig, VAEConfig
 from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
@@ -34,6 +34,7 @@ ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
 TABLES = ["vae_block", "unet_block"]  # of the modulation, the block ids among all its parts
 PARTS = TABLES + [f"{network}_{part}_mlp" for network in ("vae", "unet") for part in ("de", "block", "fuse")]
 TILES_AT_ONCE = 4
+PRIOR, TINY = (Path(__file__).with_name(f"{name}_tiny.safetensors") for name in ("prior", "s3diff"))   # embedded
 
 
 def is_trained(name):
@@ -41,19 +42,33 @@ def is_trained(name):
     return "lora_" in name or name.startswith(("unet.conv_in.", "modulation."))
 
 
+def is_prior(name):
+    """Whether prior_tiny.safetensors holds the parameter of that name: the UNet before any adapter, the autoencoder, the prompts."""
+    return name.startswith(("unet.", "vae.", "prompts")) and "lora_" not in name
+
+
 @dataclass
 class S3DiffConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
     r_unet: int = 32
     r_vae: int = 16
     unet_targets: tuple = UNET_TARGETS
     vae_targets: str = VAE_TARGETS      # the paper's Table 4 puts adapters elsewhere
     modulation: str = "blocks"          # a matrix for each block; the paper's Table 5: "shared" = one for all; "none" = plain LoRA
+    denet_widths: tuple = (64, 64, 64, 128)     # of the estimator
+    tokens: int = 77                    # of a prompt
     t: int = 999                        # where the one step starts
+    start_noise: float = 1.0            # how much of the noise of time t is added to the LQ latent, where t is below 999
     guidance: float = 1.07              # trap: the paper says 1.1
+    enlarge: str = "bilinear"           # official: in inference; bicubic in training
     tile: int = 768                     # pixels a side, 96 latent cells, up to whose area the UNet sees the whole picture
     overlap: int = 256                  # pixels that tiles share
+
+    @staticmethod
+    def from_dict(d):
+        vae = (TinyVAEConfig if "whitening" in d["vae"] else VAEConfig)(**d["vae"])
+        return S3DiffConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": vae})
 
 
 def each(function, C):
@@ -67,10 +82,12 @@ class S3Diff(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.folder = cfg, None
-        self.unet, self.vae, self.denet = UNet(cfg.unet), VAE(cfg.vae), DegradationEstimator()
-        self.blocks = {"unet": len(self.unet.blocks), "vae": len(cfg.vae.widths) + 2}
+        self.unet, self.denet = UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths)
+        self.vae = TinyVAE(cfg.vae) if isinstance(cfg.vae, TinyVAEConfig) else VAE(cfg.vae)
+        self.blocks = {"unet": len(self.unet.blocks), "vae": self.vae.blocks}
         self.adapt()
-        self.register_buffer("prompts", torch.zeros(2, 77, cfg.unet.context_dim))   # features of the good text and of the bad one
+        # features of the good text and of the bad one
+        self.prompts = nn.Parameter(torch.zeros(2, cfg.tokens, cfg.unet.context_dim), requires_grad=False)
 
     def adapt(self):
         """What is trained beside unet.conv_in: new adapters and their modulation, which change nothing yet."""
@@ -86,10 +103,13 @@ class S3Diff(nn.Module):
         C = self.modulation.matrices(network, scores.float()).expand(-1, self.blocks[network], -1, -1)
         return [{ADAPTER[network]: M} for M in C.unbind(1)]
 
-    def noisy(self, z, t, generator=None):
-        """The latent as the UNet gets it: as it is, which is the point of S3Diff; only from an earlier t (Table 8) with that time's noise."""
-        a = alphas_cumprod()[t].item()
-        return z if t == 999 else a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
+    def start(self, z, t, generator=None):
+        """The LQ latent as the UNet gets it, for a noisy latent of time t.  z: (B, 4, h, w); generator: of the noise -> like z"""
+        if t == 999:
+            return z        # as it is: the point of S3Diff
+        a = alphas_cumprod()[t].item()      # Table 8; official: only the released t = 999 is in the code
+        noise = self.cfg.start_noise * torch.randn(z.shape, generator=generator)
+        return a**0.5 * z + (1 - a) ** 0.5 * noise.to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
         """The latent less its noise.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
@@ -102,7 +122,7 @@ class S3Diff(nn.Module):
         x: (B, 3, H, W) enlarged LQ in [-1, 1]; scores: (B, 2); context: (B, 77, D); generator: of the posterior's sample, None = its mode
         -> (B, 3, H, W) in [-1, 1]; saturated pixels have no gradient
         """
-        z = self.noisy(self.vae.encode(x, generator, self.matrices("vae", scores)), self.cfg.t, generator)
+        z = self.start(self.vae.encode(x, generator, self.matrices("vae", scores)), self.cfg.t, generator)
         eps = self.unet(z, self.cfg.t, context, self.matrices("unet", scores))
         return self.vae.decode(self.clean(z, eps, self.cfg.t)).clamp(-1, 1)
 
@@ -158,12 +178,13 @@ class S3Diff(nn.Module):
             if text:
                 prompts[i] = self.describe(text)
 
-        # official: bilinear in inference, bicubic in training; the bicubic of the first release overshot
-        lq_up = F.interpolate(lq, (H, W), mode="bicubic" if paper else "bilinear").clamp(0, 1)
+        # official: the bicubic of the first release overshot
+        lq_up = F.interpolate(lq, (H, W), mode="bicubic" if paper else self.cfg.enlarge).clamp(0, 1)
         C_vae, C_unet = self.matrices("vae", scores), self.matrices("unet", scores)
         # official: a sample of the posterior, another one in every run; here its mode
-        z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, 64).to(like, non_blocking=True), C=C_vae)
-        z = self.noisy(z, t, torch.Generator().manual_seed(seed))
+        multiple = self.vae.factor << len(self.cfg.unet.widths) - 1     # pixels; every map of the UNet is half the one above
+        z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, multiple).to(like, non_blocking=True), C=C_vae)
+        z = self.start(z, t, torch.Generator().manual_seed(seed))
         eps = self.predict(z, t, prompts.to(z), C_unet, guidance, tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = self.vae.decode(self.clean(z, eps, t)).float().clamp(-1, 1) / 2 + 0.5
         return color_fix(sr[..., :H, :W], lq_up.to(sr, non_blocking=True), color, stablesr=True)
@@ -176,18 +197,20 @@ class S3Diff(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name="s3diff", device="cpu", dtype=torch.float32):
-        """A model by its name (s3diff, whose files are fetched), from an s3diff.pkl or a folder with one, or from train_s3diff.py's --out.
+        """A model by its name (s3diff, whose files are fetched; s3diff-tiny), from an s3diff.pkl or a folder with one, or from
+        train_s3diff.py's --out.
 
         SD-Turbo (a folder sd-turbo) and de_net.pth are looked for beside the .pkl. Raises FileNotFoundError or ValueError, one line.
         """
-        path = Path(name)
+        path = TINY if name == "s3diff-tiny" else Path(name)
         if name == "s3diff":
             model = cls.from_release(fetch("s3diff.pkl"))
         elif (weights := path / "model.safetensors" if path.is_dir() else path).suffix == ".safetensors" and weights.is_file():
             config, tensors = read_model(weights)
             with on_paper(weights, "S3Diff"):
-                model = cls(checked(S3DiffConfig(**config | {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"])})))
-            load_strictly(model, tensors, weights)
+                model = cls(checked(S3DiffConfig.from_dict(config)))
+            prior = {k: v for k, v in read_model(PRIOR)[1].items() if k not in tensors} if weights == TINY else {}
+            load_strictly(model, prior | tensors, weights)
         elif (pkl := path / "s3diff.pkl" if path.is_dir() else path).is_file():
             model = cls.from_release(pkl, pkl.parent)
         else:
@@ -211,7 +234,7 @@ class S3Diff(nn.Module):
             load_strictly(getattr(model, network), read_tensors(path), path, [f"lora_{x}.{ADAPTER[network]}.weight" for x in "AB"])
         path = nearby("de_net.pth", folder)
         load_strictly(model.denet, read_tensors(path), path)
-        model.prompts = text_features([GOOD, BAD], folder)
+        model.prompts = nn.Parameter(text_features([GOOD, BAD], folder), requires_grad=False)
         return model
 
     @classmethod

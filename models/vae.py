@@ -240,6 +240,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config = c = config or VAEConfig()
         self.factor = 2 ** (len(c.widths) - 1)  # pixels per latent cell side
+        self.blocks = len(c.widths) + 2  # of the encoder, that adapters tell apart: the resolutions, the middle, what is outside
         self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)
         self.decoder = Decoder(c.latent_channels, c.out_channels, c.widths, c.layers_per_block, c.norm_groups)
         self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
@@ -301,7 +302,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.conv1, self.conv2 = (Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x):
         return x + self.conv2(F.silu(self.conv1(x)))
@@ -327,6 +328,12 @@ class Finish(nn.Module):
         return F.pixel_shuffle(self.conv_out(self.fine(h)), 2)
 
 
+def rename_weight(module, state_dict, prefix, *_):
+    """Load hook: until 2026-11 the encoder had no name of its own."""
+    if f"{prefix}weight" in state_dict:
+        state_dict[f"{prefix}encoder.weight"] = state_dict.pop(f"{prefix}weight")
+
+
 class TinyVAE(nn.Module):
     """A learned lapped transform: one strided convolution, and its transpose back.  Ours, for laptops; there is no paper.
 
@@ -336,26 +343,32 @@ class TinyVAE(nn.Module):
     """
 
     factor = 8
+    blocks = 1  # that adapters tell apart
 
     def __init__(self, cfg=TinyVAEConfig()):
         super().__init__()
+        self.register_load_state_dict_pre_hook(rename_weight)
         self.cfg = cfg
-        self.weight = nn.Parameter(torch.randn(cfg.latent_channels, 3, 16, 16) / 768**0.5)
+        self.encoder = Conv2d(3, cfg.latent_channels, 16, stride=8, bias=False)  # its weight is the decoder's, too
+        nn.init.normal_(self.encoder.weight, std=768**-0.5)
         self.register_buffer("std", torch.ones(cfg.latent_channels))  # of each channel before scaling, measured in training
         self.finish = Finish(cfg.latent_channels, cfg.finish) if cfg.finish else None
 
     def gain(self):
         return (self.cfg.scale * self.std**-self.cfg.whitening).view(1, -1, 1, 1)
 
-    def analyse(self, x):
-        return F.conv2d(F.pad(x, (4,) * 4, mode="reflect"), self.weight, stride=8)
+    def analyse(self, x, C=None):
+        return self.encoder(F.pad(x, (4,) * 4, mode="reflect"), C)
 
     def synthesise(self, y):
-        return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.weight, stride=8, padding=12)
+        return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.encoder.weight, stride=8, padding=12)
 
-    def encode(self, x, generator=None):
-        """x: (B, 3, H, W) in [-1, 1], sides multiples of 8 -> (B, C, H/8, W/8) scaled latent; nothing is random here."""
-        return self.analyse(x) * self.gain()
+    def encode(self, x, generator=None, C=None):
+        """x: (B, 3, H, W) in [-1, 1], sides multiples of 8; C: of the one block's adapters -> (B, C, H/8, W/8) scaled latent
+
+        Nothing is random here; the generator is taken as by VAE.
+        """
+        return self.analyse(x, C and C[0]) * self.gain()
 
     def decode(self, z):
         """z: (B, C, h, w) scaled latent -> (B, 3, 8h, 8w), about [-1, 1]"""
