@@ -74,7 +74,7 @@ TINY = S3DiffConfig(
 )
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, {
     "prior": Recipe(6000, 16, 6e-4, crop=128, schedule="cosine", warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
-    "estimator": Recipe(3000, 16, 2e-3, crop=128, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr"), branches_per="image"),
+    "estimator": Recipe(2000, 16, 2e-3, crop=128, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
     "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.1, lambda_gan=0.01, gan_from=3000, schedule="cosine", warmup=100,
                        branches_per="image"),
 })}
@@ -122,7 +122,7 @@ def parse_args():
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
     if args.preset != "tiny" and args.init and (args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"):
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
-    if not 1 <= (args.start_step or 999) <= 999 or not 0 <= args.neg_prob <= 1:
+    if args.start_step is not None and not 1 <= args.start_step <= 999 or not 0 <= args.neg_prob <= 1:
         p.error("--start-step is from 1 to 999, --neg-prob from 0 to 1")
     return args
 
@@ -130,9 +130,10 @@ def parse_args():
 def build_tiny(args, cfg):
     """The tiny networks: the autoencoder of all tiny models, what args.init has, the rest new -> as `build`"""
     model, origin = S3Diff(cfg), "FROM SCRATCH"
-    torch.nn.init.normal_(model.prompts)
-    autoencoder = VOSR.from_pretrained("vosr-tiny").vae.state_dict()
-    model.vae.load_state_dict({k: v for k, v in autoencoder.items() if k in model.vae.state_dict()}, strict=False)
+    model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))      # learned, where SD has a text encoder
+    if isinstance(cfg.vae, TinyVAEConfig):
+        autoencoder = VOSR.from_pretrained("vosr-tiny").vae.state_dict()
+        model.vae.load_state_dict({k: v for k, v in autoencoder.items() if "finish" not in k}, strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
         path = Path(args.init, "model.safetensors") if args.init else PRIOR
         tensors = {k: v for k, v in read_model(path)[1].items() if is_prior(k) or k.startswith("denet.") or is_trained(k)}
@@ -179,9 +180,10 @@ def draw(stage, model, hq, recipe, g):
         good = len(hq) // 2         # the others become bad
         return 2 * torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]]) - 1, (torch.arange(len(hq)) >= good).long(), g
     if stage == "estimator":
-        plans = [draw_plan(recipe, 1, g) for _ in hq]
-        lq = [apply(plan, one)[0] for plan, one in zip(plans, hq.split(1))]
-        return torch.cat(lq), torch.cat([severity(*each) for each in zip(plans, hq.split(1), lq)])
+        quads = hq.split(4)         # four pictures share directions, scales and modes; kernels and strengths are each picture's own
+        plans = [draw_plan(recipe, len(quad), g) for quad in quads]
+        lq = [apply(plan, quad)[0] for plan, quad in zip(plans, quads)]
+        return torch.cat(lq), torch.cat([severity(*each) for each in zip(plans, quads, lq)])
     lq, lq_up = degrade(hq, recipe, g)
     return 2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), torch.rand(len(hq), generator=g), g
 
@@ -405,7 +407,7 @@ def main():
             if rank == 0 and due:
                 if columns:
                     training.save_sheet(out / "sheet.png", {title: x[:6] for title, x in columns.items()})
-                tqdm.write(f"step {step}: held-out loss {row['held_out']:.4f}" + f", PSNR {row['psnr']:.2f} dB" * ("psnr" in row))
+                tqdm.write(f"step {step}: held-out loss {row['held_out']:.4f}" + (f", PSNR {row['psnr']:.2f} dB" if "psnr" in row else ""))
                 log.draw(out / "loss.png", [*names, "held_out"], f"S3Diff {args.preset}, stage {args.stage}")
     bar.close()
     if step < recipe.steps:

@@ -87,7 +87,7 @@ class S3Diff(nn.Module):
         self.blocks = {"unet": len(self.unet.blocks), "vae": self.vae.blocks}
         self.adapt()
         # features of the good text and of the bad one
-        self.prompts = nn.Parameter(torch.zeros(2, cfg.tokens, cfg.unet.context_dim), requires_grad=False)
+        self.register_buffer("prompts", torch.zeros(2, cfg.tokens, cfg.unet.context_dim))
 
     def adapt(self):
         """What is trained beside unet.conv_in: new adapters and their modulation, which change nothing yet."""
@@ -234,7 +234,7 @@ class S3Diff(nn.Module):
             load_strictly(getattr(model, network), read_tensors(path), path, [f"lora_{x}.{ADAPTER[network]}.weight" for x in "AB"])
         path = nearby("de_net.pth", folder)
         load_strictly(model.denet, read_tensors(path), path)
-        model.prompts = nn.Parameter(text_features([GOOD, BAD], folder), requires_grad=False)
+        model.prompts = text_features([GOOD, BAD], folder)
         return model
 
     @classmethod

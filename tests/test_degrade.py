@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import degrade as module  # noqa: E402
-from degrade import (GRAMSR, KINDS, RECIPES, S3DIFF, SIZES, VOSR, Fields, apply, blur, degrade, draw_kernel, draw_plan, jpeg,  # noqa: E402
-                     kernel, noise_field, stack_kernels)
+from degrade import (GRAMSR, KINDS, PULSE, RECIPES, S3DIFF, SIZES, VOSR, Fields, apply, blur, degrade, draw_kernel, draw_plan,  # noqa: E402
+                     jpeg, kernel, noise_field, severity, stack_kernels)
 
 STORED = json.loads((ROOT / "tests" / "golden" / "degrade.json").read_text())
 
@@ -216,3 +216,20 @@ def test_command_refuses_in_one_line(tmp_path, monkeypatch):
             module.main()
         assert "\n" not in stop.value.code  # a string: one line on stderr, exit status 1
     assert list(files(folder)) == ["0.png"]
+
+
+def test_severity_knows_the_plan():
+    """More blur: more blur, and nothing else. More noise: more noise. No damage but shrinking: neither."""
+    hq, g = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
+    plan = draw_plan(replace(S3DIFF, first=replace(S3DIFF.first, resize=(0, 0, 1)), second=replace(S3DIFF.second, resize=(0, 0, 1), blur=0)), 2, g)
+
+    def told(sigma, strength):
+        """Two pictures, the second twice as bad as the first."""
+        kernels = [{"type": "iso", "size": 21, "sigma_x": sigma * k} for k in (1, 2)]
+        first = replace(plan.first, kernels=kernels, noise="gaussian", strength=[strength, 2 * strength], gray=[False] * 2, jpeg=[95] * 2)
+        changed = replace(plan, first=first, second=replace(plan.second, strength=[0, 0], jpeg=[95] * 2), sinc=[PULSE] * 2, mode="area")
+        return severity(changed, hq, apply(changed, hq)[0])
+
+    blurred, noisy, none = told(2.0, 0), told(0.1, 10), told(0.1, 0)
+    assert 0.2 < blurred[0, 0] < blurred[1, 0] <= 1 and none[:, 0].max() < 0.1 and none[:, 1].max() == 0
+    assert 0.02 < noisy[0, 1] < noisy[1, 1] and abs(noisy[:, 0] - none[:, 0]).max() < 0.02

@@ -37,7 +37,7 @@ def vosr(patch, photos, out, **more):  # noqa: F811
 
 def s3diff(patch, photos, out, **more):  # noqa: F811
     test_train_s3diff.shrink(patch)
-    patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL, replace(test_train_s3diff.RECIPE, steps=6, save_every=2, crop=32)))
+    patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL_TINY, {"adapters": replace(test_train_s3diff.RECIPE, steps=6, save_every=2, crop=32)}))
     test_train_s3diff.launch(patch, photos, out, **more)
 
 
