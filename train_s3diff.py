@@ -120,7 +120,8 @@ def parse_args():
     args = p.parse_args()
     if args.stage not in PRESETS[args.preset][1]:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
-    if args.preset != "tiny" and args.init and (args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"):
+    own = args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"
+    if args.preset != "tiny" and args.init and own:
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
     if args.start_step is not None and not 1 <= args.start_step <= 999 or not 0 <= args.neg_prob <= 1:
         p.error("--start-step is from 1 to 999, --neg-prob from 0 to 1")
