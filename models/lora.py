@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.support.precision import Exact
 from models.support.winograd import conv2d
 
 ALPHA = 8  # trap: peft's default, which both papers' files silently rely on: s = 8 / r, not 1
@@ -106,6 +107,10 @@ class Conv2d(LoRA, nn.Conv2d):
 
     def mix(self, h, M):
         return (M.mT @ h.flatten(2)).view_as(h)
+
+
+class ExactConv2d(Exact, Conv2d):
+    """Conv2d at the ends of a network, in float32 always: see precision.py."""
 
 
 def add_lora(network, targets, name, r, alpha=ALPHA):

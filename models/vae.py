@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.lora import Conv2d, Linear
+from models.lora import Conv2d, ExactConv2d, Linear
+from models.support import precision
 from models.support.strips import Checkpointing, attention, fixed, in_strips, in_tiles, norm_silu_conv
 from models.support.winograd import conv3x3_pays
 
@@ -57,7 +58,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x, C=None):
         h = norm_silu_conv(self.norm1, partial(self.conv1, C=C), x)
         h = norm_silu_conv(self.norm2, partial(self.conv2, C=C), h, into=h)
-        return in_strips(lambda h, x: h + (self.conv_shortcut(x, C) if self.conv_shortcut else x), h, x, into=h)
+        return in_strips(lambda h, x: h + (self.conv_shortcut(x, C) if self.conv_shortcut else x), h, x, into=h if h.dtype == x.dtype else None)
 
 
 def rename_old_attention(module, state_dict, prefix, *_):
@@ -128,7 +129,7 @@ def pair_kernels(W):
 
 def conv_of_nearest(x, kernels, bias):
     """conv(nearest(x)) in 16 of its 36 products.  x: (B, C, H, W); kernels: of `pair_kernels`; bias: (C',) -> (B, C', 2H, 2W)"""
-    y = F.conv2d(x, kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
+    y = F.conv2d(x.to(kernels), kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
     h, w = x.shape[2:]
     out = y.new_empty(*y.shape[:2], 2 * h, 2 * w)
     for p in (0, 1):
@@ -182,12 +183,12 @@ class Encoder(Checkpointing, nn.Module):
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
         steps = [Downsample] * (len(widths) - 1) + [None]
-        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([Level(c_in, c_out, layers, groups, step)
                                           for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = group_norm(groups, widths[-1])
-        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x, C=None):
         *C_levels, C_mid, C_ends = C or [None] * (len(self.down_blocks) + 2)
@@ -208,12 +209,12 @@ class Decoder(Checkpointing, nn.Module):
         super().__init__()
         widths = widths[::-1]  # deepest first
         steps = [Upsample] * (len(widths) - 1) + [None]
-        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList([Level(c_in, c_out, layers + 1, groups, step)
                                         for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
         self.conv_norm_out = group_norm(groups, widths[-1])
-        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, z):
         x = self.mid_block(in_strips(self.conv_in, z))
@@ -242,8 +243,8 @@ class VAE(nn.Module):
         self.factor = 2 ** (len(c.widths) - 1)  # pixels per latent cell side
         self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)
         self.decoder = Decoder(c.latent_channels, c.out_channels, c.widths, c.layers_per_block, c.norm_groups)
-        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+        self.quant_conv = precision.ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
+        self.post_quant_conv = precision.ExactConv2d(c.latent_channels, c.latent_channels, 1)
 
     def moments(self, x, C=None):
         """Mean and standard deviation of the posterior q(z | x).

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
@@ -143,16 +144,17 @@ class VOSR(nn.Module):
             return getattr(self.cfg, name) if value is None else value
 
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else resize(lq, (H, W))
+        lq = lq if self.cfg.torch_bicubic else resize(lq, (H, W))
+        lq = lq.to(self.dit.x_embedder.proj.weight, non_blocking=True)      # pictures and latents are float32
+        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else lq
         generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
-        like = self.dit.t_block[1].weight                           # the networks' device and dtype; pictures stay float32
-        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size).to(like.device, non_blocking=True)
-        z_lq = self.vae.encode(x.to(like), generator)
+        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size)
+        z_lq = self.vae.encode(x, generator)
         eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, own("steps", steps), own("guidance", guidance), own("weak", weak),
                          tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = (self.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
-        return color_fix(sr, lq_up.to(sr, non_blocking=True), color)
+        return color_fix(sr, lq_up, color)
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):
@@ -171,7 +173,7 @@ class VOSR(nn.Module):
                 raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, or a folder with a .safetensors file")
             config, tensors = read_model(weights)
             model = cls.from_ours(config, tensors, weights) if config else cls.from_release(weights, find_args(path))
-        return model.to(device=device, dtype=dtype).eval()
+        return in_half(model.to(torch.float32), dtype).to(device).eval()
 
     @classmethod
     def from_ours(cls, config, tensors, path):

@@ -36,6 +36,7 @@ from models.flow import guided  # noqa: E402
 from models.gramsr import SETS, GramSR, GramSRConfig  # noqa: E402
 from models.lora import LoRA  # noqa: E402
 from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
+from models.support.precision import in_half  # noqa: E402
 from models.unet import UNetConfig  # noqa: E402
 from models.vae import VAEConfig  # noqa: E402
 from models.vit import DINOv3Config  # noqa: E402
@@ -171,10 +172,10 @@ class Vosr:
         self.reference = None
 
     def to(self, dtype):
-        self.model.to(dtype)
+        in_half(self.model, dtype)
 
     def rows(self, lq):
-        model, dit, like = self.model, self.model.dit, self.model.dit.t_block[1].weight
+        model, dit, like = self.model, self.model.dit, self.model.dit.x_embedder.proj.weight
         x = F.interpolate(2 * lq - 1, scale_factor=4).to(like)
         z_lq, feat, t, r = model.vae.encode(x), model.tokens(x), torch.ones(len(lq), device=lq.device), torch.zeros(len(lq), device=lq.device)
         tile = z_lq[..., : dit.cfg.input_size, : dit.cfg.input_size]
@@ -222,7 +223,7 @@ class S3:
         self.reference = None
 
     def to(self, dtype):
-        self.model.unet.to(dtype), self.model.vae.to(dtype), self.encoder.to(dtype)
+        in_half(self.model.unet, dtype), in_half(self.model.vae, dtype), self.encoder.to(dtype)
 
     def refer(self):
         from reference import S3DiffReference
@@ -260,7 +261,7 @@ class Gram:
         self.reference = None
 
     def to(self, dtype):
-        self.model.to(dtype)
+        in_half(self.model, dtype)
 
     def refer(self):
         from reference import GramSRReference

@@ -22,6 +22,7 @@ from models.dit import DiT
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, is_trained
+from models.support.precision import in_half
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, ViT, ViTConfig
 from models.vosr import VOSR
@@ -49,7 +50,7 @@ def vosr(args, hq, device, dtype):
     frozen = {name: m for name, m in model.named_children() if name not in (("dit", "vit") if args.tiny else ("dit",))}
     if not args.tiny and dtype == torch.bfloat16:
         for m in frozen.values():
-            m.to(dtype)
+            in_half(m, dtype)
     for name in ("flow", "distill"):
         stage, teacher = stages[name], None
         if name == "distill":
@@ -74,8 +75,7 @@ def s3diff(args, hq, device, dtype):
         model = S3Diff(cfg)
     model = with_numbers(model, torch.Generator().manual_seed(0), device)
     params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
-    for p in model.unet.parameters() if dtype != torch.float32 else ():
-        p.data = p.data if p.requires_grad else p.data.to(dtype)
+    in_half(model.unet, dtype, adapters=False)
     vit = ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1) if args.tiny else VITS["dino_vitb16"]
     D, lpips = Discriminator(ViT(vit), **({"head_width": 16} if args.tiny else {})).to(device), LPIPS().requires_grad_(False).to(device)
     G_step, D_step = Step(params, device, dtype), Step([*D.parameters()], device, dtype)
@@ -110,8 +110,7 @@ def gramsr(args, hq, device, dtype):
     with torch.device("meta"):
         model = GramSR(cfg)
     model = with_numbers(model, torch.Generator().manual_seed(0), device).requires_grad_(False)
-    for p in model.unet.parameters() if dtype != torch.float32 else ():
-        p.data = p.data.to(dtype)
+    in_half(model.unet, dtype)
     lpips = LPIPS().requires_grad_(False).to(device)
     vit = DINOv3(VITS["dinov3_vits16plus"]).requires_grad_(False).to(device)
     for name in SETS:
