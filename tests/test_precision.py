@@ -1,6 +1,10 @@
 """Half precision: every system and every tiny training in all three types, close to float32.    python -m pytest tests/test_precision.py"""
 
+from dataclasses import replace
+
 import pytest
+import test_train
+import test_train_s3diff
 import torch
 import torch.nn as nn
 from bench import S3, Gram, Vosr
@@ -14,7 +18,6 @@ import train_vosr
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.support.imaging import blend_tiles, read_picture, tile_boxes
 from models.support.precision import Exact, in_half
-from models.vosr import TINY
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 SYSTEMS = {"vosr": lambda: Vosr("tiny", ARGS, "cpu"), "s3diff": lambda: S3(ARGS, "cpu"), "gramsr": lambda: Gram(ARGS, "cpu")}
@@ -111,48 +114,52 @@ def test_blending_in_half(dtype):
 
 
 TRAININGS = {
-    "autoencoder": (train_vosr, "--stage autoencoder"), "flow": (train_vosr, "--stage flow --init {tiny}"),
-    "refine": (train_vosr, "--stage refine --init {flow}"), "distill": (train_vosr, "--stage distill --init {flow}"),
-    "decoder": (train_vosr, "--stage decoder --init {distill}"), "s3diff": (train_s3diff, "--preset tiny"),
+    "autoencoder": (train_vosr, "--preset small --stage autoencoder"), "flow": (train_vosr, "--preset small --stage flow --init {autoencoder}"),
+    "refine": (train_vosr, "--preset small --stage refine --init {flow}"), "distill": (train_vosr, "--preset small --stage distill --init {flow}"),
+    "decoder": (train_vosr, "--preset small --stage decoder --init {distill}"), "s3diff": (train_s3diff, "--preset tiny"),
     **{stage: (train_gramsr, f"--preset tiny --stage {stage}" + f" --init {{{before}}}" * bool(before))
        for stage, before in (("pixel", ""), ("semantic", "pixel"), ("texture", "semantic"))},
 }
 
 
-@HALF
-def test_trainings_in_half(tmp_path, monkeypatch, dtype, capsys):
-    """Two steps of each stage, one after the other; the first step's loss is that of float32, nearly."""
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """launch(name in TRAININGS, folder, --dtype, --steps) -> the --out folder; networks are small, and tiny's switches of VOSR are on"""
     (tmp_path / "photos").mkdir()
     for i in range(3):
-        Image.effect_noise((140, 140), 60).convert("RGB").save(tmp_path / "photos" / f"{i}.png")
-    folders = {"tiny": TINY}
+        Image.effect_noise((90, 90), 60).convert("RGB").save(tmp_path / "photos" / f"{i}.png")
+    stages = {name: test_train.STAGE for name in train_vosr.TINY_STAGES}
+    cfg = replace(test_train.SMALL, dit=replace(test_train.SMALL.dit, precondition=True, rope_rescale=False))
+    monkeypatch.setitem(train_vosr.PRESETS, "small", (cfg, stages))
+    monkeypatch.setitem(train_gramsr.PRESETS, "tiny", (train_gramsr.TINY, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
+    test_train_s3diff.shrink(monkeypatch)
+    folders = {}
 
-    def launch(name, dtype, steps):
+    def launch(name, folder, dtype, steps):
         script, flags = TRAININGS[name]
-        out = tmp_path / f"{name}-{dtype}"
-        argv = [*flags.format(**folders).split(), "--data", tmp_path / "photos", "--out", out, "--steps", steps, "--batch-size", 2, "--dtype", dtype]
-        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, argv), "--device", "cpu"])
+        folders[name] = tmp_path / folder
+        argv = [*flags.format(**folders).split(), "--data", tmp_path / "photos", "--out", folders[name], "--steps", steps, "--batch-size", 2]
+        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, argv), "--dtype", dtype, "--device", "cpu"])
         script.main()
-        return out
+        return folders[name]
+    return launch
 
-    for name in TRAININGS:
+
+@pytest.mark.parametrize("names", [("autoencoder", "flow", "refine", "distill", "decoder"), ("s3diff",), ("pixel", "semantic", "texture")], ids=" ".join)
+def test_trainings_in_half(launch, names, capsys):
+    """A step of each stage in all types, one after the other; the loss is that of float32, nearly."""
+    for name in names:
         losses = {}
-        for kind in ("float32", str(dtype).removeprefix("torch.")):
-            out = launch(name, kind, 1)
-            losses[kind] = float((out / "log.csv").read_text().splitlines()[-1].split(",")[1])
-        folders[name] = out
-        plain, half = losses.values()
-        assert half == pytest.approx(plain, rel=0.03), name
+        for dtype in ("float32", "bfloat16", "float16"):
+            last = (launch(name, f"{name}-{dtype}", dtype, 1) / "log.csv").read_text().splitlines()[-1]
+            losses[dtype] = float(last.split(",")[1])
+        plain, *half = losses.values()
+        assert half == pytest.approx([plain] * 2, rel=0.03), name
     assert "left out" not in capsys.readouterr().err
 
 
-def test_resume_in_another_type(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["autoencoder", "s3diff", "pixel"])
+def test_resume_in_another_type(launch, name):
     """A scaler that was off has no state, which one that is on would refuse."""
-    (tmp_path / "photos").mkdir()
-    for i in range(3):
-        Image.effect_noise((140, 140), 60).convert("RGB").save(tmp_path / "photos" / f"{i}.png")
-    for script, flags in ((train_vosr, "--stage autoencoder"), (train_s3diff, "--preset tiny"), (train_gramsr, "--preset tiny --stage pixel")):
-        for steps, dtype in enumerate(("bfloat16", "float16", "float32"), 1):
-            argv = [*flags.split(), "--data", tmp_path / "photos", "--out", tmp_path / script.__name__, "--steps", steps, "--batch-size", 2]
-            monkeypatch.setattr("sys.argv", [script.__name__, *map(str, argv), "--dtype", dtype, "--device", "cpu"])
-            script.main()
+    for steps, dtype in enumerate(("bfloat16", "float16", "float32"), 1):
+        launch(name, "out", dtype, steps)
