@@ -84,12 +84,12 @@ def rope_table(rows, cols, head_dim):
 
 
 def rotate(x, turns):
-    """Turn channel pairs of x: (B, nh, N, hd) float32: (a, b) -> (a cos - b sin, b cos + a sin), which is a + ib times turns: (N, hd/2) complex."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+    """Turn channel pairs of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin), which is a + ib times turns: (N, hd/2) complex."""
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis.  -> float32"""
+    """x / rms(x) * weight over the last axis, counted in float32; in half precision only if the weight is, too."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(torch.promote_types(x.dtype, self.weight.dtype))
 
 
 class TimeEmbedder(nn.Module):

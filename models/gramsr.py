@@ -161,7 +161,7 @@ class GramSR(nn.Module):
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
         # official: whatever its shape, a picture is squeezed to 512 x 512
-        lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight, non_blocking=True)      # pictures and latents are float32
+        lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
         scales = [1 if scale is None else scale for scale in (pixel, semantic, texture)]
         z = self.restore(self.vae.encode(x), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)

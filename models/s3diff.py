@@ -147,7 +147,7 @@ class S3Diff(nn.Module):
         -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq = lq.to(self.unet.conv_in.weight, non_blocking=True)     # pictures and latents are float32
+        lq = lq.to(self.unet.conv_in.weight.device, non_blocking=True)
         t = self.cfg.t if start_step is None else start_step
         guidance = guidance if guidance is not None else 1.1 if paper else self.cfg.guidance
         scores = self.estimate(lq) if None in (blur, noise) else torch.empty(len(lq), 2, device=lq.device)

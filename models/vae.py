@@ -349,7 +349,7 @@ class TinyVAE(nn.Module):
         return (self.cfg.scale * self.std**-self.cfg.whitening).view(1, -1, 1, 1)
 
     def analyse(self, x):
-        return F.conv2d(F.pad(x, (4,) * 4, mode="reflect"), self.weight, stride=8)
+        return F.conv2d(F.pad(x.to(self.weight), (4,) * 4, mode="reflect"), self.weight, stride=8)
 
     def synthesise(self, y):
         return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.weight, stride=8, padding=12)

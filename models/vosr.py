@@ -175,7 +175,7 @@ class VOSR(nn.Module):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, whose one step has its guidance distilled in; leave them out")
         H, W = (round(side * scale) for side in lq.shape[-2:])
         lq = lq if self.cfg.torch_bicubic else resize(lq, (H, W))
-        lq = lq.to(self.dit.x_embedder.proj.weight, non_blocking=True)      # pictures and latents are float32
+        lq = lq.to(self.dit.t_block[1].weight.device, non_blocking=True)
         lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else lq
         generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size)

@@ -137,7 +137,7 @@ class Table:
             with self.surviving(name):
                 counted[name] = {who: first_call(function, self.device) for who, function in ways.items()}
         for network in compile if self.args.compile else ():
-            network.compile()
+            network.compile(mode="reduce-overhead" if self.args.graphs else None)
         for name in counted:
             with self.surviving(name):
                 self.measure_row(name, rows[name], counted[name])
@@ -330,7 +330,7 @@ def check(system, device):
 def bench(args, device, dtype):
     system = {"s3diff": S3, "gramsr": Gram}[args.model](args, device) if args.model in ("s3diff", "gramsr") else Vosr(args.model, args, device)
     reference = hasattr(system, "refer") and args.only != "ours" and all(map(find_spec, REFERENCE))
-    if not args.only:
+    if not args.only and not args.trace:
         if reference:
             system.refer()
         check(system, device)
@@ -339,6 +339,12 @@ def bench(args, device, dtype):
     if reference:
         system.refer(), system.reference.to(dtype)          # what is cast already is shared
     lq = torch.rand(args.batch or 1, 3, args.side, args.side)          # from the CPU, as sample.py has it
+    if args.trace:
+        system.model.upscale(lq)
+        with torch.profiler.profile() as profiler:
+            system.model.upscale(lq)
+        print(profiler.key_averages().table(sort_by="self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total", row_limit=40))
+        return profiler.export_chrome_trace(str(args.trace))
     if args.only:
         model = system.model if args.only == "ours" else system.reference
         system.encoder = None
@@ -366,6 +372,8 @@ def main():
     p.add_argument("--batch", type=int, help="pictures at once (default 1; train: 8 for VOSR, 4 for the others)")
     p.add_argument("--steps", type=int, help="of VOSR's whole picture (default: the model's own)")
     p.add_argument("--compile", action="store_true", help="torch.compile ours")
+    p.add_argument("--graphs", action="store_true", help="the same, with CUDA graphs: one launch for all kernels of a network")
+    p.add_argument("--trace", type=Path, metavar="FILE", help="write a profiler's trace of one whole picture there, and nothing else")
     p.add_argument("--repeat", type=int, default=7)
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     p.add_argument("--tiny", action="store_true", help="s3diff, gramsr, train: small widths")
@@ -373,7 +381,7 @@ def main():
     p.add_argument("--workers", type=int, default=8, help="train: processes that read them")
     p.add_argument("--only", choices=["ours", "reference"], help=argparse.SUPPRESS)     # one call, for its memory
     args = p.parse_args()
-    args.model = {"vosr": "0.5b-1step"}.get(args.model, args.model)
+    args.model, args.compile = {"vosr": "0.5b-1step"}.get(args.model, args.model), args.compile or args.graphs
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device, "bfloat16" if args.model == "train" else "float16")
     if device.type == "cuda":
