@@ -96,7 +96,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x):
         h = norm_silu_conv(self.norm1, self.conv1, x)
         h = norm_silu_conv(self.norm2, self.conv2, h, into=h)
-        return in_strips(lambda h, x: h + self.conv_shortcut(x), h, x, into=h if h.dtype == x.dtype else None)
+        return in_strips(lambda h, x: h + self.conv_shortcut(x), h, x, into=h)
 
 
 class Attention(nn.Module):

