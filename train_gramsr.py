@@ -213,7 +213,7 @@ def main():
     if replace(model.cfg, ranks={}) == GramSRConfig(ranks={}) and stage.rank == 4 and adapter:
         assert training.count(params) == PUBLIC_PARAMETERS, f"{training.count(params):,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if dtype != torch.float32 and args.preset != "tiny":
-        in_half(model.unet, dtype, adapters=False)      # the prior needs no float32; earlier LoRA sets go into the files as they came
+        in_half(model.unet, dtype, adapters=False)      # earlier LoRA sets go into the files as they came
     model, lpips, vit = (network and network.to(device) for network in (model, lpips, vit))
     # a new one a stage: PiSA-SR's would go on moving what is frozen
     optimizer = torch.optim.AdamW(params, lr=stage.lr, weight_decay=1e-2, fused=True)

@@ -48,13 +48,13 @@ def choose_device(name):
     """'auto' is the best one at hand -> torch.device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""       # torchrun numbers the processes of a machine
+    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""   # torchrun numbers the processes of a machine
     return torch.device(name + own)
 
 
 def choose_dtype(name, device, best="bfloat16"):
-    """'auto' is `best` on CUDA and float32 elsewhere; tf32 is float32 whose products are rounded as the GPU likes -> torch.dtype"""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"    # PyTorch's convolutions do that unasked
+    """'auto' is `best` on CUDA and float32 elsewhere; tf32 is float32 whose products a GPU rounds -> torch.dtype"""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"    # convolutions do it unasked
     if name == "auto":
         name = best if device.type == "cuda" else "float32"
     return torch.float32 if name == "tf32" else getattr(torch, name)

@@ -84,7 +84,10 @@ def rope_table(rows, cols, head_dim):
 
 
 def rotate(x, turns):
-    """Turn channel pairs of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin), which is a + ib times turns: (N, hd/2) complex."""
+    """Turn channel pairs of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin), one product of complex numbers.
+
+    turns: (N, hd/2) complex -> like x, in float32
+    """
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
 
 
@@ -97,7 +100,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(torch.promote_types(x.dtype, self.weight.dtype))
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return y.to(torch.promote_types(x.dtype, self.weight.dtype))
 
 
 class TimeEmbedder(nn.Module):
@@ -275,7 +279,8 @@ class DiT(nn.Module):
         """The turns of h x w tokens -> (h*w, hd/2) complex."""
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
         if not h == w == self.side or cos.dtype != torch.float32:       # .to(bfloat16) has rounded them
-            # official: squares only. One factor for both axes keeps a rectangle's aspect and its longer side in the trained range.
+            # official: squares only. One factor for both axes keeps a rectangle's aspect,
+            # and its longer side in the trained range.
             scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
             rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
             cos, sin = rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)

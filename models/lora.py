@@ -67,8 +67,9 @@ class LoRA:
         """(B, ...) -> (B, ...) as the base layer, plus the adapters."""
         if not self.lora_A:
             return self.base(x, self.weight)
-        # Where layers cost their launches, one product is always the faster way; compiled, a size must not decide about the graph.
-        if self.folding_pays(math.inf if x.is_cuda or torch.compiler.is_compiling() else self.pixels(x), C):
+        # On a GPU launches cost more than folding; compiled, a size must not decide about the graph.
+        always = x.is_cuda or torch.compiler.is_compiling()
+        if self.folding_pays(math.inf if always else self.pixels(x), C):
             return self.base(x, self.fuse(C))
         y = self.base(x, self.weight)
         for A, B, s, M in self.adapters(C):

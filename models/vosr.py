@@ -1,7 +1,7 @@
 """VOSR: super-resolution by a diffusion transformer that never saw a text prompt.
 
 Paper:   VOSR, arXiv 2604.03225.
-Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and models/support/weights.py;
+Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and support/weights.py;
          vosr_tiny.safetensors beside this file: ours, trained by train_vosr.py.
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
@@ -69,7 +69,8 @@ PUBLIC = {      # name: size, folder of the release (ms: multi-step, os: one ste
     "vosr-0.5b": ("0.5b", "VOSR_0.5B_ms"), "vosr-0.5b-1step": ("0.5b", "VOSR_0.5B_os"),
     "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"), "vosr-2": ("1.4b", "VOSR2"),
 }
-ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False, "mlp_ratio": 4}   # of args.json
+ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
+        "mlp_ratio": 4}         # of args.json: what the transformer here can be
 
 
 def light_settings(content, path):
@@ -82,11 +83,14 @@ def light_settings(content, path):
 
 
 def believe(cfg, settings, path):
-    """cfg as args.json says in file path of somebody's own training; what tensors say is in it already. Raises WeightError naming a setting."""
+    """cfg as args.json, file path of somebody's own training, has it beyond what the tensors say.
+
+    Raises WeightError, which names the setting that cannot be followed.
+    """
     def take(name, otherwise, good):
         value = settings.get(name, otherwise)
         if not good(value):
-            raise WeightError(f"{path}: {name} is {value!r:.60}, which cannot be followed here; only weights trained otherwise can be used")
+            raise WeightError(f"{path}: {name} is {value!r:.60}, which cannot be followed here; use weights trained otherwise")
         return value
 
     def whole(low, high, step=1):
@@ -96,10 +100,11 @@ def believe(cfg, settings, path):
         take(name, value, lambda x: x == value)
     side, last = 8 * cfg.dit.input_size, cfg.vit.depth - 1
     take("resolution", side, lambda x: x == side)
-    layer = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))[0]
+    layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
+    p = cfg.vit.patch_size
     return replace(
-        cfg, vit_input=take("dinov2_size", cfg.vit_input, whole(cfg.vit.patch_size, 4096, cfg.vit.patch_size)), tile=side,
-        vit_layer=None if layer in (-1, last) else layer,           # the authors replace the last block's tokens by the normed ones
+        cfg, vit_input=take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), tile=side,
+        vit_layer=None if layers[0] in (-1, last) else layers[0],   # the authors replace the last block's tokens by the normed ones
         steps=take("infer_steps", cfg.steps, whole(1, 1000)),
         guidance=take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100))
 
@@ -110,7 +115,7 @@ class VOSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond     # VOSR 2.0: one step, and no weak branch to be guided from
+        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond     # VOSR 2.0: no weak branch to be guided from
         if self.blunt:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
         self.vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
@@ -165,21 +170,21 @@ class VOSR(nn.Module):
         """Super-resolution of one picture.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; steps, guidance, weak, temperature: None = the checkpoint's own
-        tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet, none, or None = the checkpoint's
+        tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet, none; None = the checkpoint's
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         def own(name, value):
             return getattr(self.cfg, name) if value is None else value
 
         if self.blunt and (guidance, weak) != (None, None):
-            raise WeightError("--guidance and --weak have no effect on VOSR 2.0, whose one step has its guidance distilled in; leave them out")
+            raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; leave them out")
         H, W = (round(side * scale) for side in lq.shape[-2:])
         lq = lq if self.cfg.torch_bicubic else resize(lq, (H, W))
         lq = lq.to(self.dit.t_block[1].weight.device, non_blocking=True)
         lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else lq
         generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size)
-        z_lq = self.vae.encode(x)                                   # official: a sample of the posterior until 2026, since then its mode
+        z_lq = self.vae.encode(x)                                   # official: a sample of the posterior at first, now its mode
         eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, own("steps", steps), own("guidance", guidance), own("weak", weak),
                          tile or self.cfg.tile, overlap or self.cfg.overlap)

@@ -14,6 +14,7 @@ python=${PYTHON:-python}
 
 step() {    # name, seconds at most, command
     local name=$1 most=$2 start=$SECONDS; shift 2
+    [ $device = cpu ] && most=$((10 * most))
     timeout "$most" "$@" > "$out/$name.txt" 2>&1
     echo "$name: exit $?, $((SECONDS - start)) s" | tee -a "$out/steps.txt"
 }

@@ -21,7 +21,7 @@ import torch.nn as nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from bench import S3, UNET, VAE, Gram, Vosr, with_numbers  # noqa: E402
-from models.dit import DiT, DiTConfig  # noqa: E402
+from models.dit import DiT, DiTConfig, Rope  # noqa: E402
 from models.support.precision import in_half  # noqa: E402
 from models.unet import UNet, UNetConfig  # noqa: E402
 from models.vae import VAE as Autoencoder  # noqa: E402
@@ -82,6 +82,7 @@ def networks(full, g, device):
         vit = ViT(ViTConfig() if full else ViTConfig(img_size=112, embed_dim=128, num_heads=2))
         unet, vae = (UNet(UNetConfig()), Autoencoder(VAEConfig())) if full else (UNet(replace(UNET, layers_per_block=2)), Autoencoder(replace(VAE, layers_per_block=2)))
     dit, vit, unet, vae = (with_numbers(m, g, device) for m in (dit, vit, unet, vae))
+    dit.feat_rope = Rope(dit.side, dit.cfg.hidden_size // dit.cfg.num_heads).to(device)      # the one thing that is not random
     side = dit.cfg.input_size
     z, z_lq, feat, t = random(1, 4, side, side), random(1, 4, side, side), random(1, 256, dit.cfg.z_dims), torch.ones(1, device=device)
     x, picture = random(1, 3, vit.cfg.img_size // 14 * 14, vit.cfg.img_size // 14 * 14), torch.tanh(random(1, 3, 8 * side, 8 * side))

@@ -278,7 +278,8 @@ def blend_tiles(function, x, boxes, at_once=8, down=0.0):
     function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles;  x: (1, C, H, W);  boxes of `tile_boxes`;
     down: see `tile_weight` -> like x
     """
-    total, weights = (torch.zeros_like(y, dtype=torch.float32) for y in (x, x[:, :1]))     # the window's corners vanish in half precision
+    # float32: in half precision the window's corners are 0
+    total, weights = (torch.zeros_like(y, dtype=torch.float32) for y in (x, x[:, :1]))
     row, col = boxes[0]
     weight = tile_weight(row.stop - row.start, col.stop - col.start, down).to(x.device, non_blocking=True)
     for i in range(0, len(boxes), at_once):

@@ -7,7 +7,8 @@ else; a group norm takes its statistics from the whole map before the first stri
 Nothing is forgotten, so the result is that of the whole picture up to rounding. Two feature maps are in memory at a time, the one a
 layer reads and the one it writes; all that lies between them is the size of a strip.
 
-Plain, as if this file did not exist: maps of up to 512x512 pixels (1024x1024 on a GPU, which has more to do at once then); and whatever records gradients, which keeps every map anyway.
+Plain, as if this file did not exist: maps of up to 512x512 pixels, on a GPU 1024x1024, which is half as many kernels; and whatever
+records gradients, which keeps every map anyway.
 """
 
 import math
@@ -17,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LIMIT = 512 * 512  # pixels of a map up to which it is computed whole, on a GPU four times that; a strip has at most a quarter of them
+LIMIT = 512 * 512  # pixels of a map up to which it is computed whole, four times that on a GPU; a strip has a quarter of them
 QUERIES = 4096  # up to which attention is computed at once, and then at a time
 
 
@@ -48,7 +49,7 @@ def in_strips(f, *maps, rate=1, into=None):
     maps: (B, C, H, W), C may differ; rate: rows of the result per row of the maps: 1, 2 or 0.5
     f: anything in which a row of the result depends on the row of the maps at its height and the next ones above and below, no others;
        it pads at its borders by itself
-    into: a map to write the result in, of the same shape, if it has its type; may be one of maps that nobody needs afterwards
+    into: a map of the same shape to write the result in, if it has its type; may be one of maps that nobody needs afterwards
     -> (B, C', H * rate, W * rate)
     """
     if isinstance(maps[0], list):

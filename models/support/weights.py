@@ -60,9 +60,9 @@ def sd21(path, users, **facts):
 META, TORCHVISION, GITHUB = "https://dl.fbaipublicfiles.com", "https://download.pytorch.org/models", "https://raw.githubusercontent.com"
 LPIPS, GRAMSR = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1", f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints"
 FILES = {file.name: file for file in (
-    *(vosr(f"{model}/{path}", f"VOSR {model[5:]}") for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os")
+    *(vosr(f"{model}/{path}", f"VOSR {model[5:] or '2.0'}")
+      for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os", "VOSR2")
       for path in ("args.json", "checkpoints/ema_model.safetensors")),      # ms: multi-step, os: one step
-    *(vosr(f"VOSR2/{path}", "VOSR 2.0") for path in ("args.json", "checkpoints/ema_model.safetensors")),
     vosr("Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors", "VOSR 1.4B, 2.0", "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"),
     vosr("sd21_lwdecoder.pth", "VOSR 0.5B"),
     vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B", f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
