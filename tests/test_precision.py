@@ -15,6 +15,7 @@ import sample
 import train_gramsr
 import train_s3diff
 import train_vosr
+import training
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.support.imaging import blend_tiles, read_picture, tile_boxes
 from models.support.precision import Exact, in_half
@@ -131,7 +132,8 @@ def launch(tmp_path, monkeypatch):
     stages = {name: test_train.STAGE for name in train_vosr.TINY_STAGES}
     cfg = replace(test_train.SMALL, dit=replace(test_train.SMALL.dit, precondition=True, rope_rescale=False))
     monkeypatch.setitem(train_vosr.PRESETS, "small", (cfg, stages))
-    monkeypatch.setitem(train_gramsr.PRESETS, "tiny", (train_gramsr.TINY, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
+    small = replace(train_gramsr.TINY, unet=test_train_s3diff.SMALL.unet, vae=test_train_s3diff.SMALL.vae)
+    monkeypatch.setitem(train_gramsr.PRESETS, "tiny", (small, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
     test_train_s3diff.shrink(monkeypatch)
     folders = {}
 
@@ -163,3 +165,14 @@ def test_resume_in_another_type(launch, name):
     """A scaler that was off has no state, which one that is on would refuse."""
     for steps, dtype in enumerate(("bfloat16", "float16", "float32"), 1):
         launch(name, "out", dtype, steps)
+
+
+def test_device_and_type(monkeypatch):
+    """A process of torchrun has its own GPU, by whatever name; float32 is float32, and TF32 a choice."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert training.choose_device("cuda") == torch.device("cuda", 3) and training.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert training.choose_device("cpu") == torch.device("cpu")
+    for name, allowed in (("tf32", True), ("float32", False)):
+        assert training.choose_dtype(name, torch.device("cuda")) == torch.float32
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert training.choose_dtype("auto", torch.device("cuda"), "float16") == torch.float16
