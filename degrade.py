@@ -301,7 +301,9 @@ def degrade(hq, recipe, generator, scale=4):
     if recipe.branches_per == "image" and len(hq) > 1:
         lq, lq_up = zip(*(degrade(one, recipe, generator, scale) for one in hq.split(1)))
         return torch.cat(lq), torch.cat(lq_up)
-    return apply(draw_plan(recipe, len(hq), generator), hq, scale)
+    plan = draw_plan(recipe, len(hq), generator)
+    plan.device = hq.device if hq.is_cuda else plan.device     # noise drawn elsewhere would take longer than a step
+    return apply(plan, hq, scale)
 
 
 # ---- the command: a folder of pictures -> a paired test set

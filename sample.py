@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from os.path import exists, realpath
 from pathlib import Path
@@ -27,6 +27,7 @@ from models.gramsr import GramSR
 from models.support.imaging import (PictureError, contact_sheet, list_pictures, middle, output_paths, printable, read_picture, resize, round8,
                             save_png, write_picture)
 from models.support.page import figure_of, page_of
+from models.support.strips import plain
 from models.s3diff import S3Diff
 from models.vosr import VOSR
 from models.support.weights import WeightError, list_weights, read_config
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
 KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic",
          "texture", "tile", "overlap", "color")
-COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder"  # whichever of them a model has
+COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
 AT_ONCE = 3  # pictures that are read, or written, beside the one on the device
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
@@ -58,7 +59,8 @@ def parse_args(argv):
     # model
     p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, gramsr, or a file or folder")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on cuda, else float32")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
+                   help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")  # fmt: skip
     p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster; for many pictures")
     p.add_argument("--scale", type=between(1, 8), default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
     p.add_argument("--seed", type=int, default=0, help="of the noise; the same for every picture (default 0)")
@@ -99,7 +101,7 @@ def parse_args(argv):
         torch.zeros(1, device=args.device)  # a device may have a name and not be there
     except (RuntimeError, AssertionError) as e:
         p.error(f"argument --device: {args.device} cannot be used here ({str(e).splitlines()[0]})")
-    args.dtype = choose_dtype(args.dtype, args.device)
+    args.dtype = choose_dtype(args.dtype, args.device, "float16")
     return args
 
 
@@ -124,11 +126,14 @@ def upscale(model, path, lq, args):
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
-    sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs).float().cpu()
+    large = not plain(lq.shape[2] * lq.shape[3] * args.scale**2, args.device.type == "cuda")
+    # of a map in strips every strip would be compiled anew
+    with torch.compiler.set_stance("force_eager" if large else "default") if args.compile else nullcontext():
+        sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
     if not sr.isfinite().all():
         bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)     # looked for only now: it takes seconds
         raise PictureError(f"{path}: the result is no number; " + (f"{args.model} has none in {bad}, get it again" if bad else "try --dtype float32"))
-    return sr, time.perf_counter() - start
+    return sr.cpu(), time.perf_counter() - start
 
 
 def finish(path, target, ref, lq, alpha, sr, seconds, args):

@@ -47,6 +47,7 @@ from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, DINOv3Config
+from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
 
 
@@ -212,8 +213,7 @@ def main():
     if replace(model.cfg, ranks={}) == GramSRConfig(ranks={}) and stage.rank == 4 and adapter:
         assert training.count(params) == PUBLIC_PARAMETERS, f"{training.count(params):,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if dtype != torch.float32 and args.preset != "tiny":
-        for k, p in model.unet.named_parameters():      # the prior needs no float32; earlier LoRA sets go into the files as they came
-            p.data = p.data if "lora_" in k else p.data.to(dtype)
+        in_half(model.unet, dtype, adapters=False)      # earlier LoRA sets go into the files as they came
     model, lpips, vit = (network and network.to(device) for network in (model, lpips, vit))
     # a new one a stage: PiSA-SR's would go on moving what is frozen
     optimizer = torch.optim.AdamW(params, lr=stage.lr, weight_decay=1e-2, fused=True)
@@ -231,7 +231,7 @@ def main():
         best, waited, written = checkpoint["best"], checkpoint["waited"], checkpoint["written"]
         training.load_tensors(model, checkpoint["model"])
         training.load_optimizer(optimizer, checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())      # {} of a run in another type
     where = f"on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", "")
     print(f"train_gramsr: stage {args.stage}, {args.preset}, {origin}, {where}")
     print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters; "

@@ -42,6 +42,7 @@ from models.unet import UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import ViT
+from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_model, read_tensors, save_model
 from models.vosr import VOSR
 
@@ -287,8 +288,7 @@ def main():
     if model.cfg == S3DiffConfig():
         assert training.count(params) == PUBLIC_PARAMETERS, f"{training.count(params):,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if dtype != torch.float32 and args.preset != "tiny":
-        for p in model.unet.parameters():       # frozen weights need no float32; official: they have it
-            p.data = p.data if p.requires_grad else p.data.to(dtype)
+        in_half(model.unet, dtype, adapters=False)      # frozen weights need no float32; official: they have it
     model, lpips, D = model.to(device), lpips.to(device), D.to(device)
     ema = copy.deepcopy(model).eval() if recipe.ema else model
     optimizers = {name: torch.optim.AdamW(p, lr=recipe.lr, weight_decay=1e-2, fused=True) for name, p in (("G", params), ("D", list(D.parameters())))}
@@ -305,7 +305,7 @@ def main():
         training.load_tensors(D, checkpoint["D"])
         for name, optimizer in optimizers.items():
             training.load_optimizer(optimizer, checkpoint["optimizers"][name])
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())      # {} of a run in another type
     print(f"train_s3diff: {args.preset} {args.stage}, {origin}, on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", ""))
     print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters, discriminator's heads "
           f"{training.count(D.parameters()):,}; batch {recipe.batch_size} = {world} x {parts} x {micro}; {recipe}")

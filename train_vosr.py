@@ -34,6 +34,7 @@ from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, VOSR, VOSRConfig
+from models.support.precision import in_half
 from models.support.weights import load_strictly, save_model, save_release
 
 
@@ -234,7 +235,7 @@ def main():
     frozen = {name: m for name, m in model.named_children() if name not in {n.split(".")[0] for n in names}}
     if dtype == torch.bfloat16 and "vae" in frozen and not isinstance(cfg.vae, TinyVAEConfig):
         for m in frozen.values():               # official: the autoencoder stays in float32
-            m.to(dtype)
+            in_half(m, dtype)
     model, teacher = model.to(device), teacher and teacher.to(device)
     ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
     if args.fsdp:
@@ -254,7 +255,7 @@ def main():
         training.load_tensors(model, checkpoint["model"])
         training.load_tensors(ema, checkpoint["ema"])
         training.load_optimizer(optimizer, checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())      # {} of a run in another type
     print(f"train_vosr: {args.preset} {args.stage}, {origin}, on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", ""))
     print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters; "
           f"batch {stage.batch_size} = {world} x {parts} x {micro}; {stage}")

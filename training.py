@@ -46,18 +46,18 @@ def one_line_errors(name):
 
 def choose_device(name):
     """'auto' is the best one at hand -> torch.device."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))      # torchrun numbers the processes of a machine
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_dtype(name, device):
-    """'auto' is bfloat16 on CUDA and float32 elsewhere -> torch.dtype of the autocast region; weights stay float32."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""   # torchrun numbers the processes of a machine
+    return torch.device(name + own)
+
+
+def choose_dtype(name, device, best="bfloat16"):
+    """'auto' is `best` on CUDA and float32 elsewhere; tf32 is float32 whose products a GPU rounds -> torch.dtype"""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"    # convolutions do it unasked
+    if name == "auto":
+        name = best if device.type == "cuda" else "float32"
+    return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 def autocast(device, dtype):
@@ -207,9 +207,8 @@ class Health:
 @torch.no_grad()
 def ema_update(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * model, over the trained parameters; buffers are copied."""
-    for e, p in zip(ema.parameters(), model.parameters()):
-        if p.requires_grad:
-            e.lerp_(p, 1 - decay)
+    averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))
+    torch._foreach_lerp_(averaged, learned, 1 - decay)
     for e, b in zip(ema.buffers(), model.buffers()):
         e.copy_(b)
 

@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.support.precision import ExactConv2d, ExactLinear
+
 
 @dataclass
 class DiTConfig:
@@ -81,15 +83,16 @@ def rope_table(rows, cols, head_dim):
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn channel pairs of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-b, a], dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).type_as(x)
+def rotate(x, turns):
+    """Turn channel pairs of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin), one product of complex numbers.
+
+    turns: (N, hd/2) complex -> like x, in float32
+    """
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, the mean square in float32."""
+    """x / rms(x) * weight over the last axis, counted in float32; in half precision only if the weight is, too."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -97,8 +100,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return y.to(torch.promote_types(x.dtype, self.weight.dtype))
 
 
 class TimeEmbedder(nn.Module):
@@ -113,7 +116,7 @@ class TimeEmbedder(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, patch, channels, D):
         super().__init__()
-        self.proj = nn.Conv2d(channels, D, kernel_size=patch, stride=patch)
+        self.proj = ExactConv2d(channels, D, kernel_size=patch, stride=patch)
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)          # (B, C, h, w) -> (B, N, D), row-major
@@ -130,8 +133,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, rope):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)     # each (B, nh, N, hd)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        x = F.scaled_dot_product_attention(q, k, v.type_as(q))
+        q, k = (rotate(x, rope).type_as(v) for x in (self.q_norm(q), self.k_norm(k)))
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -157,12 +160,16 @@ class CrossAttention(nn.Module):
         ctx: (S, M, D) context of the first S pictures; blind: (D,) what each context token of the other B - S pictures is
         cache: a list; the first call puts keys and values there, later ones read them and need no ctx
         """
-        k, v = cache or (self.k_norm(self.heads(self.k_linear(ctx))), self.heads(self.v_linear(ctx)))
+        if cache:
+            k, v = cache
+        else:
+            v = self.heads(self.v_linear(ctx))
+            k = self.k_norm(self.heads(self.k_linear(ctx))).type_as(v)
         if cache == []:
             cache += [k, v]
         S = len(k)
-        q = self.q_norm(self.heads(self.q_linear(x[:S])))
-        y = self.proj(F.scaled_dot_product_attention(q, k, v.type_as(q)).transpose(1, 2).flatten(2))
+        q = self.q_norm(self.heads(self.q_linear(x[:S]))).type_as(v)
+        y = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         if S == len(x):
             return y
         # Among equal keys softmax has no choice, and any average of equal values is that value.
@@ -214,7 +221,7 @@ class FinalLayer(nn.Module):
     def __init__(self, D, out):
         super().__init__()
         self.norm_final = RMSNorm(D)
-        self.linear = nn.Linear(D, out)
+        self.linear = ExactLinear(D, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
 
     def forward(self, x, c):
@@ -269,13 +276,15 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def rope(self, h, w, device):
-        """Rotary tables for h x w tokens -> cos, sin, each (h*w, hd)."""
-        if h == w == self.side and self.feat_rope.freqs_cos.dtype == torch.float32:     # .to(bfloat16) has rounded them
-            return self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
-        # official: squares only. One factor for both axes keeps a rectangle's aspect and its longer side in the trained range.
-        scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
-        rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
-        return rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)
+        """The turns of h x w tokens -> (h*w, hd/2) complex."""
+        cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
+        if not h == w == self.side or cos.dtype != torch.float32:       # .to(bfloat16) has rounded them
+            # official: squares only. One factor for both axes keeps a rectangle's aspect,
+            # and its longer side in the trained range.
+            scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
+            rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
+            cos, sin = rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)
+        return torch.complex(cos[:, ::2], sin[:, ::2])
 
     def context(self, feat):
         """Visual tokens (B, M, z_dims) -> (B, M, D). A zero token becomes the constant mlp_ca(layer_norm.bias)."""

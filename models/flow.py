@@ -44,7 +44,7 @@ def sample(velocity, eps, steps):
     velocity: function (z_t, t, r) -> velocity from t towards r;  eps: (B, C, h, w) standard normal -> (B, C, h, w)
     """
     z = eps.float()                                             # many small steps would be lost in half precision
-    times = torch.linspace(1, 0, steps + 1).tolist()
+    times = [1 - k / steps for k in range(steps + 1)]
     for t, r in zip(times, times[1:]):
         z = z - (t - r) * velocity(z.to(eps.dtype), t, r)       # Eq. Euler
     return z.to(eps.dtype)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from models.gram import normalised
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.precision import in_half
 from models.lora import ALPHA, add_lora
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
@@ -159,11 +160,11 @@ class GramSR(nn.Module):
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        like = self.unet.conv_in.weight                             # the networks' device and dtype; pictures stay float32
-        lq_up = resize(lq, (H, W)).to(like.device, non_blocking=True)   # official: whatever its shape, a picture is squeezed to 512 x 512
+        # official: whatever its shape, a picture is squeezed to 512 x 512
+        lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
         scales = [1 if scale is None else scale for scale in (pixel, semantic, texture)]
-        z = self.restore(self.vae.encode(x.to(like)), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)
+        z = self.restore(self.vae.encode(x), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = (self.vae.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
         # official: cut down to 8 bits before and after the colour fix, by truncation, which also darkens lq_up; here write_picture rounds once
         return color_fix(sr, lq_up, color, stablesr=True)
@@ -187,7 +188,7 @@ class GramSR(nn.Module):
             model = cls.from_release(files, None if name == "gramsr" else path)
         else:
             raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or {', '.join(RELEASE.values())}")
-        return model.to(device=device, dtype=dtype).eval()
+        return in_half(model.to(torch.float32), dtype).to(device).eval()
 
     @classmethod
     def with_prior(cls, cfg, folder=None, source="GramSRConfig"):

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.support.precision import Exact
 from models.support.winograd import conv2d
 
 ALPHA = 8  # trap: peft's default, which both papers' files silently rely on: s = 8 / r, not 1
@@ -66,7 +67,9 @@ class LoRA:
         """(B, ...) -> (B, ...) as the base layer, plus the adapters."""
         if not self.lora_A:
             return self.base(x, self.weight)
-        if self.folding_pays(self.pixels(x), C):
+        # On a GPU launches cost more than folding; compiled, a size must not decide about the graph.
+        always = x.is_cuda or torch.compiler.is_compiling()
+        if self.folding_pays(math.inf if always else self.pixels(x), C):
             return self.base(x, self.fuse(C))
         y = self.base(x, self.weight)
         for A, B, s, M in self.adapters(C):
@@ -106,6 +109,10 @@ class Conv2d(LoRA, nn.Conv2d):
 
     def mix(self, h, M):
         return (M.mT @ h.flatten(2)).view_as(h)
+
+
+class ExactConv2d(Exact, Conv2d):
+    """Conv2d at the ends of a network, in float32 always: see precision.py."""
 
 
 def add_lora(network, targets, name, r, alpha=ALPHA):

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.support.precision import Exact
 from models.support.strips import attention, in_strips, norm_silu_conv
 from models.support.winograd import conv2d
 
@@ -55,6 +56,10 @@ class Conv(nn.Conv2d):
 
     def forward(self, x):
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class ExactConv(Exact, Conv):
+    """Conv at the ends of a network, in float32 always: see precision.py."""
 
 
 def drop_time_axis(module, state_dict, prefix, *_):
@@ -181,11 +186,11 @@ class Encoder(nn.Module):
                 c_in = width
             if level < len(widths) - 1:
                 blocks.append(downsample(width))
-        self.conv_in = Conv(3, widths[0])
+        self.conv_in = ExactConv(3, widths[0])
         self.down_blocks = nn.ModuleList(blocks)  # of all levels in one flat list: the public names count through
         self.mid_block = MidBlock(widths[-1])
         self.norm_out = Norm(widths[-1])
-        self.conv_out = Conv(widths[-1], c_out)
+        self.conv_out = ExactConv(widths[-1], c_out)
 
     def forward(self, x):
         x = in_strips(self.conv_in, x)
@@ -201,12 +206,12 @@ class Decoder(nn.Module):
         super().__init__()
         widths = widths[::-1]  # deepest first
         arriving = [widths[0], *(width // 2 for width in widths)]  # every step up has halved the channels
-        self.conv_in = Conv(c_in, widths[0])
+        self.conv_in = ExactConv(c_in, widths[0])
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList([UpBlock(c, width, layers + 1, last=level == len(widths) - 1)
                                         for level, (c, width) in enumerate(zip(arriving, widths))])
         self.norm_out = Norm(widths[-1])
-        self.conv_out = Conv(widths[-1], 3)
+        self.conv_out = ExactConv(widths[-1], 3)
 
     def forward(self, z):
         x = self.mid_block(in_strips(self.conv_in, z))
@@ -235,8 +240,8 @@ class QwenVAE(nn.Module):
         self.factor = 2 ** (len(widths) - 1)  # pixels per latent cell side
         self.encoder = Encoder(2 * c.z_dim, widths, c.num_res_blocks)
         self.decoder = Decoder(c.z_dim, widths, c.num_res_blocks)
-        self.quant_conv = Conv(2 * c.z_dim, 2 * c.z_dim, 1)
-        self.post_quant_conv = Conv(c.z_dim, c.z_dim, 1)
+        self.quant_conv = ExactConv(2 * c.z_dim, 2 * c.z_dim, 1)
+        self.post_quant_conv = ExactConv(c.z_dim, c.z_dim, 1)
 
     def statistics(self, z):
         """Mean and standard deviation of the latent channels, two of (C, 1, 1), on z's device and in its dtype."""

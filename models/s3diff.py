@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from models.clip import text_features
 from models.denet import DegradationEstimator
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
+from models.support.precision import in_half
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, TinyVAE, TinyVAEConfig, VAEConfig
@@ -166,10 +167,10 @@ class S3Diff(nn.Module):
         -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        like = self.unet.conv_in.weight                             # the networks' device and dtype; pictures stay float32
+        lq = lq.to(self.unet.conv_in.weight.device, non_blocking=True)
         t = self.cfg.t if start_step is None else start_step
         guidance = guidance if guidance is not None else 1.1 if paper else self.cfg.guidance
-        scores = self.estimate(lq) if None in (blur, noise) else torch.empty(len(lq), 2, device=like.device)
+        scores = self.estimate(lq) if None in (blur, noise) else torch.empty(len(lq), 2, device=lq.device)
         for i, score in enumerate((blur, noise)):
             if score is not None:
                 scores[:, i] = score
@@ -183,11 +184,11 @@ class S3Diff(nn.Module):
         C_vae, C_unet = self.matrices("vae", scores), self.matrices("unet", scores)
         # official: a sample of the posterior, another one in every run; here its mode
         multiple = self.vae.factor << len(self.cfg.unet.widths) - 1     # pixels; every map of the UNet is half the one above
-        z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, multiple).to(like, non_blocking=True), C=C_vae)
+        z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, multiple), C=C_vae)
         z = self.start(z, t, torch.Generator().manual_seed(seed))
         eps = self.predict(z, t, prompts.to(z), C_unet, guidance, tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = self.vae.decode(self.clean(z, eps, t)).float().clamp(-1, 1) / 2 + 0.5
-        return color_fix(sr[..., :H, :W], lq_up.to(sr, non_blocking=True), color, stablesr=True)
+        return color_fix(sr[..., :H, :W], lq_up, color, stablesr=True)
 
     def describe(self, text):
         """Features of a text.  -> (77, D). Raises WeightError."""
@@ -215,9 +216,9 @@ class S3Diff(nn.Module):
             model = cls.from_release(pkl, pkl.parent)
         else:
             raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, or a folder with it or with model.safetensors")
-        model.unet.to(dtype=dtype), model.vae.to(dtype=dtype)
-        for part in filter(None, (model.denet, model.modulation)):
-            part.float()                                            # small, and what they say counts
+        model.float()
+        for network in (model.unet, model.vae):                     # the others are small, and what they say counts
+            in_half(network, dtype)
         return model.to(device).eval()
 
     @classmethod

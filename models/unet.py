@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.lora import Conv2d, Linear
+from models.lora import Conv2d, ExactConv2d, Linear
 from models.support.strips import Checkpointing
 
 
@@ -139,7 +139,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = Linear(D, D)
 
     def forward(self, x, context, C):
-        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2), C)
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2), C).type_as(x)      # a residual stream, too
         tokens = self.proj_out(self.transformer_blocks[0](tokens, context, C), C)
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -228,7 +228,7 @@ class UNet(Checkpointing, nn.Module):
         super().__init__()
         self.cfg = cfg = cfg or UNetConfig()
         w, nh, last = cfg.widths, cfg.num_heads, len(cfg.widths) - 1
-        self.conv_in = Conv2d(cfg.in_channels, w[0], 3, padding=1)
+        self.conv_in = ExactConv2d(cfg.in_channels, w[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(w[0], 4 * w[0])
 
         # SD's sizes at a latent of 64 x 64:      channels in -> out  heads  resolution
@@ -251,7 +251,7 @@ class UNet(Checkpointing, nn.Module):
             c_skips = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
             self.up_blocks.append(UpBlock(cfg, w[min(i + 1, last)], w[i], c_skips, nh[i] if i < last else 0, upsample=i > 0))
         self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, w[0], eps=1e-5)
-        self.conv_out = Conv2d(w[0], cfg.out_channels, 3, padding=1)
+        self.conv_out = ExactConv2d(w[0], cfg.out_channels, 3, padding=1)
 
     @property
     def blocks(self):

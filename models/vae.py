@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.lora import Conv2d, Linear
+from models.lora import Conv2d, ExactConv2d, Linear
+from models.support import precision
 from models.support.strips import Checkpointing, attention, fixed, in_strips, in_tiles, norm_silu_conv
 from models.support.winograd import conv3x3_pays
 
@@ -128,7 +129,7 @@ def pair_kernels(W):
 
 def conv_of_nearest(x, kernels, bias):
     """conv(nearest(x)) in 16 of its 36 products.  x: (B, C, H, W); kernels: of `pair_kernels`; bias: (C',) -> (B, C', 2H, 2W)"""
-    y = F.conv2d(x, kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
+    y = F.conv2d(x.to(kernels), kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
     h, w = x.shape[2:]
     out = y.new_empty(*y.shape[:2], 2 * h, 2 * w)
     for p in (0, 1):
@@ -182,12 +183,12 @@ class Encoder(Checkpointing, nn.Module):
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
         steps = [Downsample] * (len(widths) - 1) + [None]
-        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([Level(c_in, c_out, layers, groups, step)
                                           for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = group_norm(groups, widths[-1])
-        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x, C=None):
         *C_levels, C_mid, C_ends = C or [None] * (len(self.down_blocks) + 2)
@@ -208,12 +209,12 @@ class Decoder(Checkpointing, nn.Module):
         super().__init__()
         widths = widths[::-1]  # deepest first
         steps = [Upsample] * (len(widths) - 1) + [None]
-        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList([Level(c_in, c_out, layers + 1, groups, step)
                                         for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
         self.conv_norm_out = group_norm(groups, widths[-1])
-        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, z):
         x = self.mid_block(in_strips(self.conv_in, z))
@@ -243,8 +244,8 @@ class VAE(nn.Module):
         self.blocks = len(c.widths) + 2  # of the encoder, that adapters tell apart: the resolutions, the middle, what is outside
         self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)
         self.decoder = Decoder(c.latent_channels, c.out_channels, c.widths, c.layers_per_block, c.norm_groups)
-        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+        self.quant_conv = precision.ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
+        self.post_quant_conv = precision.ExactConv2d(c.latent_channels, c.latent_channels, 1)
 
     def moments(self, x, C=None):
         """Mean and standard deviation of the posterior q(z | x).
@@ -349,7 +350,7 @@ class TinyVAE(nn.Module):
         super().__init__()
         self.register_load_state_dict_pre_hook(rename_weight)
         self.cfg = cfg
-        self.encoder = Conv2d(3, cfg.latent_channels, 16, stride=8, bias=False)  # its weight is the decoder's, too
+        self.encoder = ExactConv2d(3, cfg.latent_channels, 16, stride=8, bias=False)  # its weight is the decoder's, too
         nn.init.normal_(self.encoder.weight, std=768**-0.5)
         self.register_buffer("std", torch.ones(cfg.latent_channels))  # of each channel before scaling, measured in training
         self.finish = Finish(cfg.latent_channels, cfg.finish) if cfg.finish else None

@@ -1,7 +1,7 @@
 """VOSR: super-resolution by a diffusion transformer that never saw a text prompt.
 
 Paper:   VOSR, arXiv 2604.03225.
-Weights: VOSR_{0.5B,1.4B}_{ms,os} of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and models/support/weights.py;
+Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and support/weights.py;
          vosr_tiny.safetensors beside this file: ours, trained by train_vosr.py.
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
@@ -46,6 +47,7 @@ class VOSRConfig:
     temperature: float = 1.0        # deviation of the starting noise; below 1 a one-step result is smoother and more faithful
     torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does in training, not as the official scripts do (Pillow)
     blind: bool = False             # no visual tokens, as in the paper's ablation
+    color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
     tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
     overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
 
@@ -65,8 +67,10 @@ SIZES = {
 }
 PUBLIC = {      # name: size, folder of the release (ms: multi-step, os: one step)
     "vosr-0.5b": ("0.5b", "VOSR_0.5B_ms"), "vosr-0.5b-1step": ("0.5b", "VOSR_0.5B_os"),
-    "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"),
+    "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"), "vosr-2": ("1.4b", "VOSR2"),
 }
+ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
+        "mlp_ratio": 4}         # of args.json: what the transformer here can be
 
 
 def light_settings(content, path):
@@ -78,12 +82,42 @@ def light_settings(content, path):
     return settings
 
 
+def believe(cfg, settings, path):
+    """cfg as args.json, file path of somebody's own training, has it beyond what the tensors say.
+
+    Raises WeightError, which names the setting that cannot be followed.
+    """
+    def take(name, otherwise, good):
+        value = settings.get(name, otherwise)
+        if not good(value):
+            raise WeightError(f"{path}: {name} is {value!r:.60}, which cannot be followed here; use weights trained otherwise")
+        return value
+
+    def whole(low, high, step=1):
+        return lambda x: type(x) is int and low <= x <= high and x % step == 0
+
+    for name, value in ONLY.items():
+        take(name, value, lambda x: x == value)
+    side, last = 8 * cfg.dit.input_size, cfg.vit.depth - 1
+    take("resolution", side, lambda x: x == side)
+    layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
+    p = cfg.vit.patch_size
+    return replace(
+        cfg, vit_input=take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), tile=side,
+        vit_layer=None if layers[0] in (-1, last) else layers[0],   # the authors replace the last block's tokens by the normed ones
+        steps=take("infer_steps", cfg.steps, whole(1, 1000)),
+        guidance=take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100))
+
+
 class VOSR(nn.Module):
     SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]     # of sample.py --sweep
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond     # VOSR 2.0: no weak branch to be guided from
+        if self.blunt:
+            self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
         self.vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
         self.light_decoder = None
         if cfg.light_decoder is not None:
@@ -132,27 +166,30 @@ class VOSR(nn.Module):
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, temperature=None, tile=0, overlap=0,
-                color="adain"):
+                color=None):
         """Super-resolution of one picture.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; steps, guidance, weak, temperature: None = the checkpoint's own
-        tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet or none
-        -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
+        tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet, none; None = the checkpoint's
+        -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         def own(name, value):
             return getattr(self.cfg, name) if value is None else value
 
+        if self.blunt and (guidance, weak) != (None, None):
+            raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; leave them out")
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else resize(lq, (H, W))
+        lq = lq if self.cfg.torch_bicubic else resize(lq, (H, W))
+        lq = lq.to(self.dit.t_block[1].weight.device, non_blocking=True)
+        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else lq
         generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
-        like = self.dit.t_block[1].weight                           # the networks' device and dtype; pictures stay float32
-        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size).to(like.device, non_blocking=True)
-        z_lq = self.vae.encode(x.to(like), generator)
+        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size)
+        z_lq = self.vae.encode(x)                                   # official: a sample of the posterior at first, now its mode
         eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, own("steps", steps), own("guidance", guidance), own("weak", weak),
                          tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = (self.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
-        return color_fix(sr, lq_up.to(sr, non_blocking=True), color)
+        return color_fix(sr, lq_up, own("color", color))
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):
@@ -171,7 +208,7 @@ class VOSR(nn.Module):
                 raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, or a folder with a .safetensors file")
             config, tensors = read_model(weights)
             model = cls.from_ours(config, tensors, weights) if config else cls.from_release(weights, find_args(path))
-        return model.to(device=device, dtype=dtype).eval()
+        return in_half(model.to(torch.float32), dtype).to(device).eval()
 
     @classmethod
     def from_ours(cls, config, tensors, path):
@@ -187,9 +224,11 @@ class VOSR(nn.Module):
 
         args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError, WeightError.
         """
-        tensors, settings = read_tensors(weights), read_json(args) if args else {}
+        tensors, settings, custom = read_tensors(weights), read_json(args) if args else {}, size is None
         dit = DiTConfig.from_tensors(tensors, weights)
-        if size is None:
+        if custom and "feat_rope.freqs_cos" not in tensors and settings.get("resolution") in range(16, 4097, 16):
+            dit = replace(dit, input_size=int(settings["resolution"]) // 8)
+        if custom:
             size = next((s for s, c in SIZES.items() if (c.dit.out_channels, c.dit.z_dims) == (dit.out_channels, dit.z_dims)), None)
         elif dit != replace(SIZES[size].dit, auxiliary_time_cond=dit.auxiliary_time_cond):
             raise WeightError(f"{weights}: is not the public {size} model but {dit}; delete it, then it is downloaded again")
@@ -197,9 +236,12 @@ class VOSR(nn.Module):
             raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} are no public combination")
         weak = settings.get("weak_cond_strength_aelq_list") or [SIZES[size].weak]
         try:
-            cfg = replace(SIZES[size], dit=dit, weak=fmean(weak))
+            # official: wavelet colours since 2026, adain before; the multi-step script still has adain
+            cfg = replace(SIZES[size], dit=dit, weak=fmean(weak), color="wavelet")
         except TypeError:
             raise WeightError(f"{args}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
+        if custom:
+            cfg = believe(cfg, settings, args)
         if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # a newer one-step model has no second time
             cfg = replace(cfg, steps=1, guidance=1.0)
         with on_paper(weights, "VOSR"):

@@ -36,6 +36,7 @@ from models.flow import guided  # noqa: E402
 from models.gramsr import SETS, GramSR, GramSRConfig  # noqa: E402
 from models.lora import LoRA  # noqa: E402
 from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
+from models.support.precision import in_half  # noqa: E402
 from models.unet import UNetConfig  # noqa: E402
 from models.vae import VAEConfig  # noqa: E402
 from models.vit import DINOv3Config  # noqa: E402
@@ -60,6 +61,9 @@ ON_CPU = {      # which torch does not count
 def seconds(functions, repeat, device):
     """Time functions in turn -> for each: sorted seconds of `repeat` calls"""
     times = [[] for _ in functions]
+    for _ in range(10 if device.type == "cuda" else 0):     # clocks rise, libraries choose their kernels
+        for function in functions:
+            function()
     for _ in range(repeat):
         for function, mine in zip(functions, times):
             if device.type == "cuda":
@@ -95,14 +99,14 @@ def peak_memory(device):
 
 
 def first_call(function, device):
-    """-> floating point operations of a call; MB that it needs beyond what was there before it"""
+    """-> floating point operations of a call; MB that it needs beyond what was there before it; MB that the process holds on a GPU"""
     with suppress(OSError, AttributeError):     # glibc keeps what was freed, and would use it unseen
         ctypes.CDLL(None).malloc_trim(0)
     reset_peak_memory(device)                   # to what is there now
     before = peak_memory(device)
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
         function()
-    return counter.get_total_flops(), peak_memory(device) - before
+    return counter.get_total_flops(), peak_memory(device) - before, torch.cuda.max_memory_reserved() / 2**20 if device.type == "cuda" else 0
 
 
 def matmul_peak(device, dtype):
@@ -110,45 +114,68 @@ def matmul_peak(device, dtype):
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     a @ a
-    return 2 * n**3 / seconds([lambda: a @ a], 5, device)[0][0] / 1e12
+    return 2 * n**3 / seconds([lambda: a @ a], 20 if device.type == "cuda" else 5, device)[0][0] / 1e12
 
 
 class Table:
     """Rows as they are measured: to the screen at once, and kept for --json."""
 
     def __init__(self, args, device, dtype):
-        self.args, self.device, self.rows = args, device, []
+        self.args, self.device, self.rows, self.batch = args, device, [], args.batch or 1
         self.about = {"model": args.model, "batch": args.batch, "side": args.side, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
-                      "compile": args.compile, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "tf32": torch.backends.cudnn.allow_tf32, "compile": args.compile,
+                      "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
                       "peak_tflops": matmul_peak(device, dtype)}
         print(*(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.about.items()), sep=", ")
-        print(f"{'':27} {'':13} {'ms':>9}   {'from, to':18} {'pictures/s':>10} {'TFLOP/s':>8} {'of peak':>7} {'MB':>6}  ours is faster", flush=True)
+        print(f"{'':27} {'':13} {'ms':>9}   {'from, to':18} {'pictures/s':>10} {'TFLOP/s':>8} {'of peak':>7} {'MB':>6} {'held':>6}  ours is faster", flush=True)
 
     def measure(self, rows, compile=()):
         """rows: {name: {"ours" or another way: function}}; compile: networks, after what can be counted only before"""
-        counted = {name: {who: first_call(function, self.device) for who, function in ways.items()} for name, ways in rows.items()}
-        for network in compile if self.args.compile else ():
-            network.compile()
+        counted = {}
         for name, ways in rows.items():
-            if self.args.compile:
-                for function in ways.values():
-                    function(), function()
-            measured = seconds([*ways.values()], self.args.repeat, self.device)
-            ours = statistics.median(measured[0])
-            for who, times in zip(ways, measured):
-                (flops, MB), median = counted[name][who], statistics.median(times)
-                row = {"row": name, "who": who, "ms": 1e3 * median, "from": 1e3 * times[0], "to": 1e3 * times[-1],
-                       "pictures_per_s": self.args.batch / median, "tflops": flops / median / 1e12, "MB": MB}
-                row["of_peak"] = row["tflops"] / self.about["peak_tflops"]
-                if who != "ours":
-                    row["ours_is_faster"] = median / ours
-                self.print(row)
+            with self.surviving(name):
+                counted[name] = {who: first_call(function, self.device) for who, function in ways.items()}
+        for network in compile if self.args.compile else ():
+            network.compile(mode="reduce-overhead" if self.args.graphs else None)
+        for name in counted:
+            with self.surviving(name):
+                self.measure_row(name, rows[name], counted[name])
+
+    @contextmanager
+    def surviving(self, name):
+        """A row that needs too much memory is said to, and the next one's turn comes."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.print({"row": name, "who": "ours", "failed": "out of memory"})
+
+    def measure_row(self, name, ways, counted):
+        if self.args.compile:
+            for function in ways.values():
+                function(), function()
+        measured = seconds([*ways.values()], self.args.repeat, self.device)
+        ours = statistics.median(measured[0])
+        for who, times in zip(ways, measured):
+            (flops, MB, held), median = counted[who], statistics.median(times)
+            row = {"row": name, "who": who, "ms": 1e3 * median, "from": 1e3 * times[0], "to": 1e3 * times[-1],
+                   "pictures_per_s": self.batch / median, "tflops": flops / median / 1e12, "MB": MB, "held_MB": held}
+            row["of_peak"] = row["tflops"] / self.about["peak_tflops"]
+            if who != "ours":
+                row["ours_is_faster"] = median / ours
+            self.print(row)
 
     def print(self, row):
+        """To the screen and to --json at once: what was measured outlives whatever comes next."""
         self.rows.append(row)
+        if self.args.json:
+            self.args.json.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1))
+        if "failed" in row:
+            return print(f"{row['row']:27} {row['who']:13} {row['failed']}", flush=True)
         print(f"{row['row']:27} {row['who']:13} {row['ms']:9.1f}   {row['from']:<8.1f} {row['to']:<9.1f} {row['pictures_per_s']:10.2f} "
-              f"{row['tflops']:8.3g} {row['of_peak']:7.0%} {row['MB']:6.0f}" + (f" {row['ours_is_faster']:8.2f}x" if "ours_is_faster" in row else ""),
-              flush=True)
+              f"{row['tflops']:8.3g} {row['of_peak']:7.0%} {row['MB']:6.0f} {row['held_MB']:6.0f}"
+              + (f" {row['ours_is_faster']:8.2f}x" if "ours_is_faster" in row else ""), flush=True)
 
 
 # ---- what is measured: each has rows(lq) -> {row: {"ours" or another way: function}}, parts first, then the whole picture
@@ -166,17 +193,18 @@ class Vosr:
             cfg = SIZES[size]
             if one_step:
                 cfg = replace(cfg, dit=replace(cfg.dit, auxiliary_time_cond=True), steps=1, guidance=1.0)
-            self.model = VOSR(cfg).to(device).eval()
+            with torch.device(device):
+                self.model = VOSR(cfg).to(device).eval()
             torch.nn.init.normal_(self.model.dit.final_layer.linear.weight, std=0.02)   # or every result would be 0 in every way
         self.reference = None
 
     def to(self, dtype):
-        self.model.to(dtype)
+        in_half(self.model, dtype)
 
     def rows(self, lq):
-        model, dit, like = self.model, self.model.dit, self.model.dit.t_block[1].weight
-        x = F.interpolate(2 * lq - 1, scale_factor=4).to(like)
-        z_lq, feat, t, r = model.vae.encode(x), model.tokens(x), torch.ones(len(lq), device=lq.device), torch.zeros(len(lq), device=lq.device)
+        model, dit, like = self.model, self.model.dit, self.model.dit.x_embedder.proj.weight
+        x = F.interpolate(2 * lq.to(like) - 1, scale_factor=4)
+        z_lq, feat, t, r = model.vae.encode(x), model.tokens(x), torch.ones(len(lq), device=x.device), torch.zeros(len(lq), device=x.device)
         tile = z_lq[..., : dit.cfg.input_size, : dit.cfg.input_size]
         z = torch.randn_like(tile)
         rows = {"encode": {"ours": lambda: model.vae.encode(x)}, "decode": {"ours": lambda: model.decode(z_lq)},
@@ -215,14 +243,14 @@ class S3:
         text = TextConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, vocab_size=999) if args.tiny else None
         with torch.device("meta"):
             self.model, self.encoder = S3Diff(cfg), TextEncoder(text)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         with_numbers(self.model, generator, device), with_numbers(self.encoder, generator, device)
-        self.ids = torch.randint(self.encoder.cfg.vocab_size, (2, 77), generator=generator).to(device)
+        self.ids = torch.randint(self.encoder.cfg.vocab_size, (2, 77), generator=generator, device=device)
         self.model.prompts = self.encoder(self.ids)
         self.reference = None
 
     def to(self, dtype):
-        self.model.unet.to(dtype), self.model.vae.to(dtype), self.encoder.to(dtype)
+        in_half(self.model.unet, dtype), in_half(self.model.vae, dtype), self.encoder.to(dtype)
 
     def refer(self):
         from reference import S3DiffReference
@@ -232,7 +260,7 @@ class S3:
     def rows(self, lq):
         ours, theirs, cfg = self.model, self.reference, self.model.cfg
         scores, like = ours.estimate(lq), ours.unet.conv_in.weight
-        x = F.interpolate(2 * lq - 1, scale_factor=4, mode="bilinear").to(like)
+        x = F.interpolate(2 * lq.to(like) - 1, scale_factor=4, mode="bilinear")
         C_vae, C_unet = ours.matrices("vae", scores), ours.matrices("unet", scores)
         z, prompts = ours.vae.encode(x, C=C_vae), ours.prompts.to(like)
         encode, eps = lambda: ours.vae.encode(x, C=C_vae), lambda: ours.guided(z, cfg.t, prompts, C_unet, cfg.guidance)
@@ -242,10 +270,10 @@ class S3:
             rows["encode"]["beside"], rows["UNet, two prompts"]["beside"] = beside()(encode), beside()(eps)
         if theirs:
             theirs.modulate(scores)
-            contexts = [row[None] for row in prompts]
-            rows["encode"]["reference"] = lambda: theirs.encode(x)
-            rows["UNet, two prompts"]["reference"] = lambda: theirs.guided(z, cfg.t, contexts, cfg.guidance)
-            rows["decode"]["reference"] = lambda: theirs.decode(z)
+            contexts, x_t, z_t = [row[None].to(theirs.like) for row in prompts], x.to(theirs.like), z.to(theirs.like)
+            rows["encode"]["reference"] = lambda: theirs.encode(x_t)
+            rows["UNet, two prompts"]["reference"] = lambda: theirs.guided(z_t, cfg.t, contexts, cfg.guidance)
+            rows["decode"]["reference"] = lambda: theirs.decode(z_t)
             rows["whole picture"]["reference"] = lambda: theirs.upscale(lq)     # reads its two texts anew, as officially
         return rows
 
@@ -256,11 +284,11 @@ class Gram:
         cfg = GramSRConfig(UNET, VAE, DINOv3Config(embed_dim=48, depth=2, num_heads=3), ranks) if args.tiny else GramSRConfig(ranks=ranks)
         with torch.device("meta"):
             self.model = GramSR(cfg)
-        with_numbers(self.model, torch.Generator().manual_seed(0), device)
+        with_numbers(self.model, torch.Generator(device).manual_seed(0), device)
         self.reference = None
 
     def to(self, dtype):
-        self.model.to(dtype)
+        in_half(self.model, dtype)
 
     def refer(self):
         from reference import GramSRReference
@@ -269,26 +297,27 @@ class Gram:
 
     def rows(self, lq):
         ours, theirs = self.model, self.reference
-        x = F.interpolate(2 * lq - 1, scale_factor=4, mode="bilinear")
-        z, context = ours.vae.encode(x.to(ours.unet.conv_in.weight)), ours.tokens(x)
+        x = F.interpolate(2 * lq.to(ours.unet.conv_in.weight) - 1, scale_factor=4, mode="bilinear")
+        z, context = ours.vae.encode(x), ours.tokens(x)
 
         def e():
             return ours.predict(z, context)
 
-        rows = {"tokens": {"ours": lambda: ours.tokens(x)}, "encode": {"ours": lambda: ours.vae.encode(x.to(z))},
+        rows = {"tokens": {"ours": lambda: ours.tokens(x)}, "encode": {"ours": lambda: ours.vae.encode(x)},
                 "UNet at (1, 1, 1)": {"ours": e, "beside": beside()(e)},
                 "UNet, (1, .5, .2)": {"ours": lambda: ours.predict(z, context, (1, 0.5, 0.2))},
                 "decode": {"ours": lambda: ours.vae.decode(z)}, "whole picture": {"ours": lambda: ours.upscale(lq)}}
         if theirs:
-            for name, function in {"tokens": lambda: theirs.tokens(x), "encode": lambda: theirs.encode(x.to(z)), "decode": lambda: theirs.decode(z),
-                                   "UNet at (1, 1, 1)": lambda: theirs.predict(z, context), "whole picture": lambda: theirs.upscale(lq)}.items():
+            x_t, z_t, context_t = (tensor.to(theirs.like) for tensor in (x, z, context))
+            for name, function in {"tokens": lambda: theirs.tokens(x_t), "encode": lambda: theirs.encode(x_t), "decode": lambda: theirs.decode(z_t),
+                                   "UNet at (1, 1, 1)": lambda: theirs.predict(z_t, context_t), "whole picture": lambda: theirs.upscale(lq)}.items():
                 rows[name]["reference"] = function
         return rows
 
 
 def check(system, device):
     """Whether all ways of a row give the same numbers, on a smaller picture; float32."""
-    for row, ways in system.rows(torch.rand(1, 3, 32, 32, device=device)).items():
+    for row, ways in system.rows(torch.rand(1, 3, 32, 32)).items():
         results = {who: function() for who, function in ways.items()}
         for who in results.keys() - {"ours"}:
             error = ((results[who] - results["ours"]).abs().max() / results["ours"].abs().max()).item()
@@ -301,15 +330,21 @@ def check(system, device):
 def bench(args, device, dtype):
     system = {"s3diff": S3, "gramsr": Gram}[args.model](args, device) if args.model in ("s3diff", "gramsr") else Vosr(args.model, args, device)
     reference = hasattr(system, "refer") and args.only != "ours" and all(map(find_spec, REFERENCE))
-    if not args.only:
+    if not args.only and not args.trace:
         if reference:
             system.refer()
         check(system, device)
     system.reference = None
     system.to(dtype)
     if reference:
-        system.refer()                          # on the cast tensors
-    lq = torch.rand(args.batch, 3, args.side, args.side, device=device)
+        system.refer(), system.reference.to(dtype)          # what is cast already is shared
+    lq = torch.rand(args.batch or 1, 3, args.side, args.side)          # from the CPU, as sample.py has it
+    if args.trace:
+        system.model.upscale(lq)
+        with torch.profiler.profile() as profiler:
+            system.model.upscale(lq)
+        print(profiler.key_averages().table(sort_by="self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total", row_limit=40))
+        return profiler.export_chrome_trace(str(args.trace))
     if args.only:
         model = system.model if args.only == "ours" else system.reference
         system.encoder = None
@@ -321,7 +356,7 @@ def bench(args, device, dtype):
     if not hasattr(system, "refer"):
         return table
     for who in ["ours", "reference"] if reference else ["ours"]:
-        flags = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "side", "batch")] + ["--tiny"] * args.tiny
+        flags = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "side")] + [f"--batch={table.batch}"] + ["--tiny"] * args.tiny
         done = subprocess.run([sys.executable, __file__, args.model, "--only", who, *flags], stdout=subprocess.PIPE, text=True, check=True)
         table.rows.append({"row": "process", "who": who, "MB": float(done.stdout.split()[-1])})
         print(f"a process with {who} alone, at its peak while it upscales: {table.rows[-1]['MB']:.0f} MB", flush=True)
@@ -334,9 +369,11 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--side", type=int, default=128, help="pixels per side of the input, enlarged 4 times; train: crops of 4 times this")
-    p.add_argument("--batch", type=int, default=1, help="pictures at once")
+    p.add_argument("--batch", type=int, help="pictures at once (default 1; train: 8 for VOSR, 4 for the others)")
     p.add_argument("--steps", type=int, help="of VOSR's whole picture (default: the model's own)")
     p.add_argument("--compile", action="store_true", help="torch.compile ours")
+    p.add_argument("--graphs", action="store_true", help="the same, with CUDA graphs: one launch for all kernels of a network")
+    p.add_argument("--trace", type=Path, metavar="FILE", help="write a profiler's trace of one whole picture there, and nothing else")
     p.add_argument("--repeat", type=int, default=7)
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     p.add_argument("--tiny", action="store_true", help="s3diff, gramsr, train: small widths")
@@ -344,9 +381,11 @@ def main():
     p.add_argument("--workers", type=int, default=8, help="train: processes that read them")
     p.add_argument("--only", choices=["ours", "reference"], help=argparse.SUPPRESS)     # one call, for its memory
     args = p.parse_args()
-    args.model = {"vosr": "0.5b-1step"}.get(args.model, args.model)
+    args.model, args.compile = {"vosr": "0.5b-1step"}.get(args.model, args.model), args.compile or args.graphs
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
+    dtype = choose_dtype(args.dtype, device, "bfloat16" if args.model == "train" else "float16")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if args.model == "train":
         from bench_train import bench_train
 

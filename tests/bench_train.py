@@ -22,6 +22,7 @@ from models.dit import DiT
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, is_trained
+from models.support.precision import in_half
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, ViT, ViTConfig
 from models.vosr import VOSR
@@ -49,7 +50,7 @@ def vosr(args, hq, device, dtype):
     frozen = {name: m for name, m in model.named_children() if name not in (("dit", "vit") if args.tiny else ("dit",))}
     if not args.tiny and dtype == torch.bfloat16:
         for m in frozen.values():
-            m.to(dtype)
+            in_half(m, dtype)
     for name in ("flow", "distill"):
         stage, teacher = stages[name], None
         if name == "distill":
@@ -72,10 +73,9 @@ def s3diff(args, hq, device, dtype):
     cfg, recipe = train_s3diff.PRESETS["tiny" if args.tiny else "sd-turbo"]
     with torch.device("meta"):
         model = S3Diff(cfg)
-    model = with_numbers(model, torch.Generator().manual_seed(0), device)
+    model = with_numbers(model, torch.Generator(device).manual_seed(0), device)
     params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
-    for p in model.unet.parameters() if dtype != torch.float32 else ():
-        p.data = p.data if p.requires_grad else p.data.to(dtype)
+    in_half(model.unet, dtype, adapters=False)
     vit = ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1) if args.tiny else VITS["dino_vitb16"]
     D, lpips = Discriminator(ViT(vit), **({"head_width": 16} if args.tiny else {})).to(device), LPIPS().requires_grad_(False).to(device)
     G_step, D_step = Step(params, device, dtype), Step([*D.parameters()], device, dtype)
@@ -109,9 +109,8 @@ def gramsr(args, hq, device, dtype):
     cfg, stages = train_gramsr.PRESETS["tiny" if args.tiny else "sd-2.1"]
     with torch.device("meta"):
         model = GramSR(cfg)
-    model = with_numbers(model, torch.Generator().manual_seed(0), device).requires_grad_(False)
-    for p in model.unet.parameters() if dtype != torch.float32 else ():
-        p.data = p.data.to(dtype)
+    model = with_numbers(model, torch.Generator(device).manual_seed(0), device).requires_grad_(False)
+    in_half(model.unet, dtype)
     lpips = LPIPS().requires_grad_(False).to(device)
     vit = DINOv3(VITS["dinov3_vits16plus"]).requires_grad_(False).to(device)
     for name in SETS:
@@ -130,14 +129,15 @@ def gramsr(args, hq, device, dtype):
 
 def read_photos(args, crop, device):
     """How many photos a second come from the disk, cropped and on the device."""
+    batch = args.batch or 8
     photos = training.photos_for(args.data, crop, 0, flip=True)[0]
-    loader = training.batches(photos, range(10**6), args.batch, 0, args.batch, args.batch, args.workers, device)
+    loader = training.batches(photos, range(10**6), batch, 0, batch, batch, args.workers, device)
     for _ in range(20):
         next(loader).to(device)
     start, n = time.perf_counter(), 50
     for _ in range(n):
         next(loader).to(device, non_blocking=True)
-    print(f"photos of {crop} px read by {args.workers} workers: {n * args.batch / (time.perf_counter() - start):.1f} a second", flush=True)
+    print(f"photos of {crop} px read by {args.workers} workers: {n * batch / (time.perf_counter() - start):.1f} a second", flush=True)
 
 
 def bench_train(args, table: Table, device, dtype):
@@ -145,10 +145,11 @@ def bench_train(args, table: Table, device, dtype):
     if args.data:
         read_photos(args, crop, device)
     torch.manual_seed(0)
-    hq = torch.rand(args.batch, 3, crop, crop, device=device)
-    for system in (vosr, s3diff, gramsr):
+    for system, batch in ((vosr, 8), (s3diff, 4), (gramsr, 4)):     # of 80 GB S3Diff needs about 3 and 10 a photo
+        table.batch = args.batch or (2 if args.tiny else batch)
+        hq = torch.rand(table.batch, 3, crop, crop, device=device)
         for title, parts, networks in system(args, hq, device, dtype):
-            table.measure({f"{title} {row}": {"ours": function} for row, function in parts.items()}, networks[0].children())
+            table.measure({f"{title} {row}": {"ours": function} for row, function in parts.items()}, networks[0].blocks)
             for network in networks:
                 network.checkpointing = True
             table.measure({f"{title} checkpointing": {"ours": parts["step"]}})

@@ -68,6 +68,13 @@ class Autoencoder:
     def decode(self, z):
         return self.vae.decode(z / self.vae.config.scaling_factor).sample
 
+    def to(self, dtype):
+        """All of it in dtype, as the official scripts cast a network -> self"""
+        for network in self.networks:
+            network.to(dtype)
+        self.like = self.like.to(dtype)
+        return self
+
 
 class S3DiffReference(Autoencoder):
     """model: S3Diff of four levels; encoder: TextEncoder; ids: (2, 77) of the good text and of the bad one"""
@@ -83,6 +90,7 @@ class S3DiffReference(Autoencoder):
                 vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size, num_hidden_layers=text.layers,
                 num_attention_heads=text.heads, max_position_embeddings=text.positions, hidden_act="gelu", bos_token_id=0, eos_token_id=2))
         adopt(self.unet, model.unet), adopt(self.vae, model.vae), adopt(self.encoder, encoder)
+        self.networks = self.unet, self.vae, self.encoder
         self.positions = torch.arange(ids.shape[1], device=ids.device)[None]
         self.layers = {network: [(block_id(network, name), m) for name, m in getattr(self, network).named_modules() if isinstance(m, LoraLayer)]
                        for network in ADAPTER}
@@ -106,7 +114,7 @@ class S3DiffReference(Autoencoder):
     def upscale(self, lq, scale=4, color="wavelet"):
         model, (H, W) = self.model, (scale * side for side in lq.shape[-2:])
         self.modulate(model.estimate(lq))
-        lq_up = F.interpolate(lq, (H, W), mode="bilinear")
+        lq_up = F.interpolate(lq.to(self.like.device), (H, W), mode="bilinear")
         z = self.encode(pad_to_multiple(2 * lq_up - 1, 64).to(self.like))
         eps = self.guided(z, model.cfg.t, self.describe(), model.cfg.guidance)
         sr = self.decode(model.clean(z, eps, model.cfg.t)).float().clamp(-1, 1) / 2 + 0.5
@@ -129,17 +137,18 @@ class GramSRReference(Autoencoder):
             patch_size=vit.patch_size, hidden_size=vit.embed_dim, intermediate_size=int(vit.embed_dim * vit.mlp_ratio), num_register_tokens=vit.registers,
             num_hidden_layers=vit.depth, num_attention_heads=vit.num_heads, use_gated_mlp=vit.gated_mlp)).to(model.vit.norm.weight.device)
         adopt(self.unet, model.unet), adopt(self.vae, model.vae), adopt(self.vit, model.vit)
+        self.networks, self.like = (self.unet, self.vae, self.vit), model.unet.conv_in.weight
 
     def tokens(self, x):
-        return self.model.adapter(self.vit(normalised(x).to(self.model.vit.norm.weight.dtype)).last_hidden_state)
+        return self.model.adapter(self.vit(normalised(x).to(self.like)).last_hidden_state)
 
     def predict(self, z, context):
         return self.unet(z, self.model.cfg.t, encoder_hidden_states=context).sample
 
     def upscale(self, lq, scale=4):
         H, W = (scale * side for side in lq.shape[-2:])
-        lq_up = resize(lq, (H, W))
+        lq_up = resize(lq, (H, W)).to(self.like.device)
         x = pad_to_multiple(2 * lq_up - 1, self.model.multiple)
-        z = self.encode(x.to(self.model.unet.conv_in.weight))
+        z = self.encode(x.to(self.like))
         sr = self.decode(z - self.predict(z, self.tokens(x))).float().clamp(-1, 1) / 2 + 0.5
         return color_fix(sr[..., :H, :W], lq_up, "adain", stablesr=True)

@@ -26,13 +26,15 @@ from models.qwen_vae import QwenVAE
 from models.unet import UNet
 from models.vae import VAE, LightDecoder
 from models.vit import DINOv3, ViT
-from models.vosr import SIZES
+from models.vosr import PUBLIC, SIZES
 from models.support.weights import FILES, sha256_of
 
 ARGS = {"ae_type": "sd2", "weak_cond_strength_aelq_list": [0.05, 0.25], "distill_type": "rcgm", "resume_ckpt": None}   # among many others
+ARGS_2 = {"resolution": 512, "patch_size": 2, "mlp_ratio": 4.0, "use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True,
+          "wo_shift": False, "ae_type": "qwen", "enc_type": "dinov2l", "encdim_ratio": 3, "auxiliary_time_cond": False, "distill_type": "onestep"}
 SD_VAE, QWEN_VAE = (f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("stable-diffusion-2-1-base/vae", "Qwen-Image-vae-2d"))
 LIGHT, DINO_B, DINO_L = "sd21_lwdecoder.pth", *(f"torch_cache/checkpoints/dinov2_vit{letter}14_pretrain.pth" for letter in "bl")
-FOLDERS = {"vosr-0.5b": "VOSR_0.5B_ms", "vosr-0.5b-1step": "VOSR_0.5B_os", "vosr-1.4b": "VOSR_1.4B_ms", "vosr-1.4b-1step": "VOSR_1.4B_os"}
+FOLDERS = {"vosr-0.5b": "VOSR_0.5B_ms", "vosr-0.5b-1step": "VOSR_0.5B_os", "vosr-1.4b": "VOSR_1.4B_ms", "vosr-1.4b-1step": "VOSR_1.4B_os", "vosr-2": "VOSR2"}
 REPOSITORIES = {"CSWRY/VOSR": "", "stabilityai/sd-turbo": "sd-turbo/", "zhangap/S3Diff": ""}     # and their folders below the release
 SD_TURBO = {part: f"sd-turbo/{part}/{file}" for part, file in (
     ("unet", "diffusion_pytorch_model.safetensors"), ("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors"))}
@@ -46,10 +48,11 @@ LIGHT_CONFIG = {"in_channels": 4, "out_channels": 3, "block_out_channels": [64, 
 
 def numbers(name, shape, generator):
     """A parameter, also where training starts from zero: gains 1 +- 0.1, biases +- 0.1, the rest with deviation 1/sqrt(fan-in)."""
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
         return x.mul_(0.1).add_(1)
-    return x.mul_(0.1 if len(shape) == 1 else (shape[0] / x.numel()) ** 0.5)
+    small = 0.1 if "lora_B" in name else 1      # adapters bend a network; several of this size on every layer would make it explode
+    return x.mul_(0.1 if len(shape) == 1 else small * (shape[0] / x.numel()) ** 0.5)
 
 
 def random_tensors(network, *config, **arguments):
@@ -108,7 +111,7 @@ def contents(model):
             "s3diff.pkl": lambda: s3diff_pkl(cfg),
             "de_net.pth": lambda: random_tensors(DegradationEstimator),
         }
-    size = model[5:9]
+    size = PUBLIC[model][0]
     cfg = SIZES[size]
     own = {f"{FOLDERS[model]}/checkpoints/ema_model.safetensors":
            lambda: random_tensors(DiT, replace(cfg.dit, auxiliary_time_cond=model.endswith("1step")))}
@@ -133,7 +136,7 @@ def write_release(root, *names):
                 else:
                     (save_file if path.suffix == ".safetensors" else torch.save)(content(), path)
         if model in FOLDERS:
-            (root / FOLDERS[model] / "args.json").write_text(json.dumps(ARGS))
+            (root / FOLDERS[model] / "args.json").write_text(json.dumps(ARGS_2 if model == "vosr-2" else ARGS))
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ from test_qwen_vae import video_form
 import sample
 from models.clip import TextConfig
 from models.dit import DiTConfig
-from models.support.imaging import tile_boxes, tile_weight, write_picture
+from models.support.imaging import pad_to_multiple, resize, tile_boxes, tile_weight, wavelet, write_picture
 from models.qwen_vae import QwenVAEConfig
 from models.s3diff import S3Diff, S3DiffConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, TILES_AT_ONCE, VOSR, VOSRConfig
-from models.support.weights import FILES, fetch
+from models.support.weights import FILES, WeightError, fetch
 from release import ARGS, CLIP, DINO_B, DINO_L, FOLDERS, LIGHT, QWEN_VAE, SD_TURBO, SD_VAE, Hub, contents, rows, write_release
 
 TINY = {
@@ -90,7 +90,7 @@ def test_by_name(hub, name):
     """Every file that is needed comes once; the pictures have the right size and depend on the seed alone."""
     model = VOSR.from_pretrained(name)
     assert sorted(hub.seen) == sorted([*contents(name), f"{FOLDERS[name]}/args.json"])
-    assert (model.cfg.steps, model.cfg.guidance, model.cfg.weak) == ((1, 1.0, 0.15) if name.endswith("1step") else (25, 0.5, 0.15))
+    assert (model.cfg.steps, model.cfg.guidance, model.cfg.weak) == ((1, 1.0, 0.15) if name.endswith(("1step", "2")) else (25, 0.5, 0.15))
     assert not model.training and not any(x.is_meta for x in model.state_dict().values())
     del hub.seen[:]
     again, steps = VOSR.from_pretrained(name), min(model.cfg.steps, 3)
@@ -225,17 +225,67 @@ def test_second_time_is_decided_by_the_tensors(own, name, steps, guidance):
     assert (model.cfg.steps, model.cfg.guidance, model.dit.r_embedder is None) == (steps, guidance, name == "vosr-0.5b")
 
 
-def test_one_step_without_second_time(own):
-    """The newer one-step 1.4B model: the tensors of the multi-step one; z - v(z, t = 1) is the latent, whatever r would be."""
-    (own / "VOSR_1.4B_ms" / "args.json").write_text(json.dumps(ARGS | {"distill_type": "onestep", "auxiliary_time_cond": False}))
-    (own / "VOSR_1.4B_ms").rename(own / "VOSR2")
-    model = VOSR.from_pretrained(str(own / "VOSR2"))
-    assert (model.cfg.steps, model.cfg.guidance, model.dit.r_embedder) == (1, 1.0, None)
-    z_lq, eps = torch.randn(2, 1, 16, 6, 8, generator=torch.Generator().manual_seed(0))
-    x = 2 * picture(48, 64) - 1
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("model", ["vosr-2", "VOSR2"])
+def test_vosr_2(own, monkeypatch, model, wrapped, capsys):
+    """The tensors of the multi-step 1.4B, by name or in other people's copy of the folder: the picture is decoded from z - v(z, t = 1)."""
+    if wrapped:
+        tensors = {f"module._orig_mod.{k}": v for k, v in load_file(own / DIT["vosr-2"]).items()}
+        save_file(tensors | {"n_averaged": torch.tensor(7), "decay": torch.ones(())}, own / DIT["vosr-2"])
+    monkeypatch.setenv("NANOSR_CACHE", str(own))
+    model, lq = VOSR.from_pretrained(str(own / model) if model == "VOSR2" else model), picture(24, 18)
+    assert (model.cfg.steps, model.cfg.guidance, model.dit.r_embedder, model.cfg.tile) == (1, 1.0, None, 512)
     with torch.no_grad():
-        v = model.dit(eps, z_lq, model.tokens(x), torch.ones(1))
-    assert v.std() > 0.1 and torch.allclose(model.restore(z_lq, x, eps, 1, 1.0, 0.15), eps - v, atol=1e-5)
+        lq_up = resize(lq, (96, 72))
+        x = pad_to_multiple(2 * lq_up - 1, 16)
+        z_lq = model.vae.encode(x)          # the mode, no number is drawn for it
+        z = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(5))
+        v = model.dit(z, z_lq, model.tokens(x), torch.ones(1))
+        plain = wavelet((model.vae.decode(z - v).clamp(-1, 1) / 2 + 0.5)[..., :96, :72], lq_up)
+    assert v.std() > 0.1
+    torch.testing.assert_close(model.upscale(lq, seed=5), plain, rtol=0, atol=1e-5)
+    for knob in ({"guidance": 0.5}, {"weak": 0.2}, {"guidance": 1}):
+        with pytest.raises(WeightError, match="no effect on VOSR 2.0.*leave them out"):
+            model.upscale(lq, **knob)
+    assert all(not {"guidance", "weak"} & set(turned) for row in model.SWEEP for turned in row)
+    assert ("left out" in capsys.readouterr().out) == wrapped
+
+
+@pytest.mark.parametrize("name", ["vosr-0.5b-1step", "vosr-1.4b"])
+def test_defaults_of_today(name):
+    """The posterior's mode, Pillow's bicubic on 8 bits, wavelet colours, for all public models."""
+    model, lq = VOSR.from_pretrained(name), picture(24, 24)
+    seen = []
+    model.vae.encode = lambda x, *generator: seen.append((x, generator)) or type(model.vae).encode(model.vae, x)
+    sr = model.upscale(lq, steps=1, guidance=1)
+    (x, generator), = seen
+    assert generator == () and torch.equal(x, 2 * resize(lq, (96, 96)) - 1)
+    assert torch.equal(sr, model.upscale(lq, steps=1, guidance=1, color="wavelet")) and not torch.equal(sr, model.upscale(lq, steps=1, guidance=1, color="adain"))
+
+
+def test_args_are_believed(own):
+    """Settings of somebody's own training; what they say of the networks beside the tensors cannot be read off those."""
+    path = own / "VOSR_0.5B_ms" / "args.json"
+    said = {"dinov2_size": 28, "layer_dinov2b_list": [0], "resolution": 512, "infer_steps": 7, "cfg_scale": -0.5, "use_rope": True}
+    path.write_text(json.dumps(ARGS | said))
+    model = VOSR.from_pretrained(str(path.parent))
+    cfg = model.cfg
+    assert (cfg.vit_input, cfg.vit_layer, cfg.tile, cfg.steps, cfg.guidance) == (28, 0, 512, 7, -0.5)
+    assert model.tokens(2 * picture(32, 32) - 1).shape[1] == 4
+    change(own / DIT["vosr-0.5b"], feat_rope__freqs_cos=None, feat_rope__freqs_sin=None)
+    path.write_text(json.dumps(ARGS | said | {"resolution": 256, "layer_dinov2b_list": [-1, 1]}))
+    cfg = VOSR.from_pretrained(str(path.parent)).cfg
+    assert (cfg.dit.input_size, cfg.tile, cfg.vit_layer) == (32, 256, None)     # -1: the last block's, with the norm
+
+
+@pytest.mark.parametrize("name, value", [
+    ("use_qknorm", False), ("use_swiglu", False), ("use_rope", False), ("use_rmsnorm", False), ("wo_shift", True), ("mlp_ratio", 3), ("resolution", 256),
+    ("resolution", [512]), ("dinov2_size", 450), ("dinov2_size", "448"), ("dinov2_size", 10**9), ("layer_dinov2b_list", [3]), ("layer_dinov2b_list", []),
+    ("layer_dinov2b_list", 1), ("infer_steps", 0), ("infer_steps", True), ("cfg_scale", "a"), ("cfg_scale", None)])  # fmt: skip
+def test_args_that_cannot_be_followed(own, name, value):
+    path = own / "VOSR_0.5B_ms" / "args.json"
+    path.write_text(json.dumps(ARGS | {name: value}))
+    refused(path.parent, path, f"{name} is {value!r}, which cannot be followed here")
 
 
 @pytest.mark.parametrize("setting, weak", [([0.05, 0.25], 0.15), ([0.1, 0.3], 0.2), ([0.4], 0.4), ([], 0.15), (None, 0.15)])

@@ -193,3 +193,13 @@ def test_what_a_layer_reads_and_what_it_writes(monkeypatch, name):
     assert excess() > 0.9
     monkeypatch.setattr(strips, "LIMIT", 32 * 32)
     assert 0 < excess() < 0.3 and torch.equal(x, before)
+
+
+@torch.no_grad()
+def test_a_float32_stream_is_not_written_into_half(monkeypatch):
+    """Strips give a stream the type that whole maps give it."""
+    h, x = torch.randn(1, 4, 12, 10).half(), torch.randn(1, 4, 12, 10)
+    whole = in_strips(lambda h, x: h + x, h, x, into=h)
+    monkeypatch.setattr(strips, "LIMIT", 40)
+    cut = in_strips(lambda h, x: h + x, h, x, into=h)
+    assert cut.dtype == whole.dtype == torch.float32 and torch.equal(cut, whole)

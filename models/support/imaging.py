@@ -278,15 +278,17 @@ def blend_tiles(function, x, boxes, at_once=8, down=0.0):
     function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles;  x: (1, C, H, W);  boxes of `tile_boxes`;
     down: see `tile_weight` -> like x
     """
-    total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
+    # float32: in half precision the window's corners are 0
+    total, weights = (torch.zeros_like(y, dtype=torch.float32) for y in (x, x[:, :1]))
+    row, col = boxes[0]
+    weight = tile_weight(row.stop - row.start, col.stop - col.start, down).to(x.device, non_blocking=True)
     for i in range(0, len(boxes), at_once):
         some = boxes[i : i + at_once]
         y = function(torch.cat([x[..., row, col] for row, col in some]), slice(i, i + at_once))
-        weight = tile_weight(*y.shape[-2:], down).to(y)
         for (row, col), tile in zip(some, y.split(1)):
             total[..., row, col] += weight * tile
             weights[..., row, col] += weight
-    return total / weights
+    return (total / weights).to(x)
 
 
 # -----------------------------------------------------------------------------

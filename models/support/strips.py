@@ -7,7 +7,8 @@ else; a group norm takes its statistics from the whole map before the first stri
 Nothing is forgotten, so the result is that of the whole picture up to rounding. Two feature maps are in memory at a time, the one a
 layer reads and the one it writes; all that lies between them is the size of a strip.
 
-Plain, as if this file did not exist: maps of up to 512x512 pixels; and whatever records gradients, which keeps every map anyway.
+Plain, as if this file did not exist: maps of up to 512x512 pixels, on a GPU 1024x1024, which is half as many kernels; and whatever
+records gradients, which keeps every map anyway.
 """
 
 import math
@@ -17,16 +18,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LIMIT = 512 * 512  # pixels of a map up to which it is computed whole; a strip has at most a quarter of them
+LIMIT = 512 * 512  # pixels of a map up to which it is computed whole, four times that on a GPU; a strip has a quarter of them
 QUERIES = 4096  # up to which attention is computed at once, and then at a time
 
 
-def plain(pixels):
-    return pixels <= LIMIT or torch.is_grad_enabled()
+def limit(cuda):
+    return LIMIT * (4 if cuda else 1)
 
 
-def rows_at_a_time(width):
-    return max(1, LIMIT // 4 // width)
+def plain(pixels, cuda=False):
+    return pixels <= limit(cuda) or torch.is_grad_enabled()
+
+
+def rows_at_a_time(width, cuda=False):
+    return max(1, limit(cuda) // 4 // width)
 
 
 class Checkpointing:
@@ -44,22 +49,23 @@ def in_strips(f, *maps, rate=1, into=None):
     maps: (B, C, H, W), C may differ; rate: rows of the result per row of the maps: 1, 2 or 0.5
     f: anything in which a row of the result depends on the row of the maps at its height and the next ones above and below, no others;
        it pads at its borders by itself
-    into: a map to write the result in, of the same shape; may be one of maps that nobody needs afterwards
+    into: a map of the same shape to write the result in, if it has its type; may be one of maps that nobody needs afterwards
     -> (B, C', H * rate, W * rate)
     """
     if isinstance(maps[0], list):
         return [f(*tiles) for tiles in zip(*maps)]
     H, W = maps[0].shape[2:]
-    if plain(H * W * max(1, rate**2)):
+    if plain(H * W * max(1, rate**2), maps[0].is_cuda):
         return f(*maps)
-    height, rows = int(H * rate), rows_at_a_time(int(W * max(rate, 1 / rate)))
+    height, rows = int(H * rate), rows_at_a_time(int(W * max(rate, 1 / rate)), maps[0].is_cuda)
     halo = max(1, int(1 / rate))  # rows of the maps around those of a strip; even where every second one is a centre
     for start in range(0, height, rows):
         stop = min(start + rows, height)
         top, bottom = max(int(start / rate) - halo, 0), min(int(stop / rate) + halo, H)
         strip = f(*(x[:, :, top:bottom] for x in maps))
         if start == 0:
-            out = strip.new_empty(*strip.shape[:2], height, strip.shape[3]) if into is None else into
+            fits = into is not None and into.dtype == strip.dtype  # not what is half where a float32 stream goes on
+            out = into if fits else strip.new_empty(*strip.shape[:2], height, strip.shape[3])
         else:
             out[:, :, start - rows : start] = finished  # not before its successor has seen what it may overwrite
         finished = strip[:, :, int(start - top * rate) : int(stop - top * rate)]  # less the halo, where f padded inside the picture
@@ -70,7 +76,7 @@ def in_strips(f, *maps, rate=1, into=None):
 def statistics(x, groups):
     """Mean and biased variance of each group of channels over the whole map, in float32.  x: (B, C, H, W) -> two of (B, groups)"""
     shares, means, variances = [], [], []
-    for strip in x.split(rows_at_a_time(x.shape[3]), dim=2):
+    for strip in x.split(rows_at_a_time(x.shape[3], x.is_cuda), dim=2):
         variance, mean = torch.var_mean(strip.float().unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0)
         shares.append(strip.shape[2] / x.shape[2])
         means.append(mean)
@@ -82,7 +88,7 @@ def statistics(x, groups):
 
 def fixed(norm, x):
     """norm as a function of strips of x: a group norm with the statistics of all of x; any other sees one pixel at a time and stays as it is."""
-    if not isinstance(norm, nn.GroupNorm) or not isinstance(x, list) and plain(x.shape[2] * x.shape[3]):
+    if not isinstance(norm, nn.GroupNorm) or not isinstance(x, list) and plain(x.shape[2] * x.shape[3], x.is_cuda):
         return norm
     found = (tiles_statistics if isinstance(x, list) else statistics)(x, norm.num_groups)
     mean, variance = (s.repeat_interleave(len(norm.weight) // norm.num_groups, dim=1) for s in found)

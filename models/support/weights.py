@@ -60,13 +60,14 @@ def sd21(path, users, **facts):
 META, TORCHVISION, GITHUB = "https://dl.fbaipublicfiles.com", "https://download.pytorch.org/models", "https://raw.githubusercontent.com"
 LPIPS, GRAMSR = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1", f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints"
 FILES = {file.name: file for file in (
-    *(vosr(f"{model}/{path}", f"VOSR {model[5:]}") for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os")
+    *(vosr(f"{model}/{path}", f"VOSR {model[5:] or '2.0'}")
+      for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os", "VOSR2")
       for path in ("args.json", "checkpoints/ema_model.safetensors")),      # ms: multi-step, os: one step
-    vosr("Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors", "VOSR 1.4B", "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"),
+    vosr("Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors", "VOSR 1.4B, 2.0", "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"),
     vosr("sd21_lwdecoder.pth", "VOSR 0.5B"),
     vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B", f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
          size=346378731, sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    vosr("torch_cache/checkpoints/dinov2_vitl14_pretrain.pth", "VOSR 1.4B", f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    vosr("torch_cache/checkpoints/dinov2_vitl14_pretrain.pth", "VOSR 1.4B, 2.0", f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
          size=1217586395, sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
     sd21("vae/diffusion_pytorch_model.safetensors", "VOSR 0.5B, GramSR",
          size=334643276, sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),

@@ -23,7 +23,7 @@ def conv3x3_pays(x, W):
     1.2 times as fast for 128 channels, 1.6 to 2.2 for 256 and more; with fewer channels the sums, with few pixels the kernel's transform
     cost what the products save.
     """
-    return (x.device.type == "cpu" and x.dtype == torch.float32 and W.shape[2:] == (3, 3) and min(W.shape[:2]) >= 128
+    return (x.device.type == "cpu" and x.dtype == W.dtype == torch.float32 and W.shape[2:] == (3, 3) and min(W.shape[:2]) >= 128
             and x.numel() // x.shape[1] >= 2048 and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
