@@ -191,9 +191,9 @@ def draw(stage, model, hq, recipe, g):
 
 
 def denoise(model, x, bad, g):
-    """Stage prior, x: (B, 3, H, W) in [-1, 1]: Stable Diffusion's own training, on photos and on bad pictures, each told by its prompt; one in ten is told nothing.
+    """Stage prior: Stable Diffusion's own training, on photos and on bad pictures; each has its prompt, one in ten has none.
 
-    bad: (B,) 1 where x is bad, 0 where it is a photo; g: of times, noise and the untold -> {name: loss}
+    x: (B, 3, H, W) in [-1, 1]; bad: (B,) 1 where x is bad, 0 where it is a photo; g: of times, noise and the untold -> {name: loss}
     """
     z, T = model.vae.encode(x), 1000
     t = (torch.rand(len(z), generator=g) * T).long()
@@ -294,8 +294,8 @@ def main():
     optimizers = {name: torch.optim.AdamW(p, lr=recipe.lr, weight_decay=1e-2, fused=True) for name, p in (("G", params), ("D", list(D.parameters())))}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    settings = {name: getattr(args, name) for name in ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper",
-                                                       "data", "init", "seed")} | {"batch_size": recipe.batch_size}  # fmt: skip
+    fixed = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper", "data", "init", "seed")
+    settings = {name: getattr(args, name) for name in fixed} | {"batch_size": recipe.batch_size}
     step, names_of_photos = 0, None
     checkpoint = training.load_checkpoint(out, settings)
     if checkpoint:

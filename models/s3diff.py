@@ -22,7 +22,7 @@ from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, tile
 from models.support.precision import in_half
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
-from models.vae import VAE, TinyVAE, TinyVAEConfig, VAEConfig
+from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
 from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
@@ -68,8 +68,7 @@ class S3DiffConfig:
 
     @staticmethod
     def from_dict(d):
-        vae = (TinyVAEConfig if "whitening" in d["vae"] else VAEConfig)(**d["vae"])
-        return S3DiffConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": vae})
+        return S3DiffConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"])})
 
 
 def each(function, C):
@@ -84,7 +83,7 @@ class S3Diff(nn.Module):
         super().__init__()
         self.cfg, self.folder = cfg, None
         self.unet, self.denet = UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths)
-        self.vae = TinyVAE(cfg.vae) if isinstance(cfg.vae, TinyVAEConfig) else VAE(cfg.vae)
+        self.vae = autoencoder(cfg.vae)
         self.blocks = {"unet": len(self.unet.blocks), "vae": self.vae.blocks}
         self.adapt()
         # features of the good text and of the bad one

@@ -335,6 +335,15 @@ def rename_weight(module, state_dict, prefix, *_):
         state_dict[f"{prefix}encoder.weight"] = state_dict.pop(f"{prefix}weight")
 
 
+def autoencoder(cfg):
+    """The VAE or TinyVAE that a config describes."""
+    return TinyVAE(cfg) if isinstance(cfg, TinyVAEConfig) else VAE(cfg)
+
+
+def autoencoder_config(d):
+    return (TinyVAEConfig if "whitening" in d else VAEConfig)(**d)
+
+
 class TinyVAE(nn.Module):
     """A learned lapped transform: one strided convolution, and its transpose back.  Ours, for laptops; there is no paper.
 
