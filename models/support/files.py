@@ -61,13 +61,9 @@ def list_pictures(paths, note=lambda line: None):
     return found
 
 
-def find_pictures(tops, note):
-    """What `list_pictures` finds of one argument after the other.  -> {path: its name, relative to the folder that was given}"""
-    names = {}
-    for top in map(Path, tops):
-        for path in list_pictures([top], note):
-            names.setdefault(path, Path(path.name) if path == top else path.relative_to(top))
-    return names
+def find_pictures(top, note):
+    """What `list_pictures` finds of one argument.  -> {path: its name, relative to the folder that was given}"""
+    return {path: Path(path.name) if path == top else path.relative_to(top) for path in list_pictures([top], note)}
 
 
 def output_paths(names, out, taken=("sheet",), note=print):
