@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from models.support.arguments import between
 from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of, report,
                                row_of, write_metrics, write_text)
 from models.gramsr import GramSR
@@ -39,15 +40,6 @@ KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", 
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder"  # whichever of them a model has
 AT_ONCE = 3  # pictures that are read, or written, beside the one on the device
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
-
-
-def between(low, high):
-    def number(text):
-        value = float(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return int(value) if value.is_integer() else value
-    return number
 
 
 def parse_args(argv):
