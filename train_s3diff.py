@@ -36,6 +36,7 @@ from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import ViT, ViTConfig
+from models.support.arguments import SEED, between, positive
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
 
 
@@ -65,6 +66,7 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default), or tiny: random weights, to watch the loop, not to use")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
+    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
     p.add_argument("--init", help="go on from the adapters of a model: s3diff, an s3diff.pkl, or another run's --out (default: new adapters)")
     # the paper's ablations
@@ -72,31 +74,33 @@ def parse_args():
                    help="what gets adapters (Table 4; default unet+encoder)")  # fmt: skip
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
                    help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")  # fmt: skip
-    p.add_argument("--neg-prob", type=float, default=0.05, help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")
-    p.add_argument("--rank-unet", type=int, help="rank of the UNet's adapters (Table 7; default 32, tiny 8)")
-    p.add_argument("--rank-vae", type=int, help="rank of the VAE's adapters (Table 7; default 16, tiny 4)")
-    p.add_argument("--start-step", type=int, default=999, help="t of the one step; below 999 with that time's noise (Table 8: 250, 500)")
+    p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
+                   help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")  # fmt: skip
+    p.add_argument("--rank-unet", type=between(1, 1024, whole=True),
+                   help="rank of the UNet's adapters (Table 7; default 32, tiny 8)")  # fmt: skip
+    p.add_argument("--rank-vae", type=between(1, 1024, whole=True),
+                   help="rank of the VAE's adapters (Table 7; default 16, tiny 4)")  # fmt: skip
+    p.add_argument("--start-step", type=between(1, 999, whole=True), default=999,
+                   help="t of the one step; below 999 with that time's noise (Table 8: 250, 500)")  # fmt: skip
     p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as the released code has it")
     # optimisation
-    p.add_argument("--steps", type=int, help="steps in all (default: the preset's)")
-    p.add_argument("--batch-size", type=int, help="photos per step, of all processes together")
-    p.add_argument("--micro-batch", type=int, help="photos that one process computes at once (default: its share of the batch)")
-    p.add_argument("--lr", type=float, help="learning rate")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
+    p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
+    p.add_argument("--micro-batch", type=positive, help="photos that one process computes at once (default: its share)")
+    p.add_argument("--lr", type=between(1e-9, 1), help="learning rate")
+    p.add_argument("--seed", type=SEED, default=0)
     # machine
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--device", type=training.usable_device, default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; trained weights stay float32")
     p.add_argument("--checkpointing", action="store_true", help="compute the blocks of UNet and VAE a second time in backward: less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the UNet's blocks")
-    p.add_argument("--workers", type=int, default=0, help="processes that read photos, for each training process")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints, held-out losses and pictures")
-    p.add_argument("--keep", type=int, choices=range(1, 100), default=2, metavar="K",
+    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=positive, default=2, metavar="K",
                    help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
     if args.init and (args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"):
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
-    if not 1 <= args.start_step <= 999 or not 0 <= args.neg_prob <= 1:
-        p.error("--start-step is from 1 to 999, --neg-prob from 0 to 1")
     return args
 
 
@@ -173,8 +177,7 @@ def main():
     cfg, recipe = PRESETS[args.preset]
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "save_every": args.save_every}
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
-    device = training.choose_device(args.device)
-    dtype = training.choose_dtype(args.dtype, device)
+    device, dtype = args.device, training.choose_dtype(args.dtype, args.device)
     rank, world = training.join(device)
     share, micro, parts = training.divide(recipe.batch_size, args.micro_batch, world)   # photos of a step: mine, at once, how often
     out = Path(args.out)
@@ -195,7 +198,7 @@ def main():
     settings = {name: getattr(args, name) for name in ("preset", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper",
                                                        "data", "init", "seed")} | {"batch_size": recipe.batch_size}  # fmt: skip
     step, names_of_photos = 0, None
-    checkpoint = training.load_checkpoint(out, settings)
+    checkpoint = training.load_checkpoint(out, settings, args.moved)
     if checkpoint:
         step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
         training.load_tensors(model, checkpoint["model"])
@@ -208,8 +211,7 @@ def main():
           f"{training.count(D.parameters()):,}; batch {recipe.batch_size} = {world} x {parts} x {micro}; {recipe}")
     model.unet.checkpointing = model.vae.encoder.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
     if args.compile:
-        for block in model.unet.blocks[:-1]:
-            block.compile()
+        training.compile_all(model.unet.blocks[:-1], device)
     generate, judge = partial(generator_losses, model, lpips, D, recipe, args.neg_prob), partial(discriminator_loss, D, recipe)
     if world > 1:
         generate, judge = training.replicate(model, generate, device), training.replicate(D, judge, device)
