@@ -31,7 +31,7 @@ from models.support.page import figure_of, page_of
 from models.s3diff import S3Diff
 from models.vosr import VOSR
 from models.support.weights import WeightError, list_weights, read_config
-from training import choose_device, choose_dtype
+from training import choose_device, choose_dtype, compile_all
 
 ROOT = Path(__file__).resolve().parent
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
@@ -207,8 +207,8 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(f"model {args.model}", *(f"{name} {value}" for name, value in settings.items()), sep=", ")
 
-    for network in to_compile(model) if args.compile else ():
-        network.compile()
+    if args.compile:
+        compile_all(to_compile(model), args.device)
     originals = {realpath(path) for path in pictures + references if path}     # Path.resolve fails at loops of links
     args.shown, reads, jobs = len(pictures) * len(args.names), deque(), deque()
     with ThreadPoolExecutor(AT_ONCE) as pool:       # files are read and written while the device works on another picture
