@@ -32,7 +32,7 @@ from models.support.page import figure_of, page_of
 from models.support.strips import plain
 from models.support.weights import WeightError, list_weights, read_config
 from models.vosr import VOSR
-from training import choose_device, choose_dtype
+from training import choose_device, choose_dtype, compile_all
 
 ROOT = Path(__file__).resolve().parent
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
@@ -209,8 +209,8 @@ def load(args):
     args.names = ["bicubic", Path(realpath(args.model)).name, "reference"][: 3 if args.ref else 2]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
-    for network in to_compile(model) if args.compile else ():
-        network.compile()
+    if args.compile:
+        compile_all(to_compile(model), args.device)
     return model
 
 

@@ -47,6 +47,7 @@ from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, DINOv3Config
+from models.support.arguments import SEED, between, positive
 from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
 
@@ -93,29 +94,32 @@ def parse_args():
     p.add_argument("--stage", required=True, choices=STAGES)
     p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default), or tiny: random weights, to watch the loop, not to use")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
+    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
     p.add_argument("--init", help="model to start from: the earlier stage's --out")
     # what the paper leaves open
     p.add_argument("--gram", choices=GRAM, help="the Gram matrix of stage texture: patches (default: all pairs of patches, normalised), positive "
                    "(negative ones are set to 0), raw (not normalised), channels (pairs of channels), style (those not normalised)")  # fmt: skip
     p.add_argument("--freeze-adapter", action="store_true", help="keep the token adapter as the stage before left it")
-    p.add_argument("--patience", type=int, help="stop after this many evaluations without a better NIQE of the held-out pictures (without NIQE's "
-                   "parameter file: without a lower loss), and keep the best model; 0 = never (default 10 in stage texture, else 0)")  # fmt: skip
-    p.add_argument("--rank", type=int, help="rank of the new LoRA set (default 4)")
+    p.add_argument("--patience", type=between(0, 10**6, whole=True),
+                   help="stop after this many evaluations without a better NIQE of the held-out pictures (without "
+                        "NIQE's parameter file: without a lower loss), and keep the best model; 0 = never "
+                        "(default 10 in stage texture, else 0)")  # fmt: skip
+    p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     # optimisation
-    p.add_argument("--steps", type=int, help="steps in all (default: the preset's)")
-    p.add_argument("--batch-size", type=int, help="photos per step, of all processes together")
-    p.add_argument("--micro-batch", type=int, help="photos that one process computes at once (default: its share of the batch)")
-    p.add_argument("--lr", type=float, help="learning rate")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
+    p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
+    p.add_argument("--micro-batch", type=positive, help="photos that one process computes at once (default: its share)")
+    p.add_argument("--lr", type=between(1e-9, 1), help="learning rate")
+    p.add_argument("--seed", type=SEED, default=0)
     # machine
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--device", type=training.usable_device, default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; trained weights stay float32")
     p.add_argument("--checkpointing", action="store_true", help="compute the blocks of UNet and VAE a second time in backward: less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the UNet's blocks")
-    p.add_argument("--workers", type=int, default=0, help="processes that read photos, for each training process")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints, held-out losses and pictures")
-    p.add_argument("--keep", type=int, choices=range(1, 100), default=2, metavar="K",
+    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=positive, default=2, metavar="K",
                    help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
     if args.stage == "pixel" and (args.init or args.freeze_adapter):
@@ -124,8 +128,6 @@ def parse_args():
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
     if args.gram and args.stage != "texture":
         p.error(f"--gram is not read by --stage {args.stage}")
-    if args.patience is not None and args.patience < 0 or args.rank is not None and args.rank < 1:
-        p.error("--patience is 0 or more, --rank 1 or more")
     return args
 
 
@@ -199,8 +201,7 @@ def main():
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "rank": args.rank, "patience": args.patience,
              "save_every": args.save_every}
     stage = replace(stages[args.stage], **{k: v for k, v in given.items() if v is not None})
-    device = training.choose_device(args.device)
-    dtype = training.choose_dtype(args.dtype, device)
+    device, dtype = args.device, training.choose_dtype(args.dtype, args.device)
     rank, world = training.join(device)
     share, micro, parts = training.divide(stage.batch_size, args.micro_batch, world)    # photos of a step: mine, at once, how often
     out = Path(args.out)
@@ -225,7 +226,7 @@ def main():
         "gram": args.gram or "patches", "rank": stage.rank, "batch_size": stage.batch_size}
     step, names_of_photos = 0, None
     best, waited, written = {}, 0, []       # {judge: lowest so far}, evaluations since then, files of the model
-    checkpoint = training.load_checkpoint(out, settings)
+    checkpoint = training.load_checkpoint(out, settings, args.moved)
     if checkpoint:
         step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
         best, waited, written = checkpoint["best"], checkpoint["waited"], checkpoint["written"]
@@ -238,8 +239,7 @@ def main():
           f"batch {stage.batch_size} = {world} x {parts} x {micro}; judged by {judge}; {stage}")
     model.unet.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
     if args.compile:
-        for block in model.unet.blocks[:-1]:
-            block.compile()
+        training.compile_all(model.unet.blocks[:-1], device)
     objective = partial(losses, model, lpips, vit, stage, GRAM[args.gram or "patches"])
     compute = training.replicate(model, objective, device) if world > 1 else objective
 

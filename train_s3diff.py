@@ -42,6 +42,7 @@ from models.unet import UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import ViT
+from models.support.arguments import SEED, between, positive
 from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_model, read_tensors, save_model
 from models.vosr import VOSR
@@ -91,6 +92,7 @@ def parse_args():
     p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default), or tiny: everything trained here")
     p.add_argument("--stage", default="adapters", choices=PRESETS["tiny"][1], help="adapters (default); tiny only: prior, estimator")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
+    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
     p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out, or with --preset tiny the earlier stage's "
                    "(default: new adapters on SD-Turbo, or on the embedded tiny prior; none: random numbers, the paper's Figure 9)")  # fmt: skip
@@ -98,25 +100,29 @@ def parse_args():
     p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; default unet+encoder)")
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
                    help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")  # fmt: skip
-    p.add_argument("--neg-prob", type=float, default=0.05, help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")
-    p.add_argument("--rank-unet", type=int, help="rank of the UNet's adapters (Table 7; default 32, tiny 8)")
-    p.add_argument("--rank-vae", type=int, help="rank of the VAE's adapters (Table 7; default 16, tiny 4)")
-    p.add_argument("--start-step", type=int, help="t of the one step; below 999 with that time's noise (Table 8: 250, 500; default 999)")
+    p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
+                   help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")  # fmt: skip
+    p.add_argument("--rank-unet", type=between(1, 1024, whole=True),
+                   help="rank of the UNet's adapters (Table 7; default 32, tiny 8)")  # fmt: skip
+    p.add_argument("--rank-vae", type=between(1, 1024, whole=True),
+                   help="rank of the VAE's adapters (Table 7; default 16, tiny 4)")  # fmt: skip
+    p.add_argument("--start-step", type=between(1, 999, whole=True),
+                   help="t of the one step; below 999 with that time's noise (Table 8: 250, 500; default 999)")  # fmt: skip
     p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as the released code has it")
     # optimisation
-    p.add_argument("--steps", type=int, help="steps in all (default: the preset's)")
-    p.add_argument("--batch-size", type=int, help="photos per step, of all processes together")
-    p.add_argument("--micro-batch", type=int, help="photos that one process computes at once (default: its share of the batch)")
-    p.add_argument("--lr", type=float, help="learning rate")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
+    p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
+    p.add_argument("--micro-batch", type=positive, help="photos that one process computes at once (default: its share)")
+    p.add_argument("--lr", type=between(1e-9, 1), help="learning rate")
+    p.add_argument("--seed", type=SEED, default=0)
     # machine
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--device", type=training.usable_device, default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; trained weights stay float32")
     p.add_argument("--checkpointing", action="store_true", help="compute the blocks of UNet and VAE a second time in backward: less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the UNet's blocks")
-    p.add_argument("--workers", type=int, default=0, help="processes that read photos, for each training process")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints, held-out losses and pictures")
-    p.add_argument("--keep", type=int, choices=range(1, 100), default=2, metavar="K",
+    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=positive, default=2, metavar="K",
                    help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
     if args.stage not in PRESETS[args.preset][1]:
@@ -124,8 +130,6 @@ def parse_args():
     own = args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"
     if args.preset != "tiny" and args.init and own:
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
-    if args.start_step is not None and not 1 <= args.start_step <= 999 or not 0 <= args.neg_prob <= 1:
-        p.error("--start-step is from 1 to 999, --neg-prob from 0 to 1")
     return args
 
 
@@ -275,8 +279,7 @@ def main():
     cfg, recipe = PRESETS[args.preset][0], PRESETS[args.preset][1][args.stage]
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "save_every": args.save_every}
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
-    device = training.choose_device(args.device)
-    dtype = training.choose_dtype(args.dtype, device)
+    device, dtype = args.device, training.choose_dtype(args.dtype, args.device)
     rank, world = training.join(device)
     share, micro, parts = training.divide(recipe.batch_size, args.micro_batch, world)   # photos of a step: mine, at once, how often
     out = Path(args.out)
@@ -297,7 +300,7 @@ def main():
     fixed = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper", "data", "init", "seed")
     settings = {name: getattr(args, name) for name in fixed} | {"batch_size": recipe.batch_size}
     step, names_of_photos = 0, None
-    checkpoint = training.load_checkpoint(out, settings)
+    checkpoint = training.load_checkpoint(out, settings, args.moved)
     if checkpoint:
         step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
         training.load_tensors(model, checkpoint["model"])
@@ -312,8 +315,8 @@ def main():
     for part in (model.unet, *model.vae.children()):
         part.checkpointing = args.checkpointing
     if args.compile:
-        for block in model.unet.blocks[:-1]:
-            block.compile()
+        training.compile_all(model.unet.blocks[:-1], device)
+
     def objective_of(model):
         if args.stage == "adapters":
             return partial(generator_losses, model, lpips, D, recipe, args.neg_prob)

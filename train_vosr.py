@@ -34,6 +34,7 @@ from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, VOSR, VOSRConfig
+from models.support.arguments import SEED, between, positive
 from models.support.precision import in_half
 from models.support.weights import load_strictly, save_model, save_release
 
@@ -100,25 +101,26 @@ def parse_args():
     p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "refine", "distill", "decoder"))
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
+    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
     p.add_argument("--init", help="model to start from: the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without the visual tokens, or with no condition where the weak one stands")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     # optimisation
-    p.add_argument("--steps", type=int, help="optimizer steps in all (default: the preset's)")
-    p.add_argument("--batch-size", type=int, help="photos per optimizer step, of all processes together")
-    p.add_argument("--micro-batch", type=int, help="photos that one process computes at once (default: its share of the batch)")
-    p.add_argument("--lr", type=float, help="peak learning rate")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=positive, help="optimizer steps in all (default: the preset's)")
+    p.add_argument("--batch-size", type=positive, help="photos per optimizer step, of all processes together")
+    p.add_argument("--micro-batch", type=positive, help="photos that one process computes at once (default: its share)")
+    p.add_argument("--lr", type=between(1e-9, 1), help="peak learning rate")
+    p.add_argument("--seed", type=SEED, default=0)
     # machine
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--device", type=training.usable_device, default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; weights stay float32")
     p.add_argument("--checkpointing", action="store_true", help="compute the transformer's blocks a second time in backward: less memory")
     p.add_argument("--fsdp", action="store_true", help="with torchrun: spread the weights over the processes (FSDP2) instead of copying them (DDP)")
     p.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
-    p.add_argument("--workers", type=int, default=0, help="processes that read photos, for each training process")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints, held-out losses and pictures")
-    p.add_argument("--keep", type=int, choices=range(1, 100), default=2, metavar="K",
+    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=positive, default=2, metavar="K",
                    help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
     cfg, stages = PRESETS[args.preset]
@@ -220,10 +222,9 @@ def main():
     stage = stages[args.stage]
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "save_every": args.save_every}
     stage = replace(stage, **{k: v for k, v in given.items() if v is not None})
-    device = training.choose_device(args.device)
-    dtype = training.choose_dtype(args.dtype, device)
+    device, dtype = args.device, training.choose_dtype(args.dtype, args.device)
     rank, world = training.join(device)
-    if args.fsdp and not torch.distributed.is_initialized():
+    if args.fsdp and not training.several():
         raise training.Quit("--fsdp needs several processes: torchrun --nproc_per_node=N train_vosr.py ...")
     share, micro, parts = training.divide(stage.batch_size, args.micro_batch, world)    # photos of a step: mine, at once, how often
     out = Path(args.out)
@@ -249,7 +250,7 @@ def main():
     settings = {name: getattr(args, name) for name in ("stage", "preset", "ablate", "distill", "data", "init", "seed")}
     settings["batch_size"] = stage.batch_size
     step, names_of_photos = 0, None
-    checkpoint = training.load_checkpoint(out, settings)
+    checkpoint = training.load_checkpoint(out, settings, args.moved)
     if checkpoint:
         step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
         training.load_tensors(model, checkpoint["model"])
@@ -261,8 +262,7 @@ def main():
           f"batch {stage.batch_size} = {world} x {parts} x {micro}; {stage}")
     model.dit.checkpointing = args.checkpointing
     if args.compile:
-        for block in model.dit.blocks:          # all alike: one is compiled, the others follow at once
-            block.compile()
+        training.compile_all(model.dit.blocks, device)      # all alike: one is compiled, the others follow at once
     objective = partial(losses, args, stage, model, teacher)
     ddp = world > 1 and not args.fsdp
     if ddp:

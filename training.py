@@ -3,10 +3,12 @@
 Set-up and precision, several processes, seeds, learning rate, exponential moving average, checkpoints, logs and pictures of progress.
 """
 
+import argparse
 import math
 import os
 import signal
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.support.arguments import make_lenient
@@ -38,9 +39,13 @@ def one_line_errors(name):
     except torch.OutOfMemoryError:
         sys.exit(f"{name}: out of device memory; lower --micro-batch, or add --checkpointing")
     except RuntimeError as e:
-        if not (dist.is_initialized() and any(words in str(e).lower() for words in ("connection closed", "connection reset", "timed out", "nccl"))):
+        text, lost = str(e).lower(), ("connection closed", "connection reset", "timed out", "nccl")
+        if "allocate memory" in text:       # CPU and MPS have no class of their own for it
+            sys.exit(f"{name}: not enough memory; lower --micro-batch, or add --checkpointing")
+        if not (several() and any(words in text for words in lost)):
             raise
-        sys.exit(f"{name}: another process of this run is gone ({str(e).splitlines()[0][:100]}); the same command goes on from the last checkpoint")
+        sys.exit(f"{name}: another process of this run is gone ({str(e).splitlines()[0][:100]}); "
+                 "the same command goes on from the last checkpoint")
 
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
@@ -52,6 +57,15 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""   # torchrun numbers the processes of a machine
     return torch.device(name + own)
+
+
+def usable_device(name):
+    """A type of argument: `choose_device`, refused where it cannot be used."""
+    try:
+        torch.zeros(1, device=(device := choose_device(name)))      # it may have a name and not be there
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({str(e).splitlines()[0]})") from None
 
 
 def choose_dtype(name, device, best="bfloat16"):
@@ -66,6 +80,18 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def compile_all(networks, device):
+    """torch.compile networks, which takes minutes when they first run; where nothing can be compiled, a line says so instead."""
+    probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, or one from an earlier day's cache would do
+    try:
+        torch.compile(lambda x: x.sin() + 1)(probe)
+    except Exception as e:      # without a compiler, without Triton, on a card or a Python that it does not know
+        print(f"--compile is left out, it cannot be done here ({str(e).strip().splitlines()[0][:200]})", file=sys.stderr)
+        return
+    for network in networks:
+        network.compile()
+
+
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
@@ -77,18 +103,23 @@ def join(device):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return dist.get_rank(), dist.get_world_size()
 
 
+def several():
+    """Whether torchrun started this; some builds of torch have no distributed at all."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave():
-    if dist.is_initialized():
+    if several():
         dist.destroy_process_group()
 
 
 def mean_of_all(x, device):
     """The mean of a number over the processes."""
-    if not dist.is_initialized():
+    if not several():
         return x
     x = torch.tensor(float(x), device=device)
     dist.all_reduce(x)
@@ -121,7 +152,7 @@ def shard(module, device):
 
 def whole(x):
     """A tensor with the pieces of all processes, all of which must call this."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def gather(state):
@@ -131,12 +162,15 @@ def gather(state):
     if not torch.is_tensor(state):
         return state
     x = whole(state)
-    return None if dist.is_initialized() and dist.get_rank() > 0 else x.cpu()
+    return None if several() and dist.get_rank() > 0 else x.cpu()
 
 
 def scatter(tensor, like):
     """The opposite of `whole`: this process's piece where `like` is sharded."""
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor      # some builds of torch have none
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def divide(batch_size, micro_batch, world):
@@ -245,7 +279,7 @@ def write(path, state):
     part = Path(f"{path}.part")
     try:
         torch.save(state, part)
-        with open(part, "rb") as f:
+        with open(part, "rb+") as f:        # Windows syncs only what may be written
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:        # torch's own writer raises RuntimeError when the disk is full
@@ -256,16 +290,17 @@ def write(path, state):
 def save_checkpoint(folder, step, keep, **state):
     """Write checkpoint-STEP-HASH.pt, whose name tells later whether it is still what was written; then only the newest `keep` stay."""
     path = Path(folder, "checkpoint.new")
-    write(path, {"step": step, **state})
-    path.rename(path.with_name(f"checkpoint-{step:08d}-{sha256_of(path)[:16]}.pt"))
+    write(path, {"step": step, "cwd": os.getcwd(), **state})
+    path.replace(path.with_name(f"checkpoint-{step:08d}-{sha256_of(path)[:16]}.pt"))
     for old in checkpoints(folder)[keep:]:
         old.unlink()
 
 
-def load_checkpoint(folder, must_match):
+def load_checkpoint(folder, must_match, moved=False):
     """The newest checkpoint that is whole, or None if there is none at all; what is damaged is named and passed over.
 
-    must_match: settings of this run that may not differ from those of the interrupted one. Raises Quit naming the first that does.
+    must_match: settings of this run that may not differ from those of the interrupted one, except, of what has moved, the paths
+    Raises Quit naming the first that does.
     """
     found = checkpoints(folder)
     for path in found:
@@ -277,9 +312,14 @@ def load_checkpoint(folder, must_match):
             print(f"{path}: skipped, damaged ({str(e).splitlines()[0]})", file=sys.stderr)
             continue
         for name, value in must_match.items():
-            if state["settings"].get(name) != value:
-                was = state["settings"].get(name)
-                raise Quit(f"--{name.replace('_', '-')}: {path} was written with {was}, not {value}; use that or another --out")
+            was, hint = state["settings"].get(name), ""
+            if name in ("data", "init") and was and value:      # paths, unless --init is a public name
+                old, hint = os.path.join(state.get("cwd", ""), was), ", or --moved if it is the same in another place"
+                if moved or os.path.exists(old) and os.path.exists(value) and os.path.samefile(old, value):
+                    continue
+                was = old if os.path.exists(old) else was       # the same words may mean another place by now
+            if was != value:
+                raise Quit(f"--{name.replace('_', '-')}: {path} was written with {was}, not {value}; use that or another --out{hint}")
         return state
     if found:
         raise Quit(f"{folder}: no checkpoint is whole; move them away to begin anew")

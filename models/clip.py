@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from models.support.weights import WeightError, cache_folder, load_strictly, nearby, read_json, read_tensors
+from models.support.weights import WeightError, cache_folder, load_strictly, nearby, read_file, read_json, read_tensors
 
 
 @dataclass
@@ -220,7 +220,7 @@ def text_features(texts, folder=None):
     """
     folder = folder if folder and (folder / "sd-turbo").is_dir() else None
     store = (folder or cache_folder()) / "sd-turbo" / "text_features.safetensors"
-    known = read_tensors(store) if store.is_file() else {}
+    known = read_file(store) if store.is_file() else {}
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if new:
         tokenizer = Tokenizer(nearby("sd-turbo/tokenizer/vocab.json", folder), nearby("sd-turbo/tokenizer/merges.txt", folder))

@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 import zlib
 from dataclasses import asdict, replace
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from test_gramsr import SMALL as GRAMSR
 from test_sample import ROOT, run  # noqa: F401 (run is a fixture)
 from test_train_s3diff import SMALL as S3DIFF
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import degrade
 from models.dit import DiTConfig
@@ -39,7 +39,7 @@ from models.s3diff import S3Diff
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import VOSR, VOSRConfig
-from models.support.weights import read_tensors, save_model
+from models.support.weights import MOST, read_tensors, save_model
 
 GB = 2**30
 KINDS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
@@ -357,7 +357,7 @@ def test_captions_of_strange_names():
 
 def limited(arguments, folder, limit=6 * GB):
     """A command with at most `limit` bytes of address space -> CompletedProcess"""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True, errors="replace", timeout=60,
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True, errors="replace",
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
 
 
@@ -392,12 +392,17 @@ def system(request):
     return cls, json.loads(json.dumps(asdict(cfg))), {k: v.clone().half() for k, v in cls(cfg).state_dict().items() if "freqs_" not in k}
 
 
-def refusal(load, path, seconds=3.0):
-    """The one line that a file is refused with, soon and without much memory."""
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises((ValueError, FileNotFoundError)) as e:
-        load(str(path))
-    assert time.process_time() - start < seconds and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+def refusal(load, path):
+    """The one line that a file is refused with, before a large network was built for it or much memory taken."""
+    made, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hook = register_module_parameter_registration_hook(lambda module, name, p: made.append(0 if p is None or p.is_meta else p.numel()))
+    try:
+        with pytest.raises((ValueError, FileNotFoundError)) as e:
+            load(str(path))
+    finally:
+        hook.remove()
+    assert len(made) <= 2 * MOST and sum(made) < 10**6, "layers cost time, numbers memory"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
     assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600, str(e.value)
     return str(e.value)
 

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import select
 import shutil
 import subprocess
 import sys
@@ -58,7 +57,6 @@ class Browser:
 
     def message(self):
         while b"\0" not in self.buffer:
-            assert select.select([self.back], [], [], 30)[0], "Chromium does not answer"
             data = os.read(self.back, 1 << 20)
             assert data, "Chromium has ended"
             self.buffer += data
@@ -82,10 +80,12 @@ class Browser:
 
     def open(self, path):
         self("Page.navigate", url=path.as_uri())
-        end = time.time() + 20
-        while not self.js("document.readyState === 'complete' && [...document.images].every(i => i.complete) && location.protocol === 'file:'"):
-            assert time.time() < end, "the page does not load"
+        ready = "document.readyState === 'complete' && [...document.images].every(i => i.complete) && location.protocol === 'file:'"
+        for _ in range(30_000):
+            if self.js(ready):
+                return
             time.sleep(0.02)
+        raise AssertionError("the page does not load")
 
     def size(self, width, height, mobile=False):
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)

@@ -1,6 +1,7 @@
 """Photos as training data: folders, lists, tar shards.    python -m pytest tests/test_photos.py"""
 
 import io
+import os
 import random
 import tarfile
 
@@ -12,7 +13,7 @@ from PIL.ContainerIO import ContainerIO
 from test_degrade import save_photos
 from torch.utils.data import DataLoader
 
-from models.support.photos import Photos, list_photos
+from models.support.photos import Photos, list_photos, photos_for
 
 
 def pack(folder, tar, mode="w"):
@@ -58,6 +59,60 @@ def test_photos_skip_and_name_what_is_no_good(tmp_path, capsys):
     assert all(err.count(f"{name}:") == 1 for name in ("2.png", "text.png", "cut.png")) and "3 of 5 files" in err
     with pytest.raises(ValueError, match="none of its 5 pictures"):
         Photos(folder, 1000)
+
+
+@pytest.mark.parametrize("bad", [["0"], ["0", "1"], ["0", "3"], ["2"], list("012")])
+@pytest.mark.parametrize("damage", [b"no picture", None])
+def test_bad_photos_that_sort_first(tmp_path, capsys, bad, damage):
+    """One of every 30 that are good is held out; a header may be good and the rest not."""
+    folder = save_photos(tmp_path, [(64, 64)] * 5)
+    for name in bad:
+        path = folder / f"{name}.png"
+        path.write_bytes(damage or path.read_bytes()[:600])
+    photos, crops, names = photos_for(folder, 32, 0)
+    good = sorted({"0", "1", "2", "3", "4"} - set(bad))
+    assert crops.shape == (16, 3, 32, 32) and names == [f"{i}.png" for i in range(5)]
+    held_out = set(folder.iterdir()) - set(photos.files)
+    assert [path.stem for path in held_out] == good[:1]
+    assert all(photos[i].shape == (3, 32, 32) for i in range(12)) and {path.stem for path in photos.skipped} == set(bad)
+    assert all(capsys.readouterr().err.count(f"{name}.png:") == 1 for name in bad[:1])
+    again = photos_for(folder, 32, 0, names)
+    assert again[0].files == photos.files and torch.equal(again[1], crops)
+
+
+def test_held_out_are_one_of_thirty(tmp_path):
+    """As they are where all photos are good; a bad one moves no other."""
+    folder = save_photos(tmp_path, [(16, 16)] * 65)
+    names = [p.name for p in list_photos(folder)]
+    held_out = set(names) - {p.name for p in photos_for(folder, 16, 0)[0].files}
+    assert held_out == set(names[::30])
+    (folder / names[30]).write_text("no picture")
+    assert set(names) - {p.name for p in photos_for(folder, 16, 0)[0].files} == held_out - {names[30]} | {names[31]}
+
+
+def test_too_few_good_photos(tmp_path):
+    folder = save_photos(tmp_path, [(64, 64)] * 2)
+    (folder / "0.png").write_text("no picture")
+    with pytest.raises(ValueError, match="one good photo only, if any; one of every 30 is held out"):
+        photos_for(folder, 32, 0)
+
+
+def test_a_bad_tar_among_photos(tmp_path, capsys):
+    folder = save_photos(tmp_path, [(64, 64)] * 2)
+    (folder / "00.tar").write_text("no tar")
+    assert [p.name for p in list_photos(folder)] == ["0.png", "1.png"] and "00.tar: cannot be read as a plain .tar" in capsys.readouterr().err
+
+
+def test_names_are_seen_from_their_source(tmp_path, monkeypatch):
+    """However it is spelled, of a folder, a list and a .tar."""
+    folder = save_photos(tmp_path / "a" / "deep", [(16, 16)] * 2).parent
+    pack(folder, tmp_path / "x.tar")
+    (tmp_path / "list.txt").write_text("a/deep/0.png\na/deep/1.png, 2\n")
+    monkeypatch.chdir(tmp_path)
+    for here, names in (("a", ["deep/0.png", "deep/1.png"]), ("x.tar", ["x.tar/deep/0.png", "x.tar/deep/1.png"]),
+                        ("list.txt", ["a/deep/0.png", "a/deep/1.png", "a/deep/1.png"])):
+        for data in (here, f"./{here}", f"../{tmp_path.name}/{here}", tmp_path / here):
+            assert [name.replace(os.sep, "/") for name in photos_for(data, 16, 0)[2]] == names
 
 
 def test_photos_honour_orientation_and_modes(tmp_path):

@@ -27,7 +27,7 @@ def commands(*starts):
 def test_first_command(tmp_path):
     """Offline, from any folder: the picture, the sheet, one line per step of the way."""
     assert "pip install -r requirements.txt && python sample.py" in README
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "vosr-tiny" in done.stdout and "128x100" in done.stdout
     assert Image.open(tmp_path / "out" / "example.png").size == (512, 400)
@@ -47,7 +47,7 @@ def test_embedded_model_beats_bicubic_on_the_example():
 
 @cache
 def usage(script):
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     return done.stdout
 

@@ -32,20 +32,20 @@ STEPS, SAVE_EVERY = 30, 3
 def vosr(patch, photos, out, **more):  # noqa: F811
     stages = {"autoencoder": replace(test_train.STAGE, crop=32, steps=STEPS, save_every=SAVE_EVERY)}
     patch.setitem(train_vosr.PRESETS, "small", (replace(test_train.SMALL, tile=64), stages))
-    test_train.launch(patch, photos, out, "autoencoder", **more)
+    test_train.launch(patch, photos, out, "autoencoder", *more.pop("more", ()), **more)
 
 
 def s3diff(patch, photos, out, **more):  # noqa: F811
     test_train_s3diff.shrink(patch)
     patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL_TINY, {"adapters": replace(test_train_s3diff.RECIPE, steps=6, save_every=2, crop=32)}))
-    test_train_s3diff.launch(patch, photos, out, **more)
+    test_train_s3diff.launch(patch, photos, out, *more.pop("more", ()), **more)
 
 
 def gramsr(patch, photos, out, **more):  # noqa: F811
     test_train_gramsr.shrink(patch)
     stages = {"pixel": replace(test_train_gramsr.SMALL_STAGES["pixel"], steps=6, save_every=2)}
     patch.setitem(train_gramsr.PRESETS, "tiny", (test_train_gramsr.SMALL, stages))
-    test_train_gramsr.launch(patch, photos, out, "pixel", **more)
+    test_train_gramsr.launch(patch, photos, out, "pixel", *more.pop("more", ()), **more)
 
 
 SCRIPTS = {"vosr": vosr, "s3diff": s3diff, "gramsr": gramsr}
@@ -176,6 +176,25 @@ def test_photos_that_come_and_go(monkeypatch, photos, straight, tmp_path, capsys
     said = capsys.readouterr().err
     assert "3.png" in said and "skipped" in said
     assert newest(tmp_path / "out")["step"] == STEPS and not same(straight, flat(newest(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_photos_that_moved_as_a_whole(monkeypatch, photos, tmp_path, capsys, name):  # noqa: F811
+    """A line says what to add; with it the run ends as if they had stayed."""
+    SCRIPTS[name](monkeypatch, photos, tmp_path / "stayed")
+    shutil.copytree(photos, tmp_path / "here")
+    SCRIPTS[name](monkeypatch, tmp_path / "here", tmp_path / "out", stop_at=2)
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(training.Quit, match="--data: .* was written with .*here, not .*there; .* or --moved if it is the same"):
+        SCRIPTS[name](monkeypatch, tmp_path / "there", tmp_path / "out")
+    capsys.readouterr()
+    SCRIPTS[name](monkeypatch, tmp_path / "there", tmp_path / "out", more=["--moved"])
+    assert "skipped" not in (err := capsys.readouterr().err) and "came after" not in err
+    assert same(flat(newest(tmp_path / "stayed")), flat(newest(tmp_path / "out")))
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "empty" / "another.png")
+    with pytest.raises(ValueError, match="has none of the photos of this run's beginning, as 0.png; put them or a link there"):
+        SCRIPTS[name](monkeypatch, tmp_path / "empty", tmp_path / "out", more=["--moved"])
 
 
 @pytest.mark.parametrize("flag, value", [("--seed", 1), ("--batch-size", 4), ("--data", "elsewhere")])

@@ -1,10 +1,10 @@
 """train_vosr.py on networks of a few thousand parameters. Run: python -m pytest tests/test_train.py"""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,15 +234,20 @@ def test_user_errors_are_one_line(tmp_path):
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
 
 
+def wait_for_a_step(process):
+    """Until the bar on stderr counts one; by then a training listens to signals."""
+    said = ""
+    while not re.search(r" [1-9]\d*/\d+ \[", said) and (more := process.stderr.read(1)):
+        said += more
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(photos, tmp_path, number):
     words, kwargs = script("--stage", "autoencoder", "--data", photos, "--out", tmp_path, "--batch-size", 2, stdout=subprocess.PIPE)
     process = subprocess.Popen(words, **kwargs)
-    while process.poll() is None and not (tmp_path / "log.csv").exists():
-        time.sleep(0.1)
-    time.sleep(1)
+    wait_for_a_step(process)
     process.send_signal(number)
-    said, errors = process.communicate(timeout=120)
+    said, errors = process.communicate()
     assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
     assert newest(tmp_path)["step"] > 0

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
+from test_train import newest, photos, same, wait_for_a_step  # noqa: F401 (photos is a fixture)
 from test_train_s3diff import flat, trunk
 
 import sample
@@ -383,7 +382,7 @@ def test_a_stage_does_not_go_on_in_the_folder_of_another(monkeypatch, photos, tr
 @pytest.mark.parametrize("words, why", [
     (["--stage", "pixel", "--init", "x"], "pixel comes first"), (["--stage", "pixel", "--freeze-adapter"], "pixel comes first"),
     (["--stage", "semantic"], "needs --init"), (["--stage", "semantic", "--init", "x", "--gram", "raw"], "--gram is not read by --stage semantic"),
-    (["--stage", "pixel", "--patience", "-1"], "0 or more"), (["--stage", "pixel", "--rank", "0"], "1 or more"), ([], "required: --stage"),
+    (["--stage", "pixel", "--patience", "-1"], "--patience: -1 is no"), (["--stage", "pixel", "--rank", "0"], "--rank: 0 is no"), ([], "required: --stage"),
     (["--stage", "flow"], "invalid choice"),
 ])
 def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
@@ -400,11 +399,9 @@ def test_command_line(photos, tmp_path):  # noqa: F811
     done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
     process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (tmp_path / "log.csv").exists():
-        time.sleep(0.1)
-    time.sleep(1)
+    wait_for_a_step(process)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=300)
+    said, errors = process.communicate()
     assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
     assert newest(tmp_path)["step"] > 0
     assert GramSR.from_pretrained(tmp_path).cfg.ranks == {"pixel": 4}

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
+from test_train import newest, photos, same, wait_for_a_step  # noqa: F401 (photos is a fixture)
 
 import models.s3diff
 import sample
@@ -293,7 +292,7 @@ def test_what_the_prior_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("words, why", [
-    (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--start-step", "0"], "from 1 to 999"), (["--neg-prob", "1.5"], "from 0 to 1"),
+    (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--start-step", "0"], "--start-step: 0 is no"), (["--neg-prob", "1.5"], "--neg-prob: 1.5 is no"),
     (["--stage", "flow"], "invalid choice"), (["--stage", "prior"], "is for --preset tiny"),
 ])
 def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
@@ -310,10 +309,8 @@ def test_command_line(photos, tmp_path):  # noqa: F811
     done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
     process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (tmp_path / "log.csv").exists():
-        time.sleep(0.1)
-    time.sleep(1)
+    wait_for_a_step(process)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=300)
+    said, errors = process.communicate()
     assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
     assert newest(tmp_path)["step"] > 0

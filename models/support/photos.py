@@ -4,11 +4,13 @@ Left out: streams that are read once from front to back. A .tar is indexed inste
 can be had at any time, and shuffling, resuming and sharing between processes need no state: sample i is a function of (seed, i).
 """
 
+import os
 import re
 import sys
 import tarfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +66,13 @@ def expand(source, lists=(), where=""):
         raise ValueError(f"{source}: is a pipe or a device{where}; give a file or a folder")
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name[0] != "."):
-            if path.suffix.lower() == ".tar" or is_picture(path):
-                yield from expand(path, lists)
+            if is_picture(path):
+                yield path
+            elif path.suffix.lower() == ".tar":
+                try:
+                    yield from members(path)
+                except ValueError as e:
+                    print(f"{e}; skipped", file=sys.stderr)
     elif source.suffix.lower() == ".tar":
         yield from members(source)
     elif source.suffix.lower() == ".txt":
@@ -177,24 +184,37 @@ class Photos(torch.utils.data.Dataset):
 
 
 def photos_for(data, crop, seed, names=None, **options):
-    """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the every 30th that is held out.
+    """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the good ones that are held out, one of every 30.
 
-    names: str of each file when the run began: what came later is not seen, so that a resumed run is the same run; None = it begins now
+    names: of each file when the run began, seen from the source, which may have another place by now: what came later is
+    not seen, so that a resumed run is the same run; None = it begins now
     -> Photos, crops, names. Raises ValueError.
     """
-    files = list_photos(data)
+    root, files = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data)
+    seen = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
     if names is not None:
-        found = {str(f): f for f in files}
-        files = [found.get(name, Path(name)) for name in names]         # what is gone will be named and skipped
+        found = dict(zip(seen, files))
+        if found.keys().isdisjoint(names):
+            raise ValueError(f"{data}: has none of the photos of this run's beginning, as {names[0]}; "
+                             "put them or a link there, or begin another --out")
         if new := len(found.keys() - set(names)):
             print(f"{data}: {new} photos came after this run began and are left out; for them begin another --out", file=sys.stderr)
-    held_out = dict.fromkeys(list(dict.fromkeys(files))[::30])      # of photos that a list repeats, all copies
-    trained = [f for f in files if f not in held_out]
-    if not trained:
-        raise ValueError(f"{data}: one photo only; every 30th is held out, so at least two are needed")
-    test = Photos(data, crop, shrink=options.get("shrink", False), files=held_out)
-    crops = torch.stack([photo for photo, _ in zip(test, range(16))])
-    return Photos(data, crop, seed=seed, files=trained, **options), crops, list(map(str, files))
+        files = [found.get(name, root / name) for name in names]        # what is gone will be named and skipped
+
+    photos = Photos(data, crop, seed=seed, files=files, **options)
+    room = photos.cache_left
+    unique, held_out = list(dict.fromkeys(files)), set()            # of photos that a list repeats, all copies
+    for i in range(0, len(unique), 30):
+        good = (f for f in unique[i : i + 30] if f not in photos.skipped)
+        if i < 16 * 30:                 # a header may be good and the rest not: enough are looked at to be sure of some
+            good = (f for f in good if photos.pixels(f) is not None)
+        held_out.update(islice(good, 1))
+    photos.files = [f for f in files if f not in held_out]
+    photos.cache, photos.cache_left = {}, room
+    if photos.skipped.keys() >= set(photos.files):
+        raise ValueError(f"{data}: one good photo only, if any; one of every 30 is held out, so at least two are needed")
+    test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
+    return photos, torch.stack([photo for photo, _ in zip(test, range(16))]), names or seen
 
 
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):

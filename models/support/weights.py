@@ -11,7 +11,7 @@ import os
 import re
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import count
 from pathlib import Path
@@ -27,6 +27,8 @@ TRIES = 4               # of one source, without a byte gained
 TIMEOUT = 10, 60        # seconds to connect, and between two chunks
 LONGEST_WAIT = 60       # seconds, whatever Retry-After says
 BUSY = 408, 429, 500, 502, 503, 504
+WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
 MOST, LARGEST = 5_000, 1_000_000   # parameters (tensors) of a network, of which ours have up to 2,700; a number in a config
 
 
@@ -294,8 +296,8 @@ def read_pickle(path):
     return content
 
 
-def read_tensors(path):
-    """A public file, .safetensors or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is refused, not run."""
+def read_file(path):
+    """A .safetensors file or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is refused, not run."""
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
     try:
@@ -305,6 +307,31 @@ def read_tensors(path):
     if not isinstance(tensors, dict):
         raise WeightError(f"{path}: holds a {type(tensors).__name__}, not a dict of tensors")
     return tensors
+
+
+def read_tensors(path):
+    """`read_file` by the names of the bare model; what DDP, torch.compile and averaging add is left out, with a line that says so."""
+    tensors = unwrapped(read_file(path), path, left_out := set())
+    if left_out:
+        print(f"{path}: {', '.join(sorted(left_out))} left out, which are no part of the model but of how it was trained")
+    return tensors
+
+
+def unwrapped(tensors, path, left_out):
+    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS; left_out: the set that both are added to."""
+    found = {}
+    for name, x in tensors.items():
+        *parts, last = name.split(".") if isinstance(name, str) else [name]
+        if "online_model" in parts or last in COUNTERS and (x.numel() == 1 if torch.is_tensor(x) else isinstance(x, (int, float))):
+            left_out.add("online_model." if "online_model" in parts else last)      # from which ema_model is averaged
+            continue
+        left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
+        if isinstance(name, str):
+            name = ".".join([*(part for part in parts if part not in WRAPPERS), last])
+        if name in found:
+            raise WeightError(f"{path}: holds {name} twice, with a prefix and without; leave one of them")
+        found[name] = unwrapped(x, path, left_out) if isinstance(x, dict) else x
+    return found
 
 
 def save_model(path, cfg, tensors, note=""):
@@ -327,7 +354,7 @@ def save_release(folder, tensors, settings):
 
 def read_model(path):
     """What `save_model` wrote -> config as a dict ({} in a file of others), tensors by name. Raises WeightError."""
-    tensors = read_tensors(path)
+    tensors = read_tensors(path)        # first, since it knows best what is wrong with a file
     try:
         with safe_open(path, framework="pt") as f:
             config = json.loads((f.metadata() or {}).get("config", "{}"))
@@ -339,8 +366,8 @@ def read_model(path):
 
 
 def read_config(path):
-    """The config that `save_model` wrote into a file -> dict, {} for any other file; nothing is said against it here."""
-    with suppress(WeightError):
+    """The config that `save_model` wrote into a file -> dict, {} for any other file; nothing is said of it here."""
+    with suppress(WeightError), redirect_stdout(None):
         return read_model(path)[0] if path.suffix == ".safetensors" else {}     # the tensors cost nothing: they stay on the disk
     return {}
 
