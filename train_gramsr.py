@@ -24,6 +24,7 @@ files, for sample.py --model and the next stage's --init (with --preset tiny: mo
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -43,13 +44,13 @@ from models.gramsr import SETS, GramSR, GramSRConfig, token_adapter
 from models.support.imaging import round8
 from models.lpips import LPIPS
 from models.support.metrics import BLOCK, niqe
-from models.unet import UNetConfig
-from models.vae import VAEConfig
+from models.s3diff import PRIOR, is_prior
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, DINOv3Config
 from models.support.arguments import SEED, between, positive
 from models.support.precision import in_half
-from models.support.weights import fetch, load_strictly, read_tensors, save_model
+from models.support.weights import fetch, load_strictly, read_model, read_tensors, save_model
+from train_s3diff import TINY as S3DIFF_TINY
 
 
 @dataclass
@@ -61,12 +62,15 @@ class Stage:
     batch_size: int = 16                # of all processes together
     rank: int = 4                       # of the new LoRA set
     lr: float = 5e-5                    # inferred: constant, for the token adapter too; AdamW and clipping are PiSA-SR's
+    schedule: str = "constant"          # or "cosine"
     crop: int = 512                     # pixels, cut out, never shrunk; inferred: PiSA-SR's
     lambda_l2: float = 1.0
     lambda_lpips: float = 0.0
     lambda_csd: float = 0.0
     lambda_gram: float = 0.0
+    lambda_style: float = 0.0           # ours, tiny: of random features' Gram matrices, those of style transfer
     guidance: float = 7.5               # of CSD; inferred: PiSA-SR's
+    learn_vit: bool = False             # ours, tiny: there is no DINO that small, so the tokens' transformer learns with the first set
     patience: int = 0                   # evaluations without a better one after which the stage is over; 0 = none
     save_every: int = 500               # steps
 
@@ -81,22 +85,27 @@ GRAM = {"patches": {}, "positive": {"positive": True}, "raw": {"normalise": Fals
         "style": {"channels": True, "normalise": False}}    # readings of the paper's figure, see models/gram.py
 PUBLIC_PARAMETERS = 5_892_768           # trained ones of any stage, with GramSRConfig() as it is: 4,055,712 of the set, the rest the adapter
 TINY = GramSRConfig(
-    unet=UNetConfig(widths=(32, 64, 64, 64), num_heads=(1, 1, 1, 1), context_dim=32), vae=VAEConfig(widths=(32, 32, 32, 32), layers_per_block=1),
-    vit=DINOv3Config(embed_dim=48, depth=2, num_heads=3), ranks={},
+    unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3, registers=0), prompt_tokens=S3DIFF_TINY.tokens,
+    ranks={}, tile=1024,
 )
-TINY_STAGES = {name: replace(stage, steps=300, before=300 * i, batch_size=2, lr=20 * stage.lr, crop=128, save_every=50)
-               for i, (name, stage) in enumerate(STAGES.items())}
+TINY_STAGES = {
+    "pixel": Stage(4000, batch_size=8, lr=1e-3, crop=128, schedule="cosine", learn_vit=True),
+    "semantic": Stage(2000, before=4000, batch_size=8, lr=5e-4, crop=128, schedule="cosine", lambda_lpips=0.1, lambda_csd=1.0, guidance=3.0),
+    "texture": Stage(2000, before=6000, batch_size=8, lr=5e-4, crop=128, schedule="cosine", lambda_lpips=0.1, lambda_csd=1.0, guidance=3.0,
+                     lambda_gram=1.0, lambda_style=1.0),
+}
 PRESETS = {"sd-2.1": (GramSRConfig(ranks={}), STAGES), "tiny": (TINY, TINY_STAGES)}
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", required=True, choices=STAGES)
-    p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default), or tiny: random weights, to watch the loop, not to use")
+    p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default), or tiny: around the tiny prior of train_s3diff.py")
     p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
     p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
-    p.add_argument("--init", help="model to start from: the earlier stage's --out")
+    p.add_argument("--init", help="model to start from: the earlier stage's --out; stage pixel of the tiny preset: --out of train_s3diff.py "
+                   "--stage prior (default: the embedded one; none: random numbers)")  # fmt: skip
     # what the paper leaves open
     p.add_argument("--gram", choices=GRAM, help="the Gram matrix of stage texture: patches (default: all pairs of patches, normalised), positive "
                    "(negative ones are set to 0), raw (not normalised), channels (pairs of channels), style (those not normalised)")  # fmt: skip
@@ -122,7 +131,7 @@ def parse_args():
     p.add_argument("--keep", type=positive, default=2, metavar="K",
                    help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
     args = p.parse_args()
-    if args.stage == "pixel" and (args.init or args.freeze_adapter):
+    if args.stage == "pixel" and (args.init and args.preset != "tiny" or args.freeze_adapter):
         p.error("--stage pixel comes first: --init and --freeze-adapter are for the later ones")
     if args.stage != "pixel" and not args.init:
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
@@ -131,10 +140,21 @@ def parse_args():
     return args
 
 
+def build_tiny(args, cfg):
+    """GramSR before its first set, around a tiny prior.  -> model, its origin"""
+    model, origin = GramSR(cfg), "FROM SCRATCH"
+    if args.init != "none":
+        path = Path(args.init, "model.safetensors") if args.init else PRIOR
+        tensors = {k: v for k, v in read_model(path)[1].items() if is_prior(k)}
+        load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
+        origin = f"from {path}"
+    return model.float(), origin
+
+
 def build(args, cfg, stage):
     """Networks -> GramSR with its new LoRA set, LPIPS and DINOv3 for its losses (None where a stage has no need), a line on their origin."""
     tiny, earlier, lpips, vit = args.preset == "tiny", list(SETS)[: list(SETS).index(args.stage)], None, None
-    if args.init:
+    if earlier:
         model, origin = GramSR.from_pretrained(args.init), f"from {args.init}"
         if list(model.cfg.ranks) != earlier:
             have, want = " and ".join(model.cfg.ranks), " and ".join(earlier)
@@ -142,16 +162,13 @@ def build(args, cfg, stage):
         if json.dumps(asdict(replace(model.cfg, ranks={}))) != json.dumps(asdict(cfg)):
             raise training.Quit(f"{args.init}: its networks are not those of --preset {args.preset}; use the preset it was trained with")
     else:
-        model, origin = (GramSR(cfg), "all FROM SCRATCH") if tiny else (GramSR.with_prior(cfg), "SD 2.1 and DINOv3, new adapter")
+        model, origin = build_tiny(args, cfg) if tiny else (GramSR.with_prior(cfg), "SD 2.1 and DINOv3, new adapter")
         model.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)    # now with numbers
     model.add_set(args.stage, stage.rank)
     if stage.lambda_lpips:
-        lpips = LPIPS() if tiny else LPIPS.from_pretrained("vgg")
-        for i in range(len(lpips.taps) if tiny else 0):     # positive, as the public ones are
-            torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
-        lpips.requires_grad_(False)
+        lpips = (LPIPS("random") if tiny else LPIPS.from_pretrained("vgg")).requires_grad_(False)
     if stage.lambda_gram and tiny:
-        vit = DINOv3(DINOv3Config(embed_dim=48, depth=2, num_heads=3, gated_mlp=True))
+        vit = copy.deepcopy(model.vit)
     elif stage.lambda_gram:
         path = fetch("dinov3-vits16plus-pretrain-lvd1689m/model.safetensors")       # not the one that makes the tokens
         with torch.device("meta"):
@@ -177,11 +194,18 @@ def losses(model, lpips, vit, stage, kind, x_lq, x_hq, g):
         terms["lpips"] = stage.lambda_lpips * lpips(y, x_hq).mean()
     if stage.lambda_csd:
         t, noise = torch.randint(*CSD_TIMES, (len(z),), generator=g).to(z.device), torch.randn(z.shape, generator=g).to(z.device)
-        csd = loss_csd(model.prior, z, t, noise, context.detach(), torch.zeros_like(context), stage.guidance)
-        terms["csd"] = stage.lambda_csd * csd           # inferred: the tokens, which the prior was never taught to read, and zeros for none
+        # inferred: the tokens, which the prior was never taught to read, and zeros for none; PiSA-SR has two prompts, as the tiny prior
+        good, bad = context.detach(), torch.zeros_like(context)
+        if model.cfg.prompt_tokens:
+            good, bad = (prompt.expand(len(z), -1, -1) for prompt in model.prompts.split(1))
+        terms["csd"] = stage.lambda_csd * loss_csd(model.prior, z, t, noise, good, bad, stage.guidance)
     if stage.lambda_gram:
         with torch.autocast(y.device.type, enabled=False):      # small differences of large sums
             terms["gram"] = stage.lambda_gram * loss_gram(features(vit, y), features(vit, x_hq), **kind)
+            if stage.lambda_style:
+                looks = zip(lpips.look(y), lpips.look(x_hq))
+                style = sum(loss_gram(*(f.flatten(2).mT for f in pair), channels=True, normalise=False) for pair in looks)
+                terms["style"] = stage.lambda_style * style
     return terms, y     # Eq. GramSR (6)
 
 
@@ -210,7 +234,8 @@ def main():
     torch.manual_seed(args.seed + list(SETS).index(args.stage))     # the initial weights; everything later has generators of its own
     model, lpips, vit, origin = build(args, cfg, stage)
     adapter = [] if args.freeze_adapter else [*model.adapter.parameters()]      # inferred: the authors release a new adapter with each set
-    params = training.freeze_all_but(model, [*model.lora(args.stage).values(), *adapter])
+    eyes = [*model.vit.parameters()] if stage.learn_vit else []
+    params = training.freeze_all_but(model, [*model.lora(args.stage).values(), *adapter, *eyes])
     if replace(model.cfg, ranks={}) == GramSRConfig(ranks={}) and stage.rank == 4 and adapter:
         assert training.count(params) == PUBLIC_PARAMETERS, f"{training.count(params):,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if dtype != torch.float32 and args.preset != "tiny":
@@ -237,7 +262,8 @@ def main():
     print(f"train_gramsr: stage {args.stage}, {args.preset}, {origin}, {where}")
     print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters; "
           f"batch {stage.batch_size} = {world} x {parts} x {micro}; judged by {judge}; {stage}")
-    model.unet.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
+    for part in (model.unet, *model.vae.children()):
+        part.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(model.unet.blocks[:-1], device)
     objective = partial(losses, model, lpips, vit, stage, GRAM[args.gram or "patches"])
@@ -258,20 +284,23 @@ def main():
                 (out / name).unlink(missing_ok=True)
             written = names
             if args.preset == "tiny":
-                save_model(out / "model.safetensors", model.cfg, model.state_dict(), note=f"random prior, step {step}")
-        learned = {k: v for k, v in model.state_dict().items() if is_learned(k)}
+                save_model(out / "model.safetensors", model.cfg, model.state_dict(), note=f"tiny {args.stage}, step {step}")
+        learned = {k: v for k, v in model.state_dict().items() if is_learned(k) or stage.learn_vit and k.startswith("vit.")}
         training.save_checkpoint(out, step, args.keep, settings=settings, photos=names_of_photos, model=learned, optimizer=optimizer.state_dict(),
                                  scaler=scaler.state_dict(), best=best, waited=waited, written=written)
 
     steps = range(stage.before + step, stage.before + stage.steps)
     loader = training.batches(photos, steps, stage.batch_size, rank, share, micro, args.workers, device)
-    names = [name for name in ("l2", "lpips", "csd", "gram") if getattr(stage, f"lambda_{name}")]
+    names = [name for name in ("l2", "lpips", "csd", "gram", "style") if getattr(stage, f"lambda_{name}")]
     log = training.Log(out / "log.csv", ["step", *names, "grad_norm", "seconds", "held_out", "psnr", "niqe"], step) if rank == 0 else None
     stop, health = training.Stop(), training.Health()
     bar = tqdm(total=stage.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
     model.train()
     while step < stage.steps and not training.mean_of_all(bool(stop) or 0 < stage.patience <= waited, device):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate(step, stage.steps, stage.lr, stage.schedule)
+
         # ---------------------------------------------------------------- the step
         for i in range(parts):
             g = training.generator(args.seed, stage.before + step, rank * parts + i)    # the same numbers, whoever computes this part

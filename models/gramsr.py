@@ -26,9 +26,9 @@ from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resi
 from models.support.precision import in_half
 from models.lora import ALPHA, add_lora
 from models.unet import UNet, UNetConfig
-from models.vae import VAE, VAEConfig
+from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
 from models.vit import DINOv3, DINOv3Config
-from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
+from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors, read_tiny
 
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
 TEXTURE = "default_unet_dino"       # one adapter for every layer that can take one, 258 of SD's; its own file leaves this name out
@@ -43,8 +43,9 @@ TILES_AT_ONCE = 4
 @dataclass
 class GramSRConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
     vit: DINOv3Config = field(default_factory=DINOv3Config)
+    prompt_tokens: int = 0      # of the tiny prior's two prompts, which CSD asks; SD's are not read
     ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are; in training they come one by one
     t: int = 1                  # what the UNet is told about the noise
     tile: int = 512             # pixels per tile side: the size it was trained at
@@ -52,7 +53,7 @@ class GramSRConfig:
 
     @staticmethod
     def from_dict(d):
-        return GramSRConfig(**{**d, "unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])})
+        return GramSRConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"]), "vit": DINOv3Config(**d["vit"])})
 
 
 def token_adapter(D, inner, context_dim):
@@ -71,9 +72,11 @@ class GramSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.layers = replace(cfg, ranks={}), {}      # {adapter: names of its layers in the UNet}
-        self.unet, self.vae, self.vit = UNet(cfg.unet), VAE(cfg.vae), DINOv3(cfg.vit)
+        self.unet, self.vae, self.vit = UNet(cfg.unet), autoencoder(cfg.vae), DINOv3(cfg.vit)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
         self.multiple = lcm(self.vae.factor << len(cfg.unet.widths) - 1, cfg.vit.patch_size)    # pixels; every map is half the one above
+        if cfg.prompt_tokens:
+            self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))        # good, bad
         for name in sorted(cfg.ranks, key=list(SETS).index):
             self.add_set(name, cfg.ranks[name])
 
@@ -173,14 +176,14 @@ class GramSR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name="gramsr", device="cpu", dtype=torch.float32):
-        """A model by its name (gramsr, whose files are fetched), or from a folder with the authors' three files, of several steps the last,
-        or with what train_gramsr.py wrote. Public networks are looked for there first. Raises FileNotFoundError or ValueError, one line.
+        """A model by its name (gramsr, whose files are fetched; gramsr-tiny), or from a folder with the authors' three files, of several
+        steps the last, or with what train_gramsr.py wrote. Public networks are looked for there first. Raises FileNotFoundError or ValueError, one line.
         """
         path = Path(name)
         ours = path / "model.safetensors" if path.is_dir() else path
         files = {part: fetch(file) if name == "gramsr" else last(path, file) for part, file in RELEASE.items()}
-        if name != "gramsr" and ours.is_file():
-            config, tensors = read_model(ours)
+        if name == "gramsr-tiny" or name != "gramsr" and ours.is_file():
+            ours, config, tensors = read_tiny("gramsr") if name == "gramsr-tiny" else (ours, *read_model(ours))
             with on_paper(ours, "GramSR"):
                 model = cls(checked(GramSRConfig.from_dict(config)))
             load_strictly(model, tensors, ours)

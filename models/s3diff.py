@@ -23,7 +23,7 @@ from models.support.precision import in_half
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
-from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors
+from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors, read_tiny
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
@@ -35,7 +35,7 @@ ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
 TABLES = ["vae_block", "unet_block"]  # of the modulation, the block ids among all its parts
 PARTS = TABLES + [f"{network}_{part}_mlp" for network in ("vae", "unet") for part in ("de", "block", "fuse")]
 TILES_AT_ONCE = 4
-PRIOR, TINY = (Path(__file__).with_name(f"{name}_tiny.safetensors") for name in ("prior", "s3diff"))   # embedded
+PRIOR = Path(__file__).with_name("prior_tiny.safetensors")      # embedded; read_tiny puts it together with what learned around it
 
 
 def is_trained(name):
@@ -202,15 +202,15 @@ class S3Diff(nn.Module):
 
         SD-Turbo (a folder sd-turbo) and de_net.pth are looked for beside the .pkl. Raises FileNotFoundError or ValueError, one line.
         """
-        path = TINY if name == "s3diff-tiny" else Path(name)
+        path = Path(name)
         if name == "s3diff":
             model = cls.from_release(fetch("s3diff.pkl"))
-        elif (weights := path / "model.safetensors" if path.is_dir() else path).suffix == ".safetensors" and weights.is_file():
-            config, tensors = read_model(weights)
+        elif (weights := path / "model.safetensors" if path.is_dir() else path).suffix == ".safetensors" and weights.is_file() or \
+                name == "s3diff-tiny":
+            weights, config, tensors = read_tiny("s3diff") if name == "s3diff-tiny" else (weights, *read_model(weights))
             with on_paper(weights, "S3Diff"):
                 model = cls(checked(S3DiffConfig.from_dict(config)))
-            prior = {k: v for k, v in read_model(PRIOR)[1].items() if k not in tensors} if weights == TINY else {}
-            load_strictly(model, prior | tensors, weights)
+            load_strictly(model, tensors, weights)
         elif (pkl := path / "s3diff.pkl" if path.is_dir() else path).is_file():
             model = cls.from_release(pkl, pkl.parent)
         else:

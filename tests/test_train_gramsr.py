@@ -67,8 +67,9 @@ def launch(patch, photos, out, stage, *more, stop_at=None, preset="tiny"):  # no
             return stop_at is not None and self.steps > stop_at
 
     patch.setattr(training, "Stop", Stop)
+    more = [*map(str, more)] + ["--init", "none"] * (preset == "tiny" and stage == "pixel" and "--init" not in more)
     patch.setattr(sys, "argv", ["train_gramsr.py", "--stage", stage, "--preset", preset, "--data", str(photos), "--out", str(out),
-                                "--device", "cpu", *map(str, more)])
+                                "--device", "cpu", *more])
     train_gramsr.main()
     return newest(out)
 

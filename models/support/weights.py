@@ -365,6 +365,13 @@ def read_model(path):
     return config, tensors
 
 
+def read_tiny(name):
+    """An embedded model: what it learned, and for the rest the tiny prior around which it learned.  -> path, config, tensors. Raises WeightError."""
+    path, prior = (Path(__file__).parents[1] / f"{file}_tiny.safetensors" for file in (name, "prior"))
+    config, tensors = read_model(path)
+    return path, config, read_model(prior)[1] | tensors
+
+
 def read_config(path):
     """The config that `save_model` wrote into a file -> dict, {} for any other file; nothing is said of it here."""
     with suppress(WeightError), redirect_stdout(None):
