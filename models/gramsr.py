@@ -177,7 +177,9 @@ class GramSR(nn.Module):
     @classmethod
     def from_pretrained(cls, name="gramsr", device="cpu", dtype=torch.float32):
         """A model by its name (gramsr, whose files are fetched; gramsr-tiny), or from a folder with the authors' three files, of several
-        steps the last, or with what train_gramsr.py wrote. Public networks are looked for there first. Raises FileNotFoundError or ValueError, one line.
+        steps the last, or with what train_gramsr.py wrote. Public networks are looked for there first.
+
+        Raises FileNotFoundError or ValueError, one line.
         """
         path = Path(name)
         ours = path / "model.safetensors" if path.is_dir() else path
