@@ -49,7 +49,8 @@ def parse_args(argv):
     p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", default=[ROOT / "assets" / "example.png"],
                    help="pictures and folders of pictures (default: the example)")  # fmt: skip
     p.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder for the results (default out)")
-    p.add_argument("--skip-existing", action="store_true", help="keep results that are in DIR already, and measure them: go on after a stop")
+    p.add_argument("--skip-existing", action="store_true",
+                   help="keep results that are in DIR already, and measure them: go on after a stop")  # fmt: skip
     # model
     p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, gramsr, or a file or folder")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
@@ -59,21 +60,26 @@ def parse_args(argv):
     p.add_argument("--scale", type=between(1, 8), default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     # knobs; what is not given is the model's own setting, and what a model does not have is an error
-    p.add_argument("--guidance", type=between(-100, 100), help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")
+    p.add_argument("--guidance", type=between(-100, 100),
+                   help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")  # fmt: skip
     p.add_argument("--steps", type=positive, help="VOSR: steps of the sampler, from 1 on")
     p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from, 0 to 1")
-    p.add_argument("--temperature", type=between(0, 100), help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")
+    p.add_argument("--temperature", type=between(0, 100),
+                   help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")  # fmt: skip
     p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
     p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
     p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
-    p.add_argument("--start-step", type=between(1, 999, whole=True), help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")
+    p.add_argument("--start-step", type=between(1, 999, whole=True),
+                   help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")  # fmt: skip
     p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")
     p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (default 1; all at 1 cost one pass)")
     p.add_argument("--semantic", type=between(-100, 100), help="GramSR: strength of the semantic LoRA")
     p.add_argument("--texture", type=between(-100, 100), help="GramSR: strength of the texture LoRA")
-    p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX", help="side of the tiles in output pixels, 64 or more (default: the model's choice)")
-    p.add_argument("--overlap", type=positive, metavar="PX", help="pixels that tiles share, 1/8 to all but one of a tile's (default: the model's)")
+    p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX",
+                   help="side of the tiles in output pixels, 64 or more (default: the model's choice)")  # fmt: skip
+    p.add_argument("--overlap", type=positive, metavar="PX",
+                   help="pixels that tiles share, 1/8 to all but one of a tile's (default: the model's)")  # fmt: skip
     p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default: the model's choice)")
     p.add_argument("--sweep", action="store_true", help="also write OUT/sweep/<name>.png: the same picture with the model's main knobs turned")
     # measuring and looking
@@ -246,7 +252,6 @@ def upscale_all(model, jobs, args, failures):
                 collect(AT_ONCE)
         except KeyboardInterrupt:
             stopped = True              # the picture at hand is dropped
-            print("stopping; what is done is written", file=sys.stderr)
         collect(0)
     return done, stopped
 
@@ -256,7 +261,8 @@ def summarise(done, args, failures):
     rows, shown, _, figures = zip(*done)
     with failures.at(path := args.out / "sheet.png"):
         claim(path, args.out, args.inputs)
-        save_png(contact_sheet(shown[:SHEET_ROWS], [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows[:SHEET_ROWS]]), path)
+        captions = [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows[:SHEET_ROWS]]
+        save_png(contact_sheet(shown[:SHEET_ROWS], captions), path)
         print(printable(f"before and after: {path}"))
     if not args.measuring and not args.page:
         return
@@ -298,7 +304,7 @@ def main(argv=None):
     if failures:
         print(f"done {len(done)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
     if stopped:
-        print(f"stopped after {len(done)} of {len(jobs)} pictures; the same command with --skip-existing goes on", file=sys.stderr)
+        print(f"stopped after {len(done)} of {len(jobs)}; the same command with --skip-existing goes on", file=sys.stderr)
     return 130 if stopped else 1 if failures else 0
 
 

@@ -127,7 +127,10 @@ def report(found):
 
 
 def row_of(name, size, seconds, found, missing):
-    """The line of a picture. size: (H, W); seconds: None = made earlier; found, missing: {metric: (ours, bicubic's)}, {metric: why not} -> {column: value}"""
+    """The line of a picture.
+
+    size: (H, W); seconds: None = made earlier; found, missing: {metric: (ours, bicubic's)}, {metric: why not} -> {column: value}
+    """
     row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3)}
     for metric, (ours, bicubic) in found.items():
         row |= {metric: ours, f"{metric}_bicubic": bicubic}

@@ -52,7 +52,7 @@ def list_pictures(paths, note=lambda line: None):
             if e.filename == os.fspath(top):
                 raise PictureError(f"{top}: cannot be listed ({e.strerror}); change its permissions")
             others[f"folder that cannot be listed ({e.filename})"] += 1
-        left_out = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()) if n)
+        left_out = ", ".join(f"{n} x {kind}" for kind, n in sorted(others.items()) if n)
         if not inside:
             raise PictureError(f"{top}: no pictures in this folder{f', only {left_out}' * bool(left_out)}; expected {' '.join(sorted(SUFFIXES))}")
         if left_out:

@@ -5,7 +5,6 @@ This is the only file where pictures are uint8. Everywhere else they are float t
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
 """
 
-import io
 import os
 import threading
 import warnings
@@ -15,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from models.support.files import SUFFIXES, PictureError, list_pictures, named, output_paths, printable  # noqa: F401: asked for here, too
+from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # what a file may hold, whatever its name; Pillow would hand some others to programs
 GREY = 1.5 / 255  # less chroma than this is rounding
@@ -107,13 +107,6 @@ def read_picture(path, file=None, note=lambda line: None):
         raise PictureError(f"{path}: cannot be decoded ({reason}); copy or download it again") from None
 
 
-def scale_key(img):
-    """Bring a PNG's transparent colour to the 8 bits that Pillow makes of its pixels; before they are loaded."""
-    key, factor = img.info.get("transparency"), img.tile and {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(img.tile[0][3]))
-    if img.format == "PNG" and factor and key is not None:
-        img.info["transparency"] = int(key * factor) if isinstance(key, int) else tuple(int(v * factor) for v in key)
-
-
 def decode(img):
     """Pixels of an open Pillow image of any mode.  -> (rgb (1, 3, H, W), alpha (1, 1, H, W) or None), both in [0, 1]"""
     if min(img.size) == 0:
@@ -134,26 +127,6 @@ def decode(img):
         x = from_pil(to_srgb(img))
         rgb, alpha = x[:, :3], x[:, 3:] if x.shape[1] == 4 else None
     return (rgb.contiguous(), None) if alpha is None else (bleed(rgb * alpha, alpha, rgb), alpha)
-
-
-def to_srgb(img):
-    """A Pillow image of any mode in RGB or RGBA, by its colour profile if it has one; a useless profile is ignored."""
-    plain = img.convert("RGBA" if img.has_transparency_data else "RGB")  # palettes and colour keys included
-    with suppress(KeyError, TypeError, OSError, ImageCms.PyCMSError):
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info["icc_profile"]))
-        space, source = profile.profile.xcolor_space.strip(), None
-        if space == "RGB" and img.mode != "CMYK":
-            source = plain.convert("RGB")
-        elif space == "GRAY" and np.ptp(np.asarray(plain)[..., :3], axis=2).max() == 0:
-            source = plain.getchannel("G")
-        elif space == "CMYK" == img.mode:
-            source = img
-        if source:
-            srgb = ImageCms.profileToProfile(source, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            if plain.mode == "RGBA":
-                srgb.putalpha(plain.getchannel("A"))
-            return srgb
-    return plain
 
 
 def bleed(x, alpha, rgb):
