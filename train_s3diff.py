@@ -76,7 +76,7 @@ TINY = S3DiffConfig(
 )
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, {
     "prior": Recipe(6000, 16, 6e-4, crop=128, schedule="cosine", warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
-    "estimator": Recipe(2000, 16, 2e-3, crop=128, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
+    "estimator": Recipe(1500, 16, 2e-3, crop=64, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
     "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.1, lambda_gan=0.01, gan_from=3000, schedule="cosine", warmup=100,
                        branches_per="image"),
 })}
