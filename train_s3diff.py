@@ -77,7 +77,7 @@ TINY = S3DiffConfig(
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, {
     "prior": Recipe(6000, 16, 6e-4, crop=128, schedule="cosine", warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": Recipe(1500, 16, 2e-3, crop=64, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
-    "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.1, lambda_gan=0.01, gan_from=3000, schedule="cosine", warmup=100,
+    "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.02, lambda_gan=0.3, gan_from=3000, schedule="cosine", warmup=100,
                        branches_per="image"),
 })}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's

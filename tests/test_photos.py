@@ -93,7 +93,7 @@ def test_held_out_are_one_of_thirty(tmp_path):
 def test_too_few_good_photos(tmp_path):
     folder = save_photos(tmp_path, [(64, 64)] * 2)
     (folder / "0.png").write_text("no picture")
-    with pytest.raises(ValueError, match="one good photo only, if any; one of every 30 is held out"):
+    with pytest.raises(ValueError, match="one good photo only, if any; every 30th is held out"):
         photos_for(folder, 32, 0)
 
 

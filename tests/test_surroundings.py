@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_survival import SCRIPTS
 from test_train import newest, photos  # noqa: F401 (photos is a fixture)
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = {"vosr": (train_vosr, ["--stage", "autoencoder"]), "s3diff": (train_s3diff, []), "gramsr": (train_gramsr, ["--stage", "pixel"])}
 
 
-@pytest.mark.parametrize("script", ["sample.py", "degrade.py", *(f"train_{name}.py" for name in TRAINERS)])
+@pytest.mark.parametrize("script", ["sample.py", "train_vosr.py"])
 def test_foreign_packages_of_our_names(tmp_path, script):
     for name in ("models", "models/support", "training", "degrade"):
         (tmp_path / name).mkdir()
@@ -100,7 +99,7 @@ def test_compile_where_there_may_be_no_compiler(monkeypatch, capsys, works):
         network.compile = lambda: compiled.append(network)
     training.compile_all(networks, torch.device("cpu"))
     said = capsys.readouterr().err
-    assert len(compiled) == 2 * works and said == "" if works else said.count("\n") == 1 and "no C++ compiler found" in said
+    assert len(compiled) == 2 * works and said.count("\n") == (not works) and ("no C++ compiler found" in said) == (not works)
 
 
 def test_real_compile_without_a_compiler(tmp_path):
@@ -124,25 +123,19 @@ def test_names_that_a_log_cannot_hold(monkeypatch, photos, tmp_path, name):  # n
     assert b"resumed from" in raw.getvalue() and b"\\u6771\\u4eac" in raw.getvalue() and newest(out)["step"] == 2
 
 
-def launch(monkeypatch, name, photos, out, *more):  # noqa: F811
-    """One more step of a small run."""
-    real = sys.argv
-    SCRIPTS[name](monkeypatch, photos, out, stop_at=1, **({"more": more} if more else {}))
-    sys.argv = real
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_another_spelling_of_the_same_place(monkeypatch, photos, tmp_path, capsys, name):  # noqa: F811
     (tmp_path / "tr").mkdir()
     os.symlink(photos, tmp_path / "tr" / "good")
     monkeypatch.chdir(tmp_path)
     spellings = ["tr/good", "tr/good/", "./tr/good", "tr/../tr/good", str(tmp_path / "tr" / "good"), str(photos)]
+    spellings = spellings if name == "vosr" else spellings[1::4]         # the code is the same
     for spelling in spellings:
         SCRIPTS[name](monkeypatch, spelling, tmp_path / "out", stop_at=1)
         assert "came after" not in capsys.readouterr().err
     monkeypatch.chdir(tmp_path / "tr")
     SCRIPTS[name](monkeypatch, "good", tmp_path / "out", stop_at=1)
-    assert newest(tmp_path / "out")["step"] == min(len(spellings) + 1, 6 if name != "vosr" else 30)
+    assert newest(tmp_path / "out")["step"] == len(spellings) + 1
 
 
 def test_the_same_words_for_another_place(monkeypatch, tmp_path):
@@ -170,4 +163,4 @@ def test_the_same_words_for_another_place(monkeypatch, tmp_path):
 def test_nothing_of_distributed_is_imported_early():
     """Its tensors cost a second, and some builds have none."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import training; print('torch.distributed.tensor' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n" or not dist.is_available()
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from test_hostile import SYSTEMS
 
 import sample
-from models.support.weights import FILES, PublicFile, WeightError, cache_folder, fetch, list_weights, locate, read_tensors, save_model
+from models.support.weights import (FILES, PublicFile, WeightError, cache_folder, fetch, list_weights, locate, read_tensors,
+                                    save_model)
 
 DATA = bytes(range(256)) * 1500     # 384,000 bytes: several chunks
 HASH = hashlib.sha256(DATA).hexdigest()
@@ -149,8 +150,7 @@ def test_names_inside(tmp_path, capsys):
     torch.save({"rank_unet": 3, "unet": {"blocks.0._orig_mod.w": a, "module.n_averaged": 3}, "decay": b}, tmp_path / "a.pkl")
     found = read_tensors(tmp_path / "a.pkl")
     assert found.keys() == {"rank_unet", "unet", "decay"} and list(found["unet"]) == ["blocks.0.w"] and torch.equal(found["decay"], b)
-    assert capsys.readouterr().out == (f"{tmp_path / 'a.pkl'}: _orig_mod., n_averaged left out, which are no part of the model but of how "
-                                       "it was trained\n")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'a.pkl'}: _orig_mod., n_averaged left out")
     save_file({"w": a, "module.w": b}, tmp_path / "b.safetensors")
     with pytest.raises(WeightError, match="b.safetensors: holds w twice, with a prefix and without; leave one of them"):
         read_tensors(tmp_path / "b.safetensors")

@@ -186,8 +186,8 @@ class Photos(torch.utils.data.Dataset):
 def photos_for(data, crop, seed, names=None, **options):
     """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the good ones that are held out, one of every 30.
 
-    names: of each file when the run began, seen from the source, which may have another place by now: what came later is
-    not seen, so that a resumed run is the same run; None = it begins now
+    names: of each file when the run began, seen from the source, which may have another place by now: what came later
+    is not seen, so that a resumed run is the same run; None = it begins now
     -> Photos, crops, names. Raises ValueError.
     """
     root, files = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data)
@@ -212,7 +212,7 @@ def photos_for(data, crop, seed, names=None, **options):
     photos.files = [f for f in files if f not in held_out]
     photos.cache, photos.cache_left = {}, room
     if photos.skipped.keys() >= set(photos.files):
-        raise ValueError(f"{data}: one good photo only, if any; one of every 30 is held out, so at least two are needed")
+        raise ValueError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
     test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
     return photos, torch.stack([photo for photo, _ in zip(test, range(16))]), names or seen
 

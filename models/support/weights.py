@@ -297,7 +297,7 @@ def read_pickle(path):
 
 
 def read_file(path):
-    """A .safetensors file or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is refused, not run."""
+    """A .safetensors file or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is not run."""
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
     try:
@@ -310,27 +310,27 @@ def read_file(path):
 
 
 def read_tensors(path):
-    """`read_file` by the names of the bare model; what DDP, torch.compile and averaging add is left out, with a line that says so."""
+    """`read_file` by the names of the bare model; what DDP, torch.compile and averaging add is left out, said in a line."""
     tensors = unwrapped(read_file(path), path, left_out := set())
     if left_out:
-        print(f"{path}: {', '.join(sorted(left_out))} left out, which are no part of the model but of how it was trained")
+        print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
     return tensors
 
 
 def unwrapped(tensors, path, left_out):
-    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS; left_out: the set that both are added to."""
+    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS, which are added to the set left_out."""
     found = {}
     for name, x in tensors.items():
-        *parts, last = name.split(".") if isinstance(name, str) else [name]
-        if "online_model" in parts or last in COUNTERS and (x.numel() == 1 if torch.is_tensor(x) else isinstance(x, (int, float))):
-            left_out.add("online_model." if "online_model" in parts else last)      # from which ema_model is averaged
+        *parts, last = str(name).split(".")
+        single = isinstance(x, (int, float)) or torch.is_tensor(x) and x.numel() == 1
+        if last in COUNTERS and single or "online_model" in parts:      # of which ema_model is the average
+            left_out.add("online_model." if "online_model" in parts else last)
             continue
         left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
-        if isinstance(name, str):
-            name = ".".join([*(part for part in parts if part not in WRAPPERS), last])
-        if name in found:
-            raise WeightError(f"{path}: holds {name} twice, with a prefix and without; leave one of them")
-        found[name] = unwrapped(x, path, left_out) if isinstance(x, dict) else x
+        bare = ".".join([part for part in parts if part not in WRAPPERS] + [last])
+        if bare in found:
+            raise WeightError(f"{path}: holds {bare:.200} twice, with a prefix and without; leave one of them")
+        found[bare] = unwrapped(x, path, left_out) if isinstance(x, dict) else x
     return found
 
 
