@@ -157,7 +157,7 @@ def test_trainings_in_half(launch, names, capsys):
             losses[dtype] = float(last.split(",")[1])
         plain, *half = losses.values()
         assert half == pytest.approx([plain] * 2, rel=0.03), name
-    assert "left out" not in capsys.readouterr().err
+    assert "gradient is nan" not in capsys.readouterr().err        # inf: how float16's scaler finds its scale
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "s3diff", "pixel"])
