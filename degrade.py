@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models.support import imaging
-from models.support.photos import list_photos
+from models.support.arguments import SEED, between, command, folder
+from models.support.files import PictureError, claim, find_pictures, output_paths, printable
 
 # ---- recipes: what may be drawn, with which odds
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
@@ -290,49 +291,63 @@ def degrade(hq, recipe, generator, scale=4):
 
 # ---- the command: a folder of pictures -> a paired test set
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a folder of pictures: OUT_DIR/lq and OUT_DIR/hq, equal names, 8-bit PNG.")
     parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="folder of clean pictures, searched with its subfolders")
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where lq/ and hq/ go")
+    parser.add_argument("out_dir", type=folder, metavar="OUT_DIR", help="where lq/ and hq/ go")
     parser.add_argument("--recipe", choices=RECIPES, default="vosr", help="whose settings (default vosr)")
-    parser.add_argument("--scale", type=int, choices=range(1, 17), default=4, metavar="1..16", help="lq is this many times smaller (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
-    args = parser.parse_args()
+    parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is 1 to 16 times smaller (default 4)")
+    parser.add_argument("--seed", type=SEED, default=0, help="the same seed gives the same bytes (default 0)")
+    parser.add_argument("--skip-existing", action="store_true", help="keep pairs that are in OUT_DIR already: go on after a stop")
+    return parser.parse_args(argv)
+
+
+def degrade_file(path, name, targets, args):
+    """Write one pair.  name: as given, from which its seed is drawn, so that other files do not matter. Raises PictureError."""
+    scale = args.scale
+    hq, _ = imaging.read_picture(path, note=tqdm.write)
+    H, W = hq.shape[2:]
+    if min(H, W) < 8 * scale:
+        raise PictureError(f"{path}: {W} x {H} pixels are too few, both sides need {8 * scale}; remove or replace it")
+    hq = hq[..., : H // scale * scale, : W // scale * scale]
+    digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode(errors="surrogateescape")).digest()
+    lq, _ = degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
     try:
-        if args.hr_dir.is_file():
-            raise ValueError(f"{args.hr_dir}: is no folder; give one with pictures")
-        files = [file for file in list_photos(args.hr_dir) if isinstance(file, Path)]
-        if not files:
-            raise ValueError(f"{args.hr_dir}: its pictures are all in .tar files; unpack them")
-    except (OSError, ValueError) as error:
-        sys.exit(f"degrade.py: {imaging.printable(error)}")
+        for target, x in zip(targets, (lq, hq)):
+            imaging.write_picture(target, x)
+    except KeyboardInterrupt:
+        targets[0].unlink(missing_ok=True)      # no half of a pair stays
+        raise
+
+
+def main():
+    args = parse_args()
+    try:
+        if not args.hr_dir.is_dir():
+            raise PictureError(f"{args.hr_dir}: {'is no folder' if args.hr_dir.exists() else 'no such folder'}; give one with pictures")
+        names = find_pictures(args.hr_dir, print)
+    except PictureError as error:
+        sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
-        sys.exit(imaging.printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; "
-                                   "choose a folder outside"))
-    owner, failed, scale, originals = {}, 0, args.scale, set(map(os.path.realpath, files))
-    for path in tqdm(files, unit="picture", disable=None):
-        name = path.relative_to(args.hr_dir)
-        try:
-            if owner.setdefault(name.with_suffix(""), path) != path:
-                raise imaging.PictureError(f"{path}: another file differs only in its suffix, and both would become one PNG; rename it")
-            targets = [args.out_dir / kind / name.with_suffix(".png") for kind in ("lq", "hq")]
-            if not originals.isdisjoint(map(os.path.realpath, targets)):
-                raise imaging.PictureError(f"{path}: its result would overwrite an input; choose another OUT_DIR")
-            hq, _ = imaging.read_picture(path)
-            H, W = hq.shape[2:]
-            if min(H, W) < 8 * scale:
-                raise imaging.PictureError(f"{path}: {W} x {H} pixels are too few, both sides need {8 * scale}; remove or replace it")
-            hq = hq[..., : H // scale * scale, : W // scale * scale]
-            digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode(errors="surrogateescape")).digest()  # so other files do not matter
-            lq, _ = degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
-            for target, x in zip(targets, (lq, hq)):
-                imaging.write_picture(target, x)
-        except imaging.PictureError as error:
-            failed += 1
-            tqdm.write(f"degrade.py: {error}", file=sys.stderr)
-    print(f"{len(files) - failed} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped")
-    sys.exit(failed > 0)
+        sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; choose a folder outside"))
+    done, failed, inputs, results = 0, 0, set(map(os.path.realpath, names)), output_paths(names, Path(), ())
+    try:
+        for (path, name), result in zip(tqdm(names.items(), unit="picture", disable=None), results):
+            targets = [args.out_dir / kind / result for kind in ("lq", "hq")]
+            try:
+                for target in targets:
+                    claim(target, path, inputs)
+                if not (args.skip_existing and all(map(os.path.exists, targets))):
+                    degrade_file(path, name, targets, args)
+                done += 1
+            except PictureError as error:
+                failed += 1
+                tqdm.write(f"degrade.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"stopped after {done + failed} of {len(names)} pictures; the same command with --skip-existing goes on", file=sys.stderr)
+    print(printable(f"{done} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped"))
+    sys.exit(130 if done + failed < len(names) else failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -12,25 +12,25 @@ import argparse
 import shlex
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from inspect import signature
 from os.path import exists, realpath
 from pathlib import Path
 
 import torch
 
-from models.support.arguments import between
-from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of, report,
-                               row_of, write_metrics, write_text)
 from models.gramsr import GramSR
-from models.support.imaging import (PictureError, contact_sheet, list_pictures, middle, output_paths, printable, read_picture, resize, round8,
-                            save_png, write_picture)
-from models.support.page import figure_of, page_of
 from models.s3diff import S3Diff
-from models.vosr import VOSR
+from models.support.arguments import SEED, between, command, folder, positive
+from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of,
+                                       report, row_of, write_metrics, write_text)
+from models.support.files import PictureError, claim, find_pictures, output_paths, printable
+from models.support.imaging import GREY, chroma, contact_sheet, middle, read_picture, resize, round8, save_png, write_picture
+from models.support.page import figure_of, page_of
 from models.support.weights import WeightError, list_weights, read_config
+from models.vosr import VOSR
 from training import choose_device, choose_dtype, compile_all
 
 ROOT = Path(__file__).resolve().parent
@@ -39,6 +39,7 @@ KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", 
          "texture", "tile", "overlap", "color")
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder"  # whichever of them a model has
 AT_ONCE = 3  # pictures that are read, or written, beside the one on the device
+Job = namedtuple("Job", "path name target ref")     # name: the path below the folder that was given
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
@@ -46,30 +47,37 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description="Upscale pictures with diffusion super-resolution.")
     p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", default=[ROOT / "assets" / "example.png"],
                    help="pictures and folders of pictures (default: the example)")  # fmt: skip
-    p.add_argument("--out", type=Path, default="out", metavar="DIR", help="folder for the results (default out)")
+    p.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder for the results (default out)")
+    p.add_argument("--skip-existing", action="store_true",
+                   help="keep results that are in DIR already, and measure them: go on after a stop")  # fmt: skip
     # model
     p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, gramsr, or a file or folder")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on cuda, else float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster; for many pictures")
     p.add_argument("--scale", type=between(1, 8), default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise; the same for every picture (default 0)")
+    p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     # knobs; what is not given is the model's own setting, and what a model does not have is an error
-    p.add_argument("--guidance", type=float, help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")
-    p.add_argument("--steps", type=int, help="VOSR: steps of the sampler, from 1 on")
-    p.add_argument("--weak", type=float, help="VOSR: strength of the weak condition that guidance starts from, 0 to 1")
-    p.add_argument("--temperature", type=float, help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")
+    p.add_argument("--guidance", type=between(-100, 100),
+                   help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")  # fmt: skip
+    p.add_argument("--steps", type=positive, help="VOSR: steps of the sampler, from 1 on")
+    p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from, 0 to 1")
+    p.add_argument("--temperature", type=between(0, 100),
+                   help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")  # fmt: skip
     p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
     p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
     p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
-    p.add_argument("--start-step", type=int, help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")
+    p.add_argument("--start-step", type=between(1, 999, whole=True),
+                   help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")  # fmt: skip
     p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")
-    p.add_argument("--pixel", type=float, help="GramSR: strength of the pixel LoRA (default 1; all at 1 cost one pass)")
-    p.add_argument("--semantic", type=float, help="GramSR: strength of the semantic LoRA")
-    p.add_argument("--texture", type=float, help="GramSR: strength of the texture LoRA")
-    p.add_argument("--tile", type=int, metavar="PX", help="side of the tiles in output pixels (default: the model's choice)")
-    p.add_argument("--overlap", type=int, metavar="PX", help="pixels that tiles share (default: the model's choice), at least 1/8 tile")
+    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (default 1; all at 1 cost one pass)")
+    p.add_argument("--semantic", type=between(-100, 100), help="GramSR: strength of the semantic LoRA")
+    p.add_argument("--texture", type=between(-100, 100), help="GramSR: strength of the texture LoRA")
+    p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX",
+                   help="side of the tiles in output pixels, 64 or more (default: the model's choice)")  # fmt: skip
+    p.add_argument("--overlap", type=positive, metavar="PX",
+                   help="pixels that tiles share, 1/8 to all but one of a tile's (default: the model's)")  # fmt: skip
     p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default: the model's choice)")
     p.add_argument("--sweep", action="store_true", help="also write OUT/sweep/<name>.png: the same picture with the model's main knobs turned")
     # measuring and looking
@@ -82,16 +90,14 @@ def parse_args(argv):
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
         if path is not None and not exists(path):
             p.error(f"argument {option}: {path} does not exist")
-    for option, value, least in (("--seed", args.seed, 0), ("--tile", args.tile, 0), ("--overlap", args.overlap, 0), ("--steps", args.steps, 1),
-                                 ("--start-step", args.start_step, 1)):  # fmt: skip
-        if value is not None and not least <= value < (1000 if option == "--start-step" else 2**63):
-            p.error(f"argument {option}: {value} is out of range; give {least} or more")
     try:
         args.device = choose_device(args.device)
         torch.zeros(1, device=args.device)  # a device may have a name and not be there
     except (RuntimeError, AssertionError) as e:
         p.error(f"argument --device: {args.device} cannot be used here ({str(e).splitlines()[0]})")
     args.dtype = choose_dtype(args.dtype, args.device)
+    if args.tile and args.overlap and args.overlap >= args.tile:
+        p.error(f"argument --overlap: {args.overlap} is not less than the tile's {args.tile}")
     return args
 
 
@@ -123,47 +129,150 @@ def upscale(model, path, lq, args):
     return sr, time.perf_counter() - start
 
 
-def finish(path, target, ref, lq, alpha, sr, seconds, args):
-    """Write a result and measure it, which the next picture need not wait for.
+def read(path):
+    """-> lq, alpha of `read_picture`, lines to print"""
+    notes = []
+    return *read_picture(path, note=notes.append), notes
 
-    lq, sr: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None
+
+def earlier(target, lq, args):
+    """The result of an earlier run, if it is to be kept and fits.  -> (1, 3, H, W) in [0, 1] or None"""
+    with suppress(PictureError):
+        if args.skip_existing and exists(target):
+            sr, _ = read_picture(target)
+            return sr if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]) else None
+
+
+def finish(job, lq, alpha, sr, seconds, args):
+    """Write a result, unless it was there, and measure it, which the next picture need not wait for.
+
+    lq, sr: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; seconds: None = it was there
     -> line of metrics.csv, [bicubic, ours, reference if any], lines to print, figure of the page or None.  Raises PictureError.
     """
-    (H, W), name = sr.shape[-2:], printable(path)
-    write_picture(target, sr, None if alpha is None else resize(alpha, (H, W)))
-    lines = [f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {W}x{H}, {seconds:.2f} s"]
+    (H, W), name, target = sr.shape[-2:], printable(job.path), printable(job.target)
+    if seconds is None:
+        lines = [f"{name}: {target} is kept"]
+    else:
+        write_picture(job.target, sr[:, :1] if chroma(lq) < GREY else sr, None if alpha is None else resize(alpha, (H, W)))
+        lines = [f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {target}: {W}x{H}, {seconds:.2f} s"]
     sr, bicubic = round8(sr), resize(lq, (H, W))  # measured is what the file holds
-    hq, why = read_reference(path, ref, (H, W)) if args.ref else (None, "")
-    found, failed = measure(sr, bicubic, hq, args.metrics, why)
+    hq, why = read_reference(job.name, job.ref, (H, W)) if args.ref else (None, "")
+    found, failed = measure(sr, bicubic, hq, args.metrics, why, job.path)
     if found:
-        lines.append(f"  {report(found)}")
-    row, shown = row_of(target.name, (H, W), seconds, found, args.absent | failed), [x for x in (bicubic, sr, hq) if x is not None]
+        lines.append(f"{name}: {report(found)}")
+    row = row_of(job.target.relative_to(args.out).as_posix(), (H, W), seconds, found, args.absent | failed)
+    shown = [x for x in (bicubic, sr, hq) if x is not None]
     return row, [middle(x, SHEET_CROP) for x in shown], lines, figure_of(row, shown, args.names, args.shown) if args.page else None
 
 
-def sweep(model, lq, target, args):
+def sweep(model, lq, job, args):
     """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet: OUT/sweep/<name>.png."""
     results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **args.knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
     captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
-    save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), target.parent / "sweep" / target.name)
-    print(f"  turned knobs: {printable(target.parent / 'sweep' / target.name)}")
+    path = args.out / "sweep" / job.target.relative_to(args.out)
+    claim(path, job.path, args.inputs)
+    save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), path)
+    print(printable(f"{job.path}: turned knobs: {path}"))
 
 
-def summarise(rows, sheet, figures, originals, args):
-    """Write the sheet, the metrics and the page; print averages and how they were measured.  Raises PictureError, OSError."""
-    if realpath(path := args.out / "sheet.png") in originals:
-        raise PictureError(f"{path}: is an input, so no sheet and no metrics are written; choose another --out")
-    save_png(contact_sheet(sheet, [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows]), path)
-    print(f"before and after: {path}")
+class Failures(list):
+    """What went wrong, a line each, printed when it happens."""
 
-    if args.measuring or args.page:
-        record = record_of(rows, args.command, args.flags, args.absent, args.files)
-    if args.measuring:
-        write_metrics(record, args.out)
-        print(f"average  {report(average(rows)) or 'of nothing'}\nprotocol: {record['protocol']}")
-    if args.page:
-        write_text(args.out / "page.html", page_of(figures, args.names, record))
-        print(f"to look at: {args.out / 'page.html'}")
+    def add(self, message):
+        self.append(printable(message))
+        print(self[-1], file=sys.stderr)
+
+    @contextmanager
+    def at(self, path):
+        """What a user may meet becomes a line, and the next picture's turn comes."""
+        try:
+            yield
+        except (PictureError, WeightError, OSError) as e:
+            self.add(str(e))
+        except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
+            if not any(words in str(e) for words in ("out of memory", "not enough memory", "allocate memory")):
+                raise
+            self.add(f"{path}: not enough memory; try --tile 256")
+
+
+def load(args):
+    """The model, and in args what it may be measured with and how its knobs are turned. Raises OSError, ValueError."""
+    with noting_weights() as weights:
+        model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device)
+    args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
+    args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
+    if other := set(args.knobs) - set(signature(model.upscale).parameters):
+        raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
+    tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
+    if tile and (args.overlap or 0) >= tile:
+        raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
+    args.names = ["bicubic", Path(realpath(args.model)).name, "reference"][: 3 if args.ref else 2]
+    settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
+    print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
+    if args.compile:
+        compile_all(to_compile(model), args.device)
+    return model
+
+
+def upscale_all(model, jobs, args, failures):
+    """Upscale one picture after the other; files are read and written while the device works on another one.
+
+    -> [what `finish` returns], was it stopped by Ctrl-C?
+    """
+    done, reads, writes, stopped = [], deque(), deque(), False
+
+    def collect(keep):
+        while len(writes) > keep:
+            wait([writes[0][1]])        # here Ctrl-C may come
+            path, result = writes.popleft()
+            with failures.at(path):
+                done.append(result.result())
+                print(*done[-1][2], sep="\n")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            for i, job in enumerate(jobs):
+                reads.extend(pool.submit(read, other.path) for other in jobs[i + len(reads) : i + AT_ONCE])
+                with failures.at(job.path):
+                    lq, alpha, notes = reads.popleft().result()
+                    print(*notes, sep="\n", end="\n" * bool(notes))
+                    claim(job.target, job.path, args.inputs)
+                    sr, seconds = earlier(job.target, lq, args), None
+                    if sr is None:
+                        sr, seconds = upscale(model, job.path, lq, args)
+                        if args.sweep:
+                            sweep(model, lq, job, args)
+                    writes.append((job.path, pool.submit(finish, job, lq, alpha, sr, seconds, args)))
+                collect(AT_ONCE)
+        except KeyboardInterrupt:
+            stopped = True              # the picture at hand is dropped
+        collect(0)
+    return done, stopped
+
+
+def summarise(done, args, failures):
+    """Write the sheet, the metrics and the page; print averages and how they were measured."""
+    rows, shown, _, figures = zip(*done)
+    with failures.at(path := args.out / "sheet.png"):
+        claim(path, args.out, args.inputs)
+        captions = [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows[:SHEET_ROWS]]
+        save_png(contact_sheet(shown[:SHEET_ROWS], captions), path)
+        print(printable(f"before and after: {path}"))
+    if not args.measuring and not args.page:
+        return
+    record = record_of(rows, args.command, args.flags, args.absent, args.files)
+    with failures.at(args.out):
+        if args.measuring:
+            print(f"average  {report(average(rows)) or 'of nothing'}\nprotocol: {record['protocol']}")
+            for name in ("metrics.csv", "metrics.json"):
+                claim(args.out / name, args.out, args.inputs)
+            write_metrics(record, args.out)
+    with failures.at(path := args.out / "page.html"):
+        if args.page:
+            claim(path, args.out, args.inputs)
+            write_text(path, page_of(figures, args.names, record))
+            print(printable(f"to look at: {path}"))
 
 
 def main(argv=None):
@@ -171,70 +280,28 @@ def main(argv=None):
     if args.list_weights:
         return list_weights()
     args.flags, args.command = dict(vars(args)), shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
-    rows, sheet, figures, pictures, failures = [], [], [], [], []
-
-    def fail(message):
-        failures.append(printable(message))
-        print(failures[-1], file=sys.stderr)
-
-    @contextmanager
-    def failing(path):
-        """What a user may meet becomes a line, and the next picture's turn comes."""
-        try:
-            yield
-        except (PictureError, WeightError, OSError) as e:
-            fail(str(e))
-        except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
-            if not any(words in str(e) for words in ("out of memory", "not enough memory", "allocate memory")):
-                raise
-            fail(f"{path}: not enough memory; try --tile 256")
-
-    for path in args.pictures:
-        with failing(path):
-            pictures += list_pictures([path])
+    failures, names = Failures(), {}
+    for top in args.pictures:
+        with failures.at(top):
+            names |= find_pictures(top, print)
     try:
-        references = find_references(pictures, args.ref)
-        with noting_weights() as weights:
-            model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
-        args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device)
-        args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
-        args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) not in (None, False)}
-        if other := set(args.knobs) - set(signature(model.upscale).parameters):
-            raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
+        references = find_references(names.values(), args.ref)
+        model = load(args)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
-    args.names = ["bicubic", Path(realpath(args.model)).name, "reference"][: 3 if args.ref else 2]
-    settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
-    print(f"model {args.model}", *(f"{name} {value}" for name, value in settings.items()), sep=", ")
-
-    if args.compile:
-        compile_all(to_compile(model), args.device)
-    originals = {realpath(path) for path in pictures + references if path}     # Path.resolve fails at loops of links
-    args.shown, reads, jobs = len(pictures) * len(args.names), deque(), deque()
-    with ThreadPoolExecutor(AT_ONCE) as pool:       # files are read and written while the device works on another picture
-        for i, (path, target, ref) in enumerate(zip(pictures, output_paths(pictures, args.out), references)):
-            reads.extend(pool.submit(read_picture, p) for p in pictures[i + len(reads) : i + AT_ONCE])
-            with failing(path):
-                lq, alpha = reads.popleft().result()
-                if realpath(target) in originals:
-                    raise PictureError(f"{path}: its result {target} would overwrite an input; choose another --out")
-                sr, seconds = upscale(model, path, lq, args)
-                if args.sweep:
-                    sweep(model, lq, target, args)
-                jobs.append((path, pool.submit(finish, path, target, ref, lq, alpha, sr, seconds, args)))
-            while len(jobs) > (AT_ONCE if i < len(pictures) - 1 else 0):
-                path, job = jobs.popleft()
-                with failing(path):
-                    row, shown, lines, figure = job.result()
-                    print(*lines, sep="\n")
-                    rows.append(row), figures.append(figure), sheet.extend([shown][: SHEET_ROWS - len(sheet)])
-    with failing(args.out):
-        if rows:
-            summarise(rows, sheet, figures, originals, args)
+    taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
+    jobs = [Job(*job) for job in zip(names, names.values(), output_paths(names, args.out, taken), references)]
+    read = [*names, *(path for ref in references if ref for path in (ref if isinstance(ref, tuple) else [ref]))]
+    args.inputs, args.shown = {realpath(path) for path in read}, len(jobs) * len(args.names)    # Path.resolve fails at loops of links
+    done, stopped = upscale_all(model, jobs, args, failures)
+    if done:
+        summarise(done, args, failures)
     if failures:
-        print(f"done {len(rows)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
-    return 1 if failures else 0
+        print(f"done {len(done)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
+    if stopped:
+        print(f"stopped after {len(done)} of {len(jobs)}; the same command with --skip-existing goes on", file=sys.stderr)
+    return 130 if stopped else 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
+from models.support.arguments import make_lenient
 from models.support.charts import Log, save_sheet  # noqa: F401: scripts say training.Log, and so on
 from models.support.photos import batches, photos_for  # noqa: F401
 from models.support.weights import sha256_of
@@ -29,8 +30,8 @@ class Quit(Exception):
 
 @contextmanager
 def one_line_errors(name):
-    """Turn the errors a user can cause into one line on stderr and exit status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # a name that a log cannot hold ends no training
+    """Turn the errors a user can cause into one line on stderr and exit status 1; nothing printed is one."""
+    make_lenient()
     try:
         yield
     except (Quit, OSError, ValueError, SafetensorError) as e:

@@ -1,7 +1,13 @@
-"""Numbers on the command line: types for argparse, which then refuses by the flag's name."""
+"""What the commands share: types of arguments, which argparse refuses by the flag's name, and how a script ends and prints."""
 
 import argparse
 import math
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from models.support.files import OTHERS, SUFFIXES
 
 
 def between(low, high, whole=False):
@@ -19,3 +25,46 @@ def between(low, high, whole=False):
 
 positive = between(1, 2**31 - 1, whole=True)
 SEED = between(0, 2**63 - 1, whole=True)
+
+
+def folder(text):
+    """A type of argument: where results go, which is never the name of one picture."""
+    if Path(text).suffix.lower() in SUFFIXES | OTHERS.keys() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is the name of a file; give a folder")
+    return Path(text)
+
+
+class Lenient:
+    """A text stream to which nothing fails: what its code page lacks is escaped, and a closed pipe or a full disk loses lines, not the run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        coding = self.stream.encoding or "utf-8"
+        with suppress(OSError, ValueError):
+            self.stream.write(text.encode(coding, "backslashreplace").decode(coding))
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def make_lenient():
+    if sys.stdout and sys.stderr:       # none under Windows' pythonw
+        sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
+
+
+def command(main):
+    """Run a script's main and end with its status: nothing printed stops it, and SIGTERM is Ctrl-C, whose status is 130."""
+    make_lenient()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,8 @@ import PIL
 import torch
 
 from models.support import weights
-from models.support.imaging import PictureError, list_pictures, printable, read_picture
+from models.support.files import PictureError, list_pictures, printable
+from models.support.imaging import read_picture
 from models.lpips import LPIPS, NETS
 from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
 from models.support.weights import cache_folder, locate, sha256_of
@@ -32,12 +34,20 @@ METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"),
 NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"    # METRICS: column: name, digits to print, which is better
 
 
-def find_references(pictures, ref):
-    """The reference of each picture: the file of the same stem in folder `ref`, or `ref` itself.  -> list of Path or None"""
+def find_references(names, ref):
+    """The reference of each picture: the file of the same name in folder `ref`, whatever its suffix if that one is not there, or `ref` itself.
+
+    names: relative to the folder of pictures, as paths -> list of Path, of None, or of a tuple where several fit
+    """
     if ref is None or ref.is_file():
-        return [ref] * len(pictures)
-    by_stem = {path.stem: path for path in list_pictures([ref])}
-    return [by_stem.get(path.stem) for path in pictures]
+        return [ref] * len(names)
+    exact, by_stem = {}, defaultdict(tuple)
+    for path in list_pictures([ref], print):
+        name = path.relative_to(ref)
+        exact[name] = path
+        by_stem[name.with_suffix("")] += path,
+    found = [(exact[name],) if name in exact else by_stem[name.with_suffix("")] for name in names]
+    return [paths if len(paths) > 1 else paths[0] if paths else None for paths in found]
 
 
 def find_niqe(path):
@@ -77,8 +87,10 @@ def read_reference(path, ref, size):
     """The reference of picture `path`.  -> (1, 3, *size) in [0, 1], "", or None, why not"""
     try:
         if ref is None:
-            raise PictureError(f"no reference named {path.stem}")
-        hq, _ = read_picture(ref)
+            raise PictureError(f"no reference named {path.with_suffix('')}")
+        if isinstance(ref, tuple):
+            raise PictureError(f"{' and '.join(map(str, ref))} have its name; keep the one that is its reference")
+        hq, _ = read_picture(ref, note=print)
         if hq.shape[-2:] != size:
             raise PictureError(f"reference {ref} is {hq.shape[3]}x{hq.shape[2]}, not {size[1]}x{size[0]}")
         return hq, ""
@@ -87,24 +99,25 @@ def read_reference(path, ref, size):
         return None, str(e)
 
 
-def measure(sr, bicubic, hq, metrics, why=""):
+def measure(sr, bicubic, hq, metrics, why="", name="picture"):
     """Our result and bicubic's by the metrics of `find_metrics`.
 
-    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same, or None, and why -> {metric: (ours, bicubic's)}, {metric: why not}
+    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same, or None, and why; name: for messages
+    -> {metric: (ours, bicubic's)}, {metric: why not}
     """
     found, failed = {}, {}
-    for name, metric in metrics.items():
-        if hq is None and name in NEED_REFERENCE:
-            failed[name] = why
+    for m, metric in metrics.items():
+        if hq is None and m in NEED_REFERENCE:
+            failed[m] = why
             continue
         try:
-            found[name] = metric(sr, hq), metric(bicubic, hq)
-            if math.isnan(sum(found[name])):
-                raise ValueError(f"{METRICS[name][0]} needs more pixels or more detail")
+            found[m] = metric(sr, hq), metric(bicubic, hq)
+            if math.isnan(sum(found[m])):
+                raise ValueError(f"{METRICS[m][0]} needs more pixels or more detail")
         except (ValueError, torch.OutOfMemoryError) as e:
-            found.pop(name, None)
-            failed[name] = str(e) if isinstance(e, ValueError) else "not enough memory"
-            print(f"  not measured: {failed[name]}", file=sys.stderr)
+            found.pop(m, None)
+            failed[m] = str(e) if isinstance(e, ValueError) else "not enough memory"
+            print(f"{printable(name)}: not measured: {failed[m]}", file=sys.stderr)
     return found, failed
 
 
@@ -114,8 +127,11 @@ def report(found):
 
 
 def row_of(name, size, seconds, found, missing):
-    """The line of a picture. size: (H, W); found, missing: {metric: (ours, bicubic's)}, {metric: why not} -> {column: value}"""
-    row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": round(seconds, 3)}
+    """The line of a picture.
+
+    size: (H, W); seconds: None = made earlier; found, missing: {metric: (ours, bicubic's)}, {metric: why not} -> {column: value}
+    """
+    row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3)}
     for metric, (ours, bicubic) in found.items():
         row |= {metric: ours, f"{metric}_bicubic": bicubic}
     return row | {"not_measured": missing}

@@ -5,7 +5,6 @@ This is the only file where pictures are uint8. Everywhere else they are float t
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
 """
 
-import io
 import os
 import threading
 import warnings
@@ -15,23 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}  # what list_pictures picks from a folder
+from models.support.files import SUFFIXES, PictureError, list_pictures, named, output_paths, printable  # noqa: F401: asked for here, too
+from models.support.profiles import scale_key, to_srgb
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # what a file may hold, whatever its name; Pillow would hand some others to programs
-
-
-def printable(text):
-    """Text as one line that a terminal takes for text: a name may hold newlines, escape sequences, bytes of no encoding."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-class PictureError(ValueError):
-    """A picture file that cannot be read or written; the message is one line for the user."""
-
-    def __init__(self, message):
-        super().__init__(printable(message))
-
+GREY = 1.5 / 255  # less chroma than this is rounding
+MARK = PngInfo()
+MARK.add_text("Software", "nanoSR")  # by which a later run knows what it may overwrite
 
 # -----------------------------------------------------------------------------
 # between tensors and bytes
@@ -65,41 +57,6 @@ def from_pil(img):
 # -----------------------------------------------------------------------------
 # files
 
-def list_pictures(paths):
-    """Files as they are, folders replaced by the pictures in them, sorted by name.
-
-    paths: iterable of str or Path -> list of Path. Raises PictureError for a folder without pictures.
-    """
-    found = []
-    for path in map(Path, paths):
-        if not os.path.isdir(path):  # Path.is_dir fails at names that are too long
-            found.append(path)
-            continue
-        try:
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        except OSError as e:
-            raise PictureError(f"{path}: cannot be listed ({e.strerror}); change its permissions") from None
-        if not inside:
-            raise PictureError(f"{path}: no pictures in this folder; expected {', '.join(sorted(SUFFIXES))}")
-        found += inside
-    return found
-
-
-def output_paths(pictures, out):
-    """One PNG per picture in `out`; equal stems get -2, -3, ..., and the sheet keeps its name.  -> list of Path"""
-    taken, paths = {"sheet"}, []
-    for path in pictures:
-        stem, n = path.stem, 1
-        while stem.lower() in taken:  # lower: some file systems do not tell a.png from A.png
-            n += 1
-            stem = f"{path.stem}-{n}"
-        if n > 1:
-            print(printable(f"{path}: the name {path.stem}.png is taken, so the result is {stem}.png"))
-        taken.add(stem.lower())
-        paths.append(out / f"{stem}.png")
-    return paths
-
-
 ONE_AT_A_TIME = threading.RLock()  # what is done about warnings holds for all threads
 
 
@@ -113,10 +70,11 @@ def open_image(file):
             yield img
 
 
-def read_picture(path, file=None):
-    """Any picture file as RGB and, if it has transparency, alpha; turned as its EXIF orientation says.
+def read_picture(path, file=None, note=lambda line: None):
+    """Any picture file as sRGB and, if it has transparency, alpha; turned as its EXIF orientation says.
 
-    file: open binary file to read instead, path is then only its name for messages
+    file: open binary file to read instead, path is then only its name for messages; note: is told in a line what is not read
+    Colours that alpha hides are replaced by visible ones nearby, which blend in when the picture is resized.
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
     if file is None:
@@ -130,6 +88,9 @@ def read_picture(path, file=None):
             raise PictureError(f"{path}: is empty (0 bytes); copy or download it again")
     try:
         with open_image(path if file is None else file) as img:
+            if getattr(img, "is_animated", False):
+                note(printable(f"{path}: holds several pictures, only the first is read"))
+            scale_key(img)
             img.load()
             with suppress(Exception):  # broken EXIF says nothing
                 img = ImageOps.exif_transpose(img)
@@ -138,7 +99,7 @@ def read_picture(path, file=None):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{path}: is not a picture that Pillow knows; use PNG, JPEG, WebP, BMP or TIFF") from None
+        raise PictureError(f"{path}: is not a picture that is read here ({named(Path(path).suffix.lower())}); convert it to PNG") from None
     except PermissionError:
         raise PictureError(f"{path}: may not be read (permission denied); change its permissions") from None
     except Exception as e:  # on broken files Pillow's decoders raise anything from OSError to SyntaxError
@@ -151,41 +112,46 @@ def decode(img):
     if min(img.size) == 0:
         raise ValueError("it has no pixels")
     if img.mode[0] in "IF":  # I, I;16, I;16B: grey integers, F: grey floats; Pillow's own conversion would clip at 255
-        a = np.asarray(img).astype(np.float64)
+        a, key = np.asarray(img).astype(np.float64), img.info.get("transparency")
         most = a[np.isfinite(a)].max(initial=0)
         if img.mode == "F":  # the file does not say which white it means: 1, 255 or 65535
             white = 1 if most <= 1.5 else 255 if most <= 255 else 65535
         else:  # older Pillow also opens 16-bit PNG in the 32-bit mode I
             white = 65535 if most <= 65535 else 2**31 - 1
-        grey = torch.from_numpy(np.nan_to_num(a / white)).clamp(0, 1).float()
-        return grey.expand(1, 3, -1, -1).contiguous(), None
-    mode = "RGBA" if img.has_transparency_data else "RGB"  # palettes and colour keys included
-    if img.mode != "CMYK":  # with a profile, CMYK goes to RGB through it
-        img = img.convert(mode)
-    x = from_pil(to_srgb(img).convert(mode))
-    return x[:, :3], (x[:, 3:] if mode == "RGBA" else None)
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])    # profiles are for 8 bits
+        ramp.info["icc_profile"] = img.info.get("icc_profile")
+        a = np.interp(np.nan_to_num(a / white) * 255, np.arange(256), np.asarray(to_srgb(ramp))[0, :, 1]) / 255
+        rgb = torch.from_numpy(a).float().expand(1, 3, -1, -1)
+        alpha = torch.from_numpy(np.asarray(img) != key).float()[None, None] if isinstance(key, int) else None
+    else:
+        x = from_pil(to_srgb(img))
+        rgb, alpha = x[:, :3], x[:, 3:] if x.shape[1] == 4 else None
+    return (rgb.contiguous(), None) if alpha is None else (bleed(rgb * alpha, alpha, rgb), alpha)
 
 
-def to_srgb(img):
-    """The image in sRGB if it carries another colour profile (phones write Display P3); a useless profile is ignored."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info["icc_profile"]))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return img
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(img, profile, srgb, outputMode="RGB" if img.mode == "CMYK" else img.mode)
-    except (KeyError, OSError, ImageCms.PyCMSError):
-        return img
+def bleed(x, alpha, rgb):
+    """Colours where alpha is below 1 % from the visible ones around: from a picture of half the size, and so on.
+
+    x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W) in [0, 1]; rgb: (1, 3, H, W), kept where it is visible -> (1, 3, H, W)
+    """
+    visible, size = alpha >= 0.01, alpha.shape[-2:]
+    if visible.all() or max(size) == 1:
+        return rgb
+    small, less = (F.avg_pool2d(y, 2, ceil_mode=True) for y in (x, alpha))
+    around = bleed(small, less, small / less.clamp(min=1e-6))
+    return torch.where(visible, rgb, F.interpolate(around, size, mode="bilinear"))
 
 
 def save_png(img, path):
     """Write a Pillow image under a temporary name, then rename it, so that `path` is never half a file. Raises PictureError."""
     path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise PictureError(f"{path}: results are PNG; give it the suffix .png")
     # same folder: a rename across disks would be a copy; short: names may be as long as can be
     part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        img.save(part, format="PNG")
+        img.save(part, format="PNG", pnginfo=MARK)
         os.replace(part, path)
     except OSError as e:
         raise PictureError(f"{path}: cannot be written ({e.strerror or e}); choose another place") from None
@@ -336,19 +302,40 @@ def low_frequencies(x, levels=5):
     return x
 
 
+def chroma(x):
+    """How far from grey the most colourful pixel is.  x: (B, 3, H, W) -> (B, 1, 1, 1)"""
+    return (x - x[:, 1:2]).abs().amax((1, 2, 3), keepdim=True)
+
+
+def in_blocks(mask):
+    """True in all squares of 8 pixels throughout which mask is.  mask: (B, C, H, W) bool -> same shape"""
+    def of_eight(x, op):
+        for dim, step in ((2, 1), (2, 2), (2, 4), (3, 1), (3, 2), (3, 4)):
+            n = x.shape[dim] - step
+            x = op(x.narrow(dim, 0, n), x.narrow(dim, step, n))
+        return x
+    if min(mask.shape[2:]) < 8:
+        return torch.zeros_like(mask)
+    return of_eight(F.pad(of_eight(mask, torch.logical_and), [7] * 4), torch.logical_or)
+
+
 def color_fix(x, ref, kind, stablesr=False):
-    """The colour fix of that name: adain, wavelet or none.
+    """The colour fix of that name: adain, wavelet or none. A grey ref makes x grey, and its areas of black and white stay so.
 
     x, ref: (B, 3, H, W) in [0, 1]; stablesr: the two as StableSR computes them, from which S3Diff and GramSR have theirs; else VOSR's
     -> (B, 3, H, W) in [0, 1]. Raises ValueError.
     """
     if kind not in ("adain", "wavelet", "none"):
         raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
+    y = x
     if kind == "adain":
-        return adain(x, ref, stablesr)
-    if kind == "wavelet":
-        return (x + low_frequencies(ref - x)).clamp(0, 1) if stablesr else wavelet(x, ref)
-    return x
+        y = adain(x, ref, stablesr)
+    elif kind == "wavelet":
+        y = (x + low_frequencies(ref - x)).clamp(0, 1) if stablesr else wavelet(x, ref)
+    if kind != "none" and ref.shape == x.shape:
+        y = y.masked_fill(in_blocks(ref < 0.5 / 255), 0).masked_fill(in_blocks(ref > 254.5 / 255), 1)
+    grey = chroma(ref) < GREY
+    return torch.where(grey, y.mean(1, keepdim=True), y) if grey.any() else y
 
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from html import escape
 from PIL import Image
 
 from models.support.evaluation import METRICS
-from models.support.imaging import printable, to_pil
+from models.support.files import printable
+from models.support.imaging import to_pil
 
 EXACT, MOST, LARGEST = 6e6, 90e6, 16e6      # pixels: of all pictures together as PNG and else as JPEG; of one picture
 
@@ -239,7 +240,8 @@ def figure_of(row, versions, names, pictures):
     why = {}
     for m, reason in row["not_measured"].items():
         why.setdefault(reason, []).append(METRICS[m][0])
-    lines = [f"{row['width']} × {row['height']}, {row['seconds']:.2f} s", *filter(None, notes),
+    seconds = "made earlier" if row["seconds"] is None else f"{row['seconds']:.2f} s"
+    lines = [f"{row['width']} × {row['height']}, {seconds}", *filter(None, notes),
              *(f"not measured: {', '.join(metrics)} ({reason})" for reason, metrics in why.items())]
     return (f'<figure style="--aspect: {aspect:.4f}">'
             f'<div class="view" style="--split: 50%" data-aspect="{aspect:.4f}" data-width="{row["width"]}">{layers}'
@@ -263,6 +265,7 @@ def page_of(figures, names, record):
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="nanoSR">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <link rel="icon" href="data:,">

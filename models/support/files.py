@@ -1,0 +1,93 @@
+"""Which files are pictures, what a folder holds, where results go. What is not ours is never overwritten."""
+
+import os
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
+OTHERS = {".avif": "AVIF", ".heic": "HEIC", ".heif": "HEIC", ".jp2": "JPEG 2000", ".jxl": "JPEG XL", ".tga": "Targa", ".psd": "Photoshop",
+          ".svg": "SVG", ".dng": "camera raw", ".tar": "archive", ".zip": "archive"}    # what is not read, by name
+MARKS = b"nanoSR", b"picture,width,height,seconds,", b'"command": "python sample.py'   # in the first bytes of what we write
+
+
+def printable(text):
+    """Text as one line that a terminal takes for text: a name may hold newlines, escape sequences, bytes of no encoding."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+class PictureError(ValueError):
+    """A picture file that cannot be read or written; the message is one line for the user."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+def named(suffix):
+    """A kind of file in words: .heic (HEIC)"""
+    return f"{suffix} ({OTHERS[suffix]})" if suffix in OTHERS else suffix or "without suffix"
+
+
+def list_pictures(paths, note=lambda line: None):
+    """Files as they are, folders replaced by the pictures anywhere below them, sorted; hidden ones left out.
+
+    paths: iterable of str or Path; note: is told in a line what else a folder holds -> list of Path
+    Raises PictureError for a folder without pictures.
+    """
+    found = []
+    for top in map(Path, paths):
+        if not os.path.isdir(top):  # Path.is_dir fails at names that are too long
+            found.append(top)
+            continue
+        inside, others, errors = [], Counter(), []
+        for folder, folders, files in os.walk(top, onerror=errors.append):
+            others["link to a folder"] += sum(os.path.islink(os.path.join(folder, name)) for name in folders)  # it may lead back
+            folders[:] = [name for name in folders if name[0] != "."]
+            for path in (Path(folder, name) for name in files if name[0] != "."):
+                if path.suffix.lower() in SUFFIXES:
+                    inside.append(path)
+                else:
+                    others[named(path.suffix.lower())] += 1
+        for e in errors:
+            if e.filename == os.fspath(top):
+                raise PictureError(f"{top}: cannot be listed ({e.strerror}); change its permissions")
+            others[f"folder that cannot be listed ({e.filename})"] += 1
+        left_out = ", ".join(f"{n} x {kind}" for kind, n in sorted(others.items()) if n)
+        if not inside:
+            raise PictureError(f"{top}: no pictures in this folder{f', only {left_out}' * bool(left_out)}; expected {' '.join(sorted(SUFFIXES))}")
+        if left_out:
+            note(printable(f"{top}: left out {left_out}"))
+        found += sorted(inside)
+    return found
+
+
+def find_pictures(top, note):
+    """What `list_pictures` finds of one argument.  -> {path: its name, relative to the folder that was given}"""
+    return {path: Path(path.name) if path == top else path.relative_to(top) for path in list_pictures([top], note)}
+
+
+def output_paths(names, out, taken=("sheet",), note=print):
+    """One PNG in `out` per picture of `find_pictures`; equal stems get -2, -3, ..., and what is taken keeps its name.  -> list of Path"""
+    taken, paths = set(taken), []
+    for path, name in names.items():
+        stem, n = name.stem, 1
+        while str(name.parent / stem).lower() in taken:  # lower: some file systems do not tell a.png from A.png
+            n += 1
+            stem = f"{name.stem}-{n}"
+        if n > 1:
+            note(printable(f"{path}: the name {name.stem}.png is taken, so the result is {stem}.png"))
+        taken.add(str(name.parent / stem).lower())
+        paths.append(out / name.parent / f"{stem}.png")
+    return paths
+
+
+def claim(target, source, inputs):
+    """Make sure that the result of `source` may be written to `target`. inputs: realpaths of what is read. Raises PictureError."""
+    owner = "an input" if os.path.realpath(target) in inputs else ""
+    with suppress(OSError):
+        if not owner and os.path.isfile(target):
+            with open(target, "rb") as f:
+                head = f.read(1024)
+            owner = "" if any(mark in head for mark in MARKS) else "a file that nanoSR did not write"
+    if owner:
+        raise PictureError(f"{source}: its result {target} would overwrite {owner}; choose another folder for results")
