@@ -291,7 +291,7 @@ def severity(plan, hq, lq):
     still = [replace(stage, strength=[0.0] * n) for stage in (plan.first, plan.second)]
     noise = (lq - apply(replace(plan, first=still[0], second=still[1]), hq, scale := hq.shape[2] // lq.shape[2])[0]).std((1, 2, 3)) / 0.1
     mild = [replace(stage, jpeg=[100.0] * n) for stage in still]
-    grain = 0.5 + 0.1 * torch.randn(hq.shape, generator=torch.Generator().manual_seed(0)).to(hq)
+    grain = 0.5 + 0.1 * torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(hq)
     kept = apply(replace(plan, first=mild[0], second=mild[1]), grain, scale)[0].std((1, 2, 3)) / F.avg_pool2d(grain, scale).std((1, 2, 3))
     return torch.stack([1 - kept, noise], dim=1).clamp(0, 1)
 

@@ -76,7 +76,7 @@ TINY = S3DiffConfig(
 )
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, {
     "prior": Recipe(6000, 16, 6e-4, crop=128, schedule="cosine", warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
-    "estimator": Recipe(1500, 16, 2e-3, crop=64, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
+    "estimator": Recipe(5000, 8, 1e-3, crop=128, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
     "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.02, lambda_gan=0.3, gan_from=3000, schedule="cosine", warmup=100,
                        branches_per="image"),
 })}
@@ -137,6 +137,8 @@ def build_tiny(args, cfg):
     """The tiny networks: the autoencoder of all tiny models, what args.init has, the rest new -> as `build`"""
     model, origin = S3Diff(cfg), "FROM SCRATCH"
     model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))      # learned, where SD has a text encoder
+    for conv in model.denet.conv_first:     # blind for brightness, so that grain and edges are what it sees first
+        conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
     if isinstance(cfg.vae, TinyVAEConfig):
         autoencoder = VOSR.from_pretrained("vosr-tiny").vae.state_dict()
         model.vae.load_state_dict({k: v for k, v in autoencoder.items() if "finish" not in k}, strict=False)
@@ -225,7 +227,8 @@ def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None)
     negative = (u < neg_prob).to(x_src.device)
     y = model(x_src, scores, model.prompts[negative.long()], g)
     target = torch.where(negative.view(-1, 1, 1, 1), x_src, x_tgt)      # online negative prompting: this is what the bad prompt means
-    return {"l2": recipe.lambda_l2 * F.mse_loss(y, target), "lpips": recipe.lambda_lpips * lpips(y, target).mean()}, y  # Eq. S3Diff (7)
+    l2, perceptual = F.mse_loss(y, target), lpips(y, target).mean()
+    return {"l2": recipe.lambda_l2 * l2, "lpips": recipe.lambda_lpips * perceptual}, y  # Eq. S3Diff (6)
 
 
 def beside(D, x, x_src, g):
@@ -237,7 +240,7 @@ def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
     """Part 2. plan: of `beside`, None = Discriminator sees y as it is -> {name: loss}, y"""
     # official: all photos, each with the good prompt; the paper: only those that have it in part 1
     y = model(x_src, scores, model.prompts[:1].expand(len(x_src), -1, -1), g)
-    return {"gan": recipe.lambda_gan * D(y, "generator", plan).mean()}, y.detach()
+    return {"gan": recipe.lambda_gan * D(y, "generator", plan).mean()}, y.detach()  # Eq. S3Diff (6)
 
 
 def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scores, u, g):
@@ -265,7 +268,9 @@ def evaluate(stage, model, objective, test, held_out):
     else:
         loss = float(sum(objective(*test[:2], *([training.generator(1)] if stage == "prior" else []))[0].values()))
         if stage == "estimator":
-            return {"held_out": loss}, {}
+            ranks = torch.stack([model.denet(test[0]), test[1]]).argsort(1).argsort(1).float()      # (2, B, 2)
+            rank_blur, rank_noise = (float(torch.corrcoef(pair)[0, 1]) for pair in ranks.unbind(2))
+            return {"held_out": loss, "rank_blur": rank_blur, "rank_noise": rank_noise}, {}
         a, z = alphas_cumprod()[300].item(), model.vae.encode(held_out)
         z_t = a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=training.generator(2)).to(z)
         eps = model.unet(z_t, 300, model.prompts[:1].expand(len(z), -1, -1))
@@ -354,7 +359,8 @@ def main():
 
     loader = training.batches(photos, range(step, recipe.steps), recipe.batch_size, rank, share, micro, args.workers, device)
     names = {"prior": ["eps"], "estimator": ["blur", "noise"]}.get(args.stage, ["l2", "lpips", "gan", "d_real", "d_fake"])
-    log = training.Log(out / "log.csv", ["step", *names, "grad_norm", "seconds", "held_out", "psnr"], step or -1) if rank == 0 else None
+    columns = ["step", *names, "grad_norm", "seconds", "held_out", *(["rank_blur", "rank_noise"] if args.stage == "estimator" else ["psnr"])]
+    log = training.Log(out / "log.csv", columns, step or -1) if rank == 0 else None
     stop, health = training.Stop(), training.Health()
     bar = tqdm(total=recipe.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
@@ -403,15 +409,15 @@ def main():
             sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
             if due:                                         # once in a longer while: evaluate, save, draw
                 with training.autocast(device, dtype):
-                    seen, columns = evaluate(args.stage, ema, objective_of(ema), test, held_out)
+                    seen, pictures = evaluate(args.stage, ema, objective_of(ema), test, held_out)
                 save()
                 row |= seen
             if rank == 0:
                 log.write(**row)
             if rank == 0 and due:
-                if columns:
-                    training.save_sheet(out / "sheet.png", {title: x[:6] for title, x in columns.items()})
-                tqdm.write(f"step {step}: held-out loss {row['held_out']:.4f}" + (f", PSNR {row['psnr']:.2f} dB" if "psnr" in row else ""))
+                if pictures:
+                    training.save_sheet(out / "sheet.png", {title: x[:6] for title, x in pictures.items()})
+                tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in seen.items()))
                 log.draw(out / "loss.png", [*names, "held_out"], f"S3Diff {args.preset}, stage {args.stage}")
     bar.close()
     if step < recipe.steps:

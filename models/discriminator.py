@@ -135,7 +135,7 @@ class Heads(nn.Module):
 def multilevel_loss(logits, target):
     """Cross entropy with logits of any shapes (B, ...), mean within a level, SUM over levels -> (B, 1)."""
     losses = [F.binary_cross_entropy_with_logits(level, torch.full_like(level, TARGETS[target]), reduction="none") for level in logits]
-    return sum(loss.flatten(1).mean(1, keepdim=True) for loss in losses)
+    return sum(loss.flatten(1).mean(1, keepdim=True) for loss in losses)  # Eq. S3Diff (7)
 
 
 class Discriminator(nn.Module):

@@ -74,7 +74,10 @@ class LoRA:
         y = self.base(x, self.weight)
         for A, B, s, M in self.adapters(C):
             h = A(x)
-            y = y + s * B(h if M is None else self.mix(h, M.to(h)))  # Eq. S3Diff (4)
+            if M is None:
+                y = y + s * B(h)  # Eq. S3Diff (1)
+            else:
+                y = y + s * B(self.mix(h, M.to(h)))  # Eq. S3Diff (3)
         return y
 
 
@@ -169,9 +172,9 @@ class Modulation(nn.Module):
     def matrices(self, network, scores):
         """network: vae or unet; scores: (B, 2) in [0, 1] -> C (B, blocks, r, r); no identity is added to it"""
         angle = 2 * math.pi * scores[..., None] * self.w  # (B, 2, 64)
-        d = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # Eq. S3Diff (1)
+        d = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # Eq. S3Diff (2)
         d = getattr(self, f"{network}_de_mlp")(d)
-        e = getattr(self, f"{network}_block_mlp")(getattr(self, f"{network}_block").weight)  # Eq. S3Diff (2)
+        e = getattr(self, f"{network}_block_mlp")(getattr(self, f"{network}_block").weight)
         B, n, r = len(d), len(e), self.r[network]
         both = torch.cat([d[:, None].expand(B, n, -1), e.expand(B, n, -1)], dim=-1)
-        return getattr(self, f"{network}_fuse_mlp")(both).view(B, n, r, r)  # Eq. S3Diff (3)
+        return getattr(self, f"{network}_fuse_mlp")(both).view(B, n, r, r)  # Eq. S3Diff (4)

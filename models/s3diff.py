@@ -132,7 +132,7 @@ class S3Diff(nn.Module):
             return self.unet(z, t, prompts[:1].expand(len(z), -1, -1), C)
         twice = each(lambda M: M if len(M) == 1 else M.repeat(2, 1, 1), C)      # one for all can be folded into the weights
         good, bad = self.unet(z.repeat(2, 1, 1, 1), t, prompts.repeat_interleave(len(z), dim=0), twice).chunk(2)
-        return bad + guidance * (good - bad)            # Eq. S3Diff (6)
+        return bad + guidance * (good - bad)            # Eq. S3Diff (5)
 
     def predict(self, z, t, prompts, C, guidance, tile, overlap):
         """`guided`, picture by picture in square tiles where z has more cells than one.  tile, overlap: pixels -> like z"""
