@@ -145,6 +145,8 @@ def build_tiny(args, cfg):
     model, origin = GramSR(cfg), "FROM SCRATCH"
     if args.init != "none":
         path = Path(args.init, "model.safetensors") if args.init else PRIOR
+        if not path.exists():
+            raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny --stage prior, or none")
         tensors = {k: v for k, v in read_model(path)[1].items() if is_prior(k)}
         load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
         origin = f"from {path}"

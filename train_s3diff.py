@@ -144,6 +144,8 @@ def build_tiny(args, cfg):
         model.vae.load_state_dict({k: v for k, v in autoencoder.items() if "finish" not in k}, strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
         path = Path(args.init, "model.safetensors") if args.init else PRIOR
+        if not path.exists():
+            raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny --stage prior, or none")
         tensors = {k: v for k, v in read_model(path)[1].items() if is_prior(k) or k.startswith("denet.") or is_trained(k)}
         load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
         origin = f"from {path}"

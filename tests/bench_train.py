@@ -17,14 +17,14 @@ import train_s3diff
 import train_vosr
 import training
 from degrade import RECIPES, degrade
-from models.discriminator import Discriminator, draw_augment
+from models.discriminator import Discriminator, PatchDiscriminator
 from models.dit import DiT
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, is_trained
 from models.support.precision import in_half
 from models.vit import PRESETS as VITS
-from models.vit import DINOv3, ViT, ViTConfig
+from models.vit import DINOv3, ViT
 from models.vosr import VOSR
 
 
@@ -70,14 +70,15 @@ def vosr(args, hq, device, dtype):
 
 
 def s3diff(args, hq, device, dtype):
-    cfg, recipe = train_s3diff.PRESETS["tiny" if args.tiny else "sd-turbo"]
+    cfg, stages = train_s3diff.PRESETS["tiny" if args.tiny else "sd-turbo"]
+    recipe = stages["adapters"]
     with torch.device("meta"):
         model = S3Diff(cfg)
     model = with_numbers(model, torch.Generator(device).manual_seed(0), device)
     params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
     in_half(model.unet, dtype, adapters=False)
-    vit = ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1) if args.tiny else VITS["dino_vitb16"]
-    D, lpips = Discriminator(ViT(vit), **({"head_width": 16} if args.tiny else {})).to(device), LPIPS().requires_grad_(False).to(device)
+    D = (PatchDiscriminator() if args.tiny else Discriminator(ViT(VITS["dino_vitb16"]))).to(device)
+    lpips = LPIPS("random" if args.tiny else "vgg").requires_grad_(False).to(device)
     G_step, D_step = Step(params, device, dtype), Step([*D.parameters()], device, dtype)
 
     def part(step, compute):
@@ -91,18 +92,19 @@ def s3diff(args, hq, device, dtype):
 
     def adversary():
         D.requires_grad_(False)
-        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.adversary(model, D, recipe, x_src, scores, g, draw_augment(x_src, g)))
+        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.adversary(model, D, recipe, x_src, scores, g, train_s3diff.beside(D, x_src, x_src, g)))
         D.requires_grad_(True)
 
     def judge():
         for target in ("real", "fake"):
-            part(D_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.discriminator_loss(D, recipe, x_tgt, target, draw_augment(x_tgt, g)))
+            part(D_step, lambda x_src, x_tgt, scores, u, g:
+                 train_s3diff.discriminator_loss(D, recipe, x_tgt, target, train_s3diff.beside(D, x_tgt, x_src, g)))
 
     def whole():
         reconstruct(), adversary(), judge()
 
     yield "S3Diff", {"reconstruct": reconstruct, "adversary": adversary, "judge": judge, "step": whole}, \
-        [model.unet, model.vae.encoder, model.vae.decoder]
+        [model.unet, *model.vae.children()]
 
 
 def gramsr(args, hq, device, dtype):
@@ -111,8 +113,8 @@ def gramsr(args, hq, device, dtype):
         model = GramSR(cfg)
     model = with_numbers(model, torch.Generator(device).manual_seed(0), device).requires_grad_(False)
     in_half(model.unet, dtype)
-    lpips = LPIPS().requires_grad_(False).to(device)
-    vit = DINOv3(VITS["dinov3_vits16plus"]).requires_grad_(False).to(device)
+    lpips = LPIPS("random" if args.tiny else "vgg").requires_grad_(False).to(device)
+    vit = DINOv3(cfg.vit if args.tiny else VITS["dinov3_vits16plus"]).requires_grad_(False).to(device)
     for name in SETS:
         stage = stages[name]
         model.add_set(name, stage.rank)
@@ -124,7 +126,7 @@ def gramsr(args, hq, device, dtype):
             lq_up = degrade(hq, RECIPES["gramsr"], g)[1]
             step(lambda: train_gramsr.losses(model, lpips, vit, stage, {}, 2 * lq_up - 1, 2 * hq - 1, g)[0])
 
-        yield f"GramSR {name}", {"step": whole}, [model.unet, model.vae.decoder]
+        yield f"GramSR {name}", {"step": whole}, [model.unet, *model.vae.children()]
 
 
 def read_photos(args, crop, device):

@@ -60,7 +60,7 @@ def test_compiled_equals_plain(system, lq):
     torch.testing.assert_close(system.model.upscale(lq), plain, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("script", ["train_vosr.py --stage autoencoder", "train_s3diff.py --preset tiny", "train_gramsr.py --preset tiny --stage pixel"])
+@pytest.mark.parametrize("script", ["train_vosr.py --stage autoencoder", "train_s3diff.py --preset tiny --init none", "train_gramsr.py --preset tiny --stage pixel --init none"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_training(tmp_path, script, dtype):
     for i in range(3):

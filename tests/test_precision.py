@@ -117,9 +117,10 @@ def test_blending_in_half(dtype):
 TRAININGS = {
     "autoencoder": (train_vosr, "--preset small --stage autoencoder"), "flow": (train_vosr, "--preset small --stage flow --init {autoencoder}"),
     "refine": (train_vosr, "--preset small --stage refine --init {flow}"), "distill": (train_vosr, "--preset small --stage distill --init {flow}"),
-    "decoder": (train_vosr, "--preset small --stage decoder --init {distill}"), "s3diff": (train_s3diff, "--preset tiny"),
-    **{stage: (train_gramsr, f"--preset tiny --stage {stage}" + f" --init {{{before}}}" * bool(before))
-       for stage, before in (("pixel", ""), ("semantic", "pixel"), ("texture", "semantic"))},
+    "decoder": (train_vosr, "--preset small --stage decoder --init {distill}"), "s3diff": (train_s3diff, "--preset tiny --init none"),
+    "prior": (train_s3diff, "--preset tiny --stage prior"), "estimator": (train_s3diff, "--preset tiny --stage estimator --init none"),
+    **{stage: (train_gramsr, f"--preset tiny --stage {stage}" + f" --init {before}")
+       for stage, before in (("pixel", "none"), ("semantic", "{pixel}"), ("texture", "{semantic}"))},
 }
 
 
@@ -132,7 +133,7 @@ def launch(tmp_path, monkeypatch):
     stages = {name: test_train.STAGE for name in train_vosr.TINY_STAGES}
     cfg = replace(test_train.SMALL, dit=replace(test_train.SMALL.dit, precondition=True, rope_rescale=False))
     monkeypatch.setitem(train_vosr.PRESETS, "small", (cfg, stages))
-    small = replace(train_gramsr.TINY, unet=test_train_s3diff.SMALL.unet, vae=test_train_s3diff.SMALL.vae)
+    small = replace(train_gramsr.TINY, unet=test_train_s3diff.SMALL_TINY.unet, vae=test_train_s3diff.SMALL_TINY.vae)
     monkeypatch.setitem(train_gramsr.PRESETS, "tiny", (small, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
     test_train_s3diff.shrink(monkeypatch)
     folders = {}
@@ -147,7 +148,7 @@ def launch(tmp_path, monkeypatch):
     return launch
 
 
-@pytest.mark.parametrize("names", [("autoencoder", "flow", "refine", "distill", "decoder"), ("s3diff",), ("pixel", "semantic", "texture")], ids=" ".join)
+@pytest.mark.parametrize("names", [("autoencoder", "flow", "refine", "distill", "decoder"), ("prior", "estimator"), ("s3diff",), ("pixel", "semantic", "texture")], ids=" ".join)
 def test_trainings_in_half(launch, names):
     """A step of each stage in all types, one after the other; the loss is that of float32, nearly.
 
