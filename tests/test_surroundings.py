@@ -115,6 +115,7 @@ def test_real_compile_without_a_compiler(tmp_path):
 def test_names_that_a_log_cannot_hold(monkeypatch, photos, tmp_path, name):  # noqa: F811
     """Standard output of Windows, or one that goes to a file: cp1252."""
     out = tmp_path / "東京 \udcff"
+    monkeypatch.setattr(sys, "stderr", sys.stderr)      # to be put back
     for _ in range(2):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="cp1252"))
         with training.one_line_errors("train"):
