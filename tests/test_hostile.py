@@ -401,7 +401,7 @@ def refusal(load, path):
             load(str(path))
     finally:
         hook.remove()
-    assert len(made) <= 2 * MOST and sum(made) < 10**6, "layers cost time, numbers memory"
+    assert len(made) <= 2 * MOST and sum(made) < 10**7, "layers cost time, numbers memory; a small file has 2.5 million"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
     assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600, str(e.value)
     return str(e.value)
