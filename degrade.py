@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models.support import imaging
-from models.support.arguments import SEED, between, command, folder
+from models.support.arguments import SEED, Stop, between, command, folder
 from models.support.files import PictureError, claim, find_pictures, output_paths, printable
 
 # ---- recipes: what may be drawn, with which odds
@@ -302,8 +302,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def degrade_file(path, name, targets, args):
-    """Write one pair.  name: as given, from which its seed is drawn, so that other files do not matter. Raises PictureError."""
+def pair(path, name, args):
+    """One pair, (1, 3, H, W) in [0, 1].  name: as given; its seed is drawn from it, so other files do not matter. Raises PictureError."""
     scale = args.scale
     hq, _ = imaging.read_picture(path, note=tqdm.write)
     H, W = hq.shape[2:]
@@ -311,13 +311,7 @@ def degrade_file(path, name, targets, args):
         raise PictureError(f"{path}: {W} x {H} pixels are too few, both sides need {8 * scale}; remove or replace it")
     hq = hq[..., : H // scale * scale, : W // scale * scale]
     digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode(errors="surrogateescape")).digest()
-    lq, _ = degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
-    try:
-        for target, x in zip(targets, (lq, hq)):
-            imaging.write_picture(target, x)
-    except KeyboardInterrupt:
-        targets[0].unlink(missing_ok=True)      # no half of a pair stays
-        raise
+    return degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)[0], hq
 
 
 def main():
@@ -330,23 +324,30 @@ def main():
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
         sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; choose a folder outside"))
-    done, failed, inputs, results = 0, 0, set(map(os.path.realpath, names)), output_paths(names, Path(), ())
+    done, failed, inputs, results, stop = 0, 0, set(map(os.path.realpath, names)), output_paths(names, Path(), ()), Stop()
     try:
         for (path, name), result in zip(tqdm(names.items(), unit="picture", disable=None), results):
+            if stop:
+                break
             targets = [args.out_dir / kind / result for kind in ("lq", "hq")]
             try:
                 for target in targets:
                     claim(target, path, inputs)
                 if not (args.skip_existing and all(map(os.path.exists, targets))):
-                    degrade_file(path, name, targets, args)
+                    with stop:
+                        pictures = pair(path, name, args)
+                    for target, x in zip(targets, pictures):
+                        imaging.write_picture(target, x)
                 done += 1
             except PictureError as error:
                 failed += 1
                 tqdm.write(f"degrade.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"stopped after {done + failed} of {len(names)} pictures; the same command with --skip-existing goes on", file=sys.stderr)
+        stop.asked = True       # the pair at hand is dropped
+    if stop:
+        print(f"stopped after {done + failed} of {len(names)}; the same command with --skip-existing goes on", file=sys.stderr)
     print(printable(f"{done} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped"))
-    sys.exit(130 if done + failed < len(names) else failed > 0)
+    sys.exit(130 if stop else failed > 0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from inspect import signature
 from os.path import exists, realpath
@@ -23,7 +23,7 @@ import torch
 
 from models.gramsr import GramSR
 from models.s3diff import S3Diff
-from models.support.arguments import SEED, between, command, folder, positive
+from models.support.arguments import SEED, Stop, between, command, folder, positive
 from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of,
                                        report, row_of, write_metrics, write_text)
 from models.support.files import PictureError, claim, find_pictures, output_paths, printable
@@ -220,11 +220,10 @@ def upscale_all(model, jobs, args, failures):
 
     -> [what `finish` returns], was it stopped by Ctrl-C?
     """
-    done, reads, writes, stopped = [], deque(), deque(), False
+    done, reads, writes, stop = [], deque(), deque(), Stop()
 
     def collect(keep):
         while len(writes) > keep:
-            wait([writes[0][1]])        # here Ctrl-C may come
             path, result = writes.popleft()
             with failures.at(path):
                 done.append(result.result())
@@ -233,22 +232,25 @@ def upscale_all(model, jobs, args, failures):
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
             for i, job in enumerate(jobs):
+                if stop:
+                    break
                 reads.extend(pool.submit(read, other.path) for other in jobs[i + len(reads) : i + AT_ONCE])
                 with failures.at(job.path):
                     lq, alpha, notes = reads.popleft().result()
                     print(*notes, sep="\n", end="\n" * bool(notes))
                     claim(job.target, job.path, args.inputs)
                     sr, seconds = earlier(job.target, lq, args), None
-                    if sr is None:
-                        sr, seconds = upscale(model, job.path, lq, args)
-                        if args.sweep:
+                    with stop:
+                        if sr is None:
+                            sr, seconds = upscale(model, job.path, lq, args)
+                        if args.sweep and seconds is not None:
                             sweep(model, lq, job, args)
                     writes.append((job.path, pool.submit(finish, job, lq, alpha, sr, seconds, args)))
                 collect(AT_ONCE)
         except KeyboardInterrupt:
-            stopped = True              # the picture at hand is dropped
+            stop.asked = True           # the picture at hand is dropped
         collect(0)
-    return done, stopped
+    return done, bool(stop)
 
 
 def summarise(done, args, failures):

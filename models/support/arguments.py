@@ -59,6 +59,29 @@ def make_lenient():
         sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
 
 
+class Stop:
+    """True once Ctrl-C or SIGTERM came. `with stop:` holds what is then dropped, by KeyboardInterrupt; all else is finished."""
+
+    def __init__(self):
+        self.asked = self.inside = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, _):
+        again, self.asked = self.asked, True
+        if self.inside or again and number == signal.SIGINT:    # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+
+    def __bool__(self):
+        return self.asked
+
+    def __enter__(self):
+        self.inside = True
+
+    def __exit__(self, *_):
+        self.inside = False
+
+
 def command(main):
     """Run a script's main and end with its status: nothing printed stops it, and SIGTERM is Ctrl-C, whose status is 130."""
     make_lenient()

@@ -23,11 +23,6 @@ class PictureError(ValueError):
         super().__init__(printable(message))
 
 
-def named(suffix):
-    """A kind of file in words: .heic (HEIC)"""
-    return f"{suffix} ({OTHERS[suffix]})" if suffix in OTHERS else suffix or "without suffix"
-
-
 def list_pictures(paths, note=lambda line: None):
     """Files as they are, folders replaced by the pictures anywhere below them, sorted; hidden ones left out.
 
@@ -44,10 +39,10 @@ def list_pictures(paths, note=lambda line: None):
             others["link to a folder"] += sum(os.path.islink(os.path.join(folder, name)) for name in folders)  # it may lead back
             folders[:] = [name for name in folders if name[0] != "."]
             for path in (Path(folder, name) for name in files if name[0] != "."):
-                if path.suffix.lower() in SUFFIXES:
+                if (kind := path.suffix.lower()) in SUFFIXES:
                     inside.append(path)
                 else:
-                    others[named(path.suffix.lower())] += 1
+                    others[f"{kind} ({OTHERS[kind]})" if kind in OTHERS else kind or "without suffix"] += 1
         for e in errors:
             if e.filename == os.fspath(top):
                 raise PictureError(f"{top}: cannot be listed ({e.strerror}); change its permissions")

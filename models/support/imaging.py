@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from models.support.files import SUFFIXES, PictureError, list_pictures, named, output_paths, printable  # noqa: F401: asked for here, too
+from models.support.files import OTHERS, SUFFIXES, PictureError, list_pictures, printable  # noqa: F401: asked for here, too
 from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # what a file may hold, whatever its name; Pillow would hand some others to programs
@@ -99,7 +99,8 @@ def read_picture(path, file=None, note=lambda line: None):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{path}: is not a picture that is read here ({named(Path(path).suffix.lower())}); convert it to PNG") from None
+        kind = OTHERS.get(Path(path).suffix.lower())
+        raise PictureError(f"{path}: is not a picture of a kind that is read here{f' ({kind})' * bool(kind)}; convert it to PNG") from None
     except PermissionError:
         raise PictureError(f"{path}: may not be read (permission denied); change its permissions") from None
     except Exception as e:  # on broken files Pillow's decoders raise anything from OSError to SyntaxError

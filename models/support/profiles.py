@@ -1,0 +1,34 @@
+"""What colours a picture file means: its colour profile, its transparent colour; on Pillow's images."""
+
+import io
+from contextlib import suppress
+
+import numpy as np
+from PIL import ImageCms
+
+
+def scale_key(img):
+    """Bring a PNG's transparent colour to the 8 bits that Pillow makes of its pixels; before they are loaded."""
+    key, factor = img.info.get("transparency"), img.tile and {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(img.tile[0][3]))
+    if img.format == "PNG" and factor and key is not None:
+        img.info["transparency"] = int(key * factor) if isinstance(key, int) else tuple(int(v * factor) for v in key)
+
+
+def to_srgb(img):
+    """A Pillow image of any mode in RGB or RGBA, by its colour profile if it has one; a useless profile is ignored."""
+    plain = img.convert("RGBA" if img.has_transparency_data else "RGB")  # palettes and colour keys included
+    with suppress(KeyError, TypeError, OSError, ImageCms.PyCMSError):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info["icc_profile"]))
+        space, source = profile.profile.xcolor_space.strip(), None
+        if space == "RGB" and img.mode != "CMYK":
+            source = plain.convert("RGB")
+        elif space == "GRAY" and np.ptp(np.asarray(plain)[..., :3], axis=2).max() == 0:
+            source = plain.getchannel("G")
+        elif space == "CMYK" == img.mode:
+            source = img
+        if source:
+            srgb = ImageCms.profileToProfile(source, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if plain.mode == "RGBA":
+                srgb.putalpha(plain.getchannel("A"))
+            return srgb
+    return plain
