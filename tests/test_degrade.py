@@ -238,7 +238,7 @@ def test_stop_and_go_on(tmp_path, monkeypatch, capsys):
 
     try:
         monkeypatch.setattr(module, "pair", pair)
-        assert main(tmp_path / "out") == 130 and "stopped after 2 of 4; the same command with --skip-existing" in capsys.readouterr().err
+        assert main(tmp_path / "out") == 130 and "stopped after 2 of 4; add --skip-existing" in capsys.readouterr().err
         assert set(files(tmp_path / "out")) == {f"{kind}/{i}.png" for kind in ("lq", "hq") for i in (0, 1)}
         (tmp_path / "out" / "hq" / "1.png").unlink()       # half of a pair is none
         assert main(tmp_path / "out", "--skip-existing") == 0 and calls == ["0.png", "1.png", "2.png", "1.png", "2.png", "3.png"]

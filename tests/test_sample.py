@@ -167,7 +167,7 @@ def test_stop_and_go_on(run, monkeypatch, number, during):
     try:
         monkeypatch.setattr(Bicubic, "upscale", upscale_or_stop)
         status, out, err = run(*command)
-        assert status == 130 and err == ["stopped after 3 of 6; the same command with --skip-existing goes on"]
+        assert status == 130 and err == ["stopped after 3 of 6; add --skip-existing to go on"]
         assert names("out") == ["0.png", "1.png", "2.png", "metrics.csv", "metrics.json", "page.html", "sheet.png", "sweep"]
         assert names("out/sweep") == ["0.png", "1.png", "2.png"] and len(Path("out/metrics.csv").read_text().splitlines()) == 4
         monkeypatch.setattr(Bicubic, "upscale", lambda self, lq, *args, **knobs: calls.append(lq.shape[2]) or upscale(self, lq, *args, **knobs))

@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments, which argparse refuses by the flag's name, and how a script ends and prints."""
+"""What the commands share: types of arguments, which argparse refuses by name, how a command prints and ends."""
 
 import argparse
 import math
@@ -35,7 +35,7 @@ def folder(text):
 
 
 class Lenient:
-    """A text stream to which nothing fails: what its code page lacks is escaped, and a closed pipe or a full disk loses lines, not the run."""
+    """A stream to which no print fails: what its code page lacks is escaped; a closed pipe or a full disk loses lines only."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -60,7 +60,7 @@ def make_lenient():
 
 
 class Stop:
-    """True once Ctrl-C or SIGTERM came. `with stop:` holds what is then dropped, by KeyboardInterrupt; all else is finished."""
+    """True once Ctrl-C or SIGTERM came. What is in `with stop:` is then dropped (KeyboardInterrupt), all else finished."""
 
     def __init__(self):
         self.asked = self.inside = False
@@ -83,7 +83,7 @@ class Stop:
 
 
 def command(main):
-    """Run a script's main and end with its status: nothing printed stops it, and SIGTERM is Ctrl-C, whose status is 130."""
+    """Run a script's main and end with its status. Nothing printed ends it; SIGTERM is Ctrl-C, whose status is 130."""
     make_lenient()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
