@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from models.support.files import OTHERS, SUFFIXES, PictureError, list_pictures, printable  # noqa: F401: asked for here, too
+from models.support.files import OTHERS, SUFFIXES, PictureError, list_pictures, printable  # noqa: F401: asked for here too
 from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # what a file may hold, whatever its name; Pillow would hand some others to programs
