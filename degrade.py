@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models.support import imaging
-from models.support.arguments import SEED, between, command, folder
+from models.support.arguments import SEED, Stop, between, command, folder
 from models.support.files import PictureError, claim, find_pictures, output_paths, printable
 
 # ---- recipes: what may be drawn, with which odds
@@ -314,14 +314,14 @@ def parse_args(argv=None):
     parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="folder of clean pictures, searched with its subfolders")
     parser.add_argument("out_dir", type=folder, metavar="OUT_DIR", help="where lq/ and hq/ go")
     parser.add_argument("--recipe", choices=RECIPES, default="vosr", help="whose settings (default vosr)")
-    parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is 1 to 16 times smaller (default 4)")
+    parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is so many times smaller, 1 to 16 (4)")
     parser.add_argument("--seed", type=SEED, default=0, help="the same seed gives the same bytes (default 0)")
-    parser.add_argument("--skip-existing", action="store_true", help="keep pairs that are in OUT_DIR already: go on after a stop")
+    parser.add_argument("--skip-existing", action="store_true", help="keep pairs that are in OUT_DIR: go on after a stop")
     return parser.parse_args(argv)
 
 
-def degrade_file(path, name, targets, args):
-    """Write one pair.  name: as given, from which its seed is drawn, so that other files do not matter. Raises PictureError."""
+def pair(path, name, args):
+    """lq, hq (1, 3, H, W) in [0, 1] of a picture; name gives the seed, so other files do not matter. Raises PictureError."""
     scale = args.scale
     hq, _ = imaging.read_picture(path, note=tqdm.write)
     H, W = hq.shape[2:]
@@ -329,42 +329,47 @@ def degrade_file(path, name, targets, args):
         raise PictureError(f"{path}: {W} x {H} pixels are too few, both sides need {8 * scale}; remove or replace it")
     hq = hq[..., : H // scale * scale, : W // scale * scale]
     digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode(errors="surrogateescape")).digest()
-    lq, _ = degrade(hq, RECIPES[args.recipe], torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), scale)
-    try:
-        for target, x in zip(targets, (lq, hq)):
-            imaging.write_picture(target, x)
-    except KeyboardInterrupt:
-        targets[0].unlink(missing_ok=True)      # no half of a pair stays
-        raise
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return degrade(hq, RECIPES[args.recipe], generator, scale)[0], hq
 
 
 def main():
     args = parse_args()
     try:
         if not args.hr_dir.is_dir():
-            raise PictureError(f"{args.hr_dir}: {'is no folder' if args.hr_dir.exists() else 'no such folder'}; give one with pictures")
+            why = "is no folder" if args.hr_dir.exists() else "no such folder"
+            raise PictureError(f"{args.hr_dir}: {why}; give one with pictures")
         names = find_pictures(args.hr_dir, print)
     except PictureError as error:
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
-        sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; choose a folder outside"))
-    done, failed, inputs, results = 0, 0, set(map(os.path.realpath, names)), output_paths(names, Path(), ())
+        sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; "
+                           "choose a folder outside"))
+    inputs, results = set(map(os.path.realpath, names)), output_paths(names, Path(), ())
+    done, failed, stop = 0, 0, Stop()
     try:
         for (path, name), result in zip(tqdm(names.items(), unit="picture", disable=None), results):
+            if stop:
+                break
             targets = [args.out_dir / kind / result for kind in ("lq", "hq")]
             try:
                 for target in targets:
                     claim(target, path, inputs)
                 if not (args.skip_existing and all(map(os.path.exists, targets))):
-                    degrade_file(path, name, targets, args)
+                    with stop:
+                        pictures = pair(path, name, args)
+                    for target, x in zip(targets, pictures):
+                        imaging.write_picture(target, x)
                 done += 1
             except PictureError as error:
                 failed += 1
                 tqdm.write(f"degrade.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"stopped after {done + failed} of {len(names)} pictures; the same command with --skip-existing goes on", file=sys.stderr)
+        stop.asked = True       # the pair at hand is dropped
+    if stop:
+        print(f"stopped after {done + failed} of {len(names)}; add --skip-existing to go on", file=sys.stderr)
     print(printable(f"{done} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped"))
-    sys.exit(130 if done + failed < len(names) else failed > 0)
+    sys.exit(130 if stop else failed > 0)
 
 
 if __name__ == "__main__":

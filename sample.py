@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from inspect import signature
 from os.path import exists, realpath
@@ -23,11 +23,12 @@ import torch
 
 from models.gramsr import GramSR
 from models.s3diff import S3Diff
-from models.support.arguments import SEED, between, command, folder, positive
-from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference, record_of,
-                                       report, row_of, write_metrics, write_text)
+from models.support.arguments import SEED, Stop, between, command, folder, positive
+from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference,
+                                       record_of, report, row_of, write_metrics, write_text)
 from models.support.files import PictureError, claim, find_pictures, output_paths, printable
-from models.support.imaging import GREY, chroma, contact_sheet, middle, read_picture, resize, round8, save_png, write_picture
+from models.support.imaging import (GREY, chroma, contact_sheet, middle, read_picture, resize, round8, save_png,
+                                    write_picture)
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
 from models.support.weights import WeightError, list_weights, read_config
@@ -63,7 +64,7 @@ def parse_args(argv):
     p.add_argument("--guidance", type=between(-100, 100),
                    help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")  # fmt: skip
     p.add_argument("--steps", type=positive, help="VOSR: steps of the sampler, from 1 on")
-    p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from, 0 to 1")
+    p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from")
     p.add_argument("--temperature", type=between(0, 100),
                    help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")  # fmt: skip
     p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
@@ -71,9 +72,9 @@ def parse_args(argv):
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
     p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="S3Diff: 1 to 999; below 999 the noise of that time is added first (the paper tries 250, 500)")  # fmt: skip
+                   help="S3Diff: below 999 the noise of that time is added first (the paper tries 250, 500)")  # fmt: skip
     p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")
-    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (default 1; all at 1 cost one pass)")
+    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (1; all at 1 cost one pass)")
     p.add_argument("--semantic", type=between(-100, 100), help="GramSR: strength of the semantic LoRA")
     p.add_argument("--texture", type=between(-100, 100), help="GramSR: strength of the texture LoRA")
     p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX",
@@ -158,7 +159,8 @@ def finish(job, lq, alpha, sr, seconds, args):
     if seconds is None:
         lines = [f"{name}: {target} is kept"]
     else:
-        write_picture(job.target, sr[:, :1] if chroma(lq) < GREY else sr, None if alpha is None else resize(alpha, (H, W)))
+        colours = sr[:, :1] if chroma(lq) < GREY else sr
+        write_picture(job.target, colours, None if alpha is None else resize(alpha, (H, W)))
         lines = [f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {target}: {W}x{H}, {seconds:.2f} s"]
     sr, bicubic = round8(sr), resize(lq, (H, W))  # measured is what the file holds
     hq, why = read_reference(job.name, job.ref, (H, W)) if args.ref else (None, "")
@@ -225,11 +227,10 @@ def upscale_all(model, jobs, args, failures):
 
     -> [what `finish` returns], was it stopped by Ctrl-C?
     """
-    done, reads, writes, stopped = [], deque(), deque(), False
+    done, reads, writes, stop = [], deque(), deque(), Stop()
 
     def collect(keep):
         while len(writes) > keep:
-            wait([writes[0][1]])        # here Ctrl-C may come
             path, result = writes.popleft()
             with failures.at(path):
                 done.append(result.result())
@@ -238,22 +239,25 @@ def upscale_all(model, jobs, args, failures):
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
             for i, job in enumerate(jobs):
+                if stop:
+                    break
                 reads.extend(pool.submit(read, other.path) for other in jobs[i + len(reads) : i + AT_ONCE])
                 with failures.at(job.path):
                     lq, alpha, notes = reads.popleft().result()
                     print(*notes, sep="\n", end="\n" * bool(notes))
                     claim(job.target, job.path, args.inputs)
                     sr, seconds = earlier(job.target, lq, args), None
-                    if sr is None:
-                        sr, seconds = upscale(model, job.path, lq, args)
-                        if args.sweep:
+                    with stop:
+                        if sr is None:
+                            sr, seconds = upscale(model, job.path, lq, args)
+                        if args.sweep and seconds is not None:
                             sweep(model, lq, job, args)
                     writes.append((job.path, pool.submit(finish, job, lq, alpha, sr, seconds, args)))
                 collect(AT_ONCE)
         except KeyboardInterrupt:
-            stopped = True              # the picture at hand is dropped
+            stop.asked = True           # the picture at hand is dropped
         collect(0)
-    return done, stopped
+    return done, bool(stop)
 
 
 def summarise(done, args, failures):
@@ -284,7 +288,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list_weights:
         return list_weights()
-    args.flags, args.command = dict(vars(args)), shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
+    args.flags = dict(vars(args))
+    args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
     failures, names = Failures(), {}
     for top in args.pictures:
         with failures.at(top):
@@ -297,14 +302,15 @@ def main(argv=None):
     taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
     jobs = [Job(*job) for job in zip(names, names.values(), output_paths(names, args.out, taken), references)]
     read = [*names, *(path for ref in references if ref for path in (ref if isinstance(ref, tuple) else [ref]))]
-    args.inputs, args.shown = {realpath(path) for path in read}, len(jobs) * len(args.names)    # Path.resolve fails at loops of links
+    args.inputs = {realpath(path) for path in read}     # Path.resolve fails at loops of links
+    args.shown = len(jobs) * len(args.names)
     done, stopped = upscale_all(model, jobs, args, failures)
     if done:
         summarise(done, args, failures)
     if failures:
         print(f"done {len(done)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
     if stopped:
-        print(f"stopped after {len(done)} of {len(jobs)}; the same command with --skip-existing goes on", file=sys.stderr)
+        print(f"stopped after {len(done)} of {len(jobs)}; add --skip-existing to go on", file=sys.stderr)
     return 130 if stopped else 1 if failures else 0
 
 

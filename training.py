@@ -6,7 +6,6 @@ Set-up and precision, several processes, seeds, learning rate, exponential movin
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 import warnings
@@ -18,8 +17,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
-from models.support.arguments import make_lenient
-from models.support.charts import Log, save_sheet  # noqa: F401: scripts say training.Log, and so on
+from models.support.arguments import Stop, make_lenient  # noqa: F401: scripts say training.Stop, and so on
+from models.support.charts import Log, save_sheet  # noqa: F401
 from models.support.photos import batches, photos_for  # noqa: F401
 from models.support.weights import sha256_of
 
@@ -247,23 +246,6 @@ def ema_update(ema, model, decay):
     torch._foreach_lerp_(averaged, learned, 1 - decay)
     for e, b in zip(ema.buffers(), model.buffers()):
         e.copy_(b)
-
-
-class Stop:
-    """True once Ctrl-C or SIGTERM came: the loop then finishes its step, saves and says how to go on."""
-
-    def __init__(self):
-        self.asked = False
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.ask)
-
-    def ask(self, number, _):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt     # a second Ctrl-C does not wait; torchrun follows the first with SIGTERM, which does
-        self.asked = True
-
-    def __bool__(self):
-        return self.asked
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -45,11 +45,11 @@ class GramSRConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
     vit: DINOv3Config = field(default_factory=DINOv3Config)
-    prompt_tokens: int = 0      # of the tiny prior's two prompts, which CSD asks; SD's are not read
     ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are; in training they come one by one
     t: int = 1                  # what the UNet is told about the noise
     tile: int = 512             # pixels per tile side: the size it was trained at
     overlap: int = 128          # pixels that tiles share, at least 1/8 of a tile
+    prompt_tokens: int = 0      # of the tiny prior's two prompts, which CSD asks; SD's are not read
 
     @staticmethod
     def from_dict(d):

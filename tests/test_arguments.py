@@ -1,10 +1,13 @@
-"""Numbers on the command line.    python -m pytest tests/test_arguments.py"""
+"""What the commands share.    python -m pytest tests/test_arguments.py"""
 
 import argparse
+import io
+import os
+import signal
 
 import pytest
 
-from models.support.arguments import SEED, between, positive
+from models.support.arguments import SEED, Lenient, Stop, between, folder, positive
 
 
 def test_what_is_a_number_of_that_range():
@@ -18,3 +21,47 @@ def test_what_is_a_number_of_that_range():
 def test_anything_else_is_refused(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match="number from"):
         kind(text)
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    for name in ("big.png", "big.JPG", "a/b.avif"):
+        with pytest.raises(argparse.ArgumentTypeError, match="name of a file; give a folder"):
+            folder(name)
+    (tmp_path / "x.png").mkdir()
+    assert folder(str(tmp_path / "x.png")) == tmp_path / "x.png" and folder("v1.5").name == "v1.5"
+
+
+@pytest.mark.parametrize("coding, shown", [("cp1252", "\\u6771 \\udcff é"), ("utf-8", "東 \\udcff é"), ("ascii", "\\u6771 \\udcff \\xe9")])
+def test_printing_never_fails(coding, shown):
+    buffer = io.BytesIO()
+    stream = Lenient(io.TextIOWrapper(buffer, encoding=coding))
+    print("東 \udcff é", file=stream, flush=True)
+    assert buffer.getvalue().decode(coding) == shown + os.linesep and stream.encoding == coding
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pipe that says it is closed")
+def test_nobody_reads():
+    read, write = os.pipe()
+    os.close(read)
+    stream = Lenient(open(write, "w"))
+    for _ in range(2):
+        print("x" * 10**5, file=stream, flush=True)
+    stream.stream.buffer.raw.close()
+
+
+def test_stop():
+    """What is inside is dropped, what is outside is finished; a second Ctrl-C does not wait."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        stop = Stop()
+        assert not stop
+        with pytest.raises(KeyboardInterrupt), stop:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop
+        stop = Stop()
+        signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])

@@ -1,7 +1,9 @@
 """The degradation and the command.    python -m pytest tests/test_degrade.py"""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -233,3 +235,54 @@ def test_severity_knows_the_plan():
     blurred, noisy, none = told(2.0, 0), told(0.1, 10), told(0.1, 0)
     assert 0.2 < blurred[0, 0] < blurred[1, 0] <= 1 and none[:, 0].max() < 0.1 and none[:, 1].max() == 0
     assert 0.02 < noisy[0, 1] < noisy[1, 1] and abs(noisy[:, 0] - none[:, 0]).max() < 0.02
+
+
+def test_stop_and_go_on(tmp_path, monkeypatch, capsys):
+    folder, whole = save_photos(tmp_path / "hr", [(40, 40)] * 4), tmp_path / "whole"
+    handlers, real, calls = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], module.pair, []
+
+    def main(out, *more):
+        monkeypatch.setattr(sys, "argv", ["degrade.py", str(folder), str(out), *more])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        return stop.value.code
+
+    def pair(path, name, args):
+        calls.append(path.name)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(path, name, args)
+
+    try:
+        monkeypatch.setattr(module, "pair", pair)
+        assert main(tmp_path / "out") == 130 and "stopped after 2 of 4; add --skip-existing" in capsys.readouterr().err
+        assert set(files(tmp_path / "out")) == {f"{kind}/{i}.png" for kind in ("lq", "hq") for i in (0, 1)}
+        (tmp_path / "out" / "hq" / "1.png").unlink()       # half of a pair is none
+        assert main(tmp_path / "out", "--skip-existing") == 0 and calls == ["0.png", "1.png", "2.png", "1.png", "2.png", "3.png"]
+        assert main(whole) == 0 and files(whole) == files(tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
+
+
+def test_names_and_files_of_others(tmp_path):
+    """In a code page that lacks the name; with results that are not ours, a folder of other things, two names that are one PNG."""
+    folder = save_photos(tmp_path / "hr", [(40, 40)])
+    (folder / "0.png").rename(folder / "東京.png")
+    save_photos(folder / "sub", [(40, 40)], ".bmp"), save_photos(folder / "sub", [(40, 40)], ".png"), save_photos(folder / ".trash", [(40, 40)])
+    (folder / "a.heic").touch()
+    (tmp_path / "東" / "lq" / "sub").mkdir(parents=True)
+    (tmp_path / "東" / "lq" / "sub" / "0.png").write_text("mine")
+    done = subprocess.run([sys.executable, ROOT / "degrade.py", folder, tmp_path / "東"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"})
+    out, err = done.stdout.decode("cp1252"), done.stderr.decode("cp1252")
+    assert done.returncode == 1 and "Traceback" not in err and "did not write" in err and "left out 1 x .heic (HEIC)" in out
+    assert "2 pictures in" in out and "\\u6771" in out and (tmp_path / "東" / "lq" / "sub" / "0.png").read_text() == "mine"
+    assert {"lq/東京.png", "hq/東京.png", "lq/sub/0-2.png", "hq/sub/0-2.png", "lq/sub/0.png"} == set(files(tmp_path / "東"))
+
+
+@pytest.mark.parametrize("arguments", ["--seed -1", "--scale 0", "--scale 17", "--scale 2.5"])
+def test_numbers_are_refused_by_name(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["degrade.py", "in", "out", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2 and f"argument {arguments.split()[0]}: " in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 
 from models.support import charts
-from models.support.imaging import (PictureError, adain, color_fix, contact_sheet, list_pictures, pad_to_multiple, read_picture,
+from models.support.imaging import (PictureError, adain, chroma, color_fix, contact_sheet, list_pictures, pad_to_multiple, read_picture,
                             resize, round8, tile_starts, tile_weight, to_uint8, wavelet, write_picture)
 
 rng = np.random.default_rng(0)
@@ -95,6 +97,91 @@ def test_colour_profiles(tmp_path):
     swapped = warm.replace(b"rXYZ", b"tmpX").replace(b"bXYZ", b"rXYZ").replace(b"tmpX", b"bXYZ")  # red means blue
     x, _ = read_picture(save(Image.new("RGB", (2, 2), (255, 0, 0)), tmp_path / "swapped.png", icc_profile=swapped))
     assert bytes_of(x)[0, 0].tolist() == [0, 0, 255]
+
+
+def fixed(x):
+    return struct.pack(">i", round(x * 65536))
+
+
+def icc(space, description, curve, primaries=()):
+    """A colour profile of one curve, and of red, green and blue in XYZ."""
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", len(description) + 1) + description + bytes(79),
+            b"wtpt": b"XYZ " + bytes(4) + b"".join(map(fixed, (0.9642, 1, 0.8249)))}
+    tags |= {name: curve for name in ((b"rTRC", b"gTRC", b"bTRC") if primaries else (b"kTRC",))}
+    tags |= {name: b"XYZ " + bytes(4) + b"".join(map(fixed, xyz)) for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries)}
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(tag))
+        data += tag + bytes(-len(tag) % 4)
+    head = struct.pack(">I4sI4s4s4s", 128 + len(table) + len(data), b"none", 0x02400000, b"mntr", space, b"XYZ ") + bytes(12) + b"acsp" + bytes(28)
+    return head.ljust(128, b"\0")[:68] + b"".join(map(fixed, (0.9642, 1, 0.8249))) + bytes(48) + table + data
+
+
+SRGB_CURVE = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + b"".join(map(fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
+P3 = (0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)
+
+
+@pytest.mark.parametrize("description", [b"DCI-P3 D65 Gamut with sRGB Transfer", b"Display P3", b"sRGB"])
+def test_profiles_of_any_name_are_converted(tmp_path, description):
+    """P3's numbers of (230, 60, 30) and (60, 200, 90) are (212, 75, 47) and (104, 197, 103), by the matrices of both."""
+    for stored, meant in (((212, 75, 47), (230, 60, 30)), ((104, 197, 103), (60, 200, 90)), ((90, 90, 90), (90, 90, 90))):
+        for mode in ("RGB", "RGBA", "P"):
+            img = Image.new("RGB", (4, 4), stored).convert(mode, palette=Image.Palette.ADAPTIVE)
+            x, alpha = read_picture(save(img, tmp_path / "a.png", icc_profile=icc(b"RGB ", description, SRGB_CURVE, P3)))
+            assert abs(bytes_of(x)[0, 0].astype(int) - meant).max() <= 2 and (alpha is None) == (mode != "RGBA"), mode
+
+
+@pytest.mark.parametrize("gamma, meant", [(1.75, 84), (1.8, 81), (1, 137)])
+def test_grey_profiles(tmp_path, gamma, meant):
+    curve = b"curv" + bytes(4) + (struct.pack(">I", 0) if gamma == 1 else struct.pack(">IH", 1, round(gamma * 256)))
+    profile, grey = icc(b"GRAY", b"grey", curve), Image.new("L", (8, 8), 64)
+    la = Image.merge("LA", [grey, Image.new("L", (8, 8), 200)])
+    for img, name in ((grey, "l.png"), (grey, "l.jpg"), (la, "la.png"), (Image.fromarray(np.full((8, 8), 64 * 257, np.uint16)), "16.png"),
+                      (Image.fromarray(np.full((8, 8), 64 * 257, np.uint16)), "16.tif")):
+        x, alpha = read_picture(save(img, tmp_path / name, icc_profile=profile))
+        assert (bytes_of(x) == meant).all() and (alpha is None or (bytes_of(alpha) == 200).all()) and (alpha is None) == (img is not la), name
+    x, _ = read_picture(save(Image.new("RGB", (2, 2), (9, 100, 200)), tmp_path / "rgb.png", icc_profile=profile))
+    assert bytes_of(x)[0, 0].tolist() == [9, 100, 200], "a grey profile says nothing of colours"
+
+
+def png_with_key(depth, colour, row, key, width):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth, colour, row, key", [(1, 0, b"\x40", b"\0\1"), (2, 0, b"\x1b", b"\0\1"), (4, 0, b"\x01\x23", b"\0\1"),
+                                                     (8, 0, b"\0\1\2\3", b"\0\1"), (16, 0, b"\1\0\1\1\2\0\3\0", b"\1\1"),
+                                                     (16, 2, bytes(6) + b"\1\2\3\4\5\6" + bytes(12), b"\1\2\3\4\5\6")])
+def test_transparent_value_of_any_depth(tmp_path, depth, colour, row, key):
+    (tmp_path / "a.png").write_bytes(png_with_key(depth, colour, row, key, 4))
+    _, alpha = read_picture(tmp_path / "a.png")
+    assert alpha.flatten().tolist() == [1, 0, 1, 1]
+
+
+def test_hidden_colours_do_not_matter(tmp_path):
+    """Whatever lies under alpha 0, the visible colours continue there; what is visible is untouched."""
+    alpha, found = np.zeros((32, 32), np.uint8), []
+    alpha[8:24, 8:20] = 255
+    shown = rng.integers(100, 150, (32, 32, 3), dtype=np.uint8)
+    for hidden in (0, 255, rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)):
+        pixels = np.where(alpha[..., None] > 0, shown, hidden).astype(np.uint8)
+        x, _ = read_picture(save(Image.fromarray(np.dstack([pixels, alpha])), tmp_path / "a.png"))
+        assert np.array_equal(bytes_of(x)[alpha > 0], shown[alpha > 0]) and 100 <= bytes_of(x).min() and bytes_of(x).max() < 150
+        found.append(x)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    x, alpha = read_picture(save(Image.new("RGBA", (5, 3), (9, 9, 9, 0)), tmp_path / "nothing.png"))
+    assert x.isfinite().all() and alpha.max() == 0
+
+
+def test_only_the_first_of_several(tmp_path):
+    first, more = Image.new("RGB", (4, 4), "red"), [Image.new("RGB", (4, 4), "blue")]
+    for name in ("a.gif", "a.webp", "a.tif", "a.png", "a.mpo"):
+        lines = []
+        x, _ = read_picture(save(first, tmp_path / name, save_all=True, append_images=more), note=lines.append)
+        assert lines == [f"{tmp_path / name}: holds several pictures, only the first is read"] and bytes_of(x)[0, 0, 0] > 200
+    read_picture(save(first, tmp_path / "one.tif"), note=lambda line: pytest.fail(line))
 
 
 # ---- reading: files that are no pictures
@@ -208,6 +295,31 @@ def test_colour_fixes():
     assert adain(x[..., :1, :1], ref).isfinite().all()
     with pytest.raises(ValueError, match="unknown colour fix 'sepia'"):
         color_fix(x, ref, "sepia")
+
+
+@pytest.mark.parametrize("kind", ["adain", "wavelet", "none"])
+@pytest.mark.parametrize("stablesr", [False, True])
+def test_grey_stays_grey(kind, stablesr):
+    x, ref = torch.rand(2, 3, 24, 30), torch.rand(2, 3, 24, 30)
+    ref[0] = ref[0, :1]
+    y = color_fix(x, ref, kind, stablesr)
+    assert chroma(y)[0] < 1e-6 and chroma(y)[1] > 0.5, "each picture by itself"
+    ref[0, 0] += 1 / 255
+    assert chroma(color_fix(x, ref, kind, stablesr))[0] < 1e-6, "rounding is no colour"
+
+
+@pytest.mark.parametrize("kind", ["adain", "wavelet"])
+def test_bars_stay(kind):
+    torch.manual_seed(0)
+    ref = torch.rand(1, 3, 64, 48) * 0.6 + 0.2
+    ref[:, :, :12], ref[:, :, -9:] = 0, 1
+    ref[:, :, 30, 20] = 0       # a dark pixel is no bar
+    x = (ref + 0.02 * torch.randn(ref.shape)).clamp(0.01, 0.99)
+    x[:, :, 30, 20] = 0.5
+    y = color_fix(x, ref, kind)
+    assert y[:, :, :12].max() == 0 and y[:, :, -9:].min() == 1 and 0 < y[:, :, 30, 20].min()
+    narrow = color_fix(x[..., :5], ref[..., :5], kind)
+    assert torch.equal(narrow, {"adain": adain, "wavelet": wavelet}[kind](x[..., :5], ref[..., :5])), "less than eight pixels are no area"
 
 
 # ---- to look at

@@ -6,6 +6,7 @@ Files, messages and exit statuses are tried with a stand-in for the network; the
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,105 @@ def test_no_input_is_overwritten(run):
     assert before == [Path(p).read_bytes() for p in ("a.png", "sheet.png", "hq/b.png")]
 
 
+def test_foreign_files_are_kept(run):
+    """What another program wrote stays; what an earlier run wrote is replaced."""
+    picture("photo.jpg.png", 8, 8), Path("mine").mkdir(), os.rename("photo.jpg.png", "a.png")
+    for name in ("a.png", "sheet.png", "page.html", "metrics.csv"):
+        Path("mine", name).write_bytes(b"of another program")
+    before = {name: Path("mine", name).read_bytes() for name in names("mine")}
+    status, _, err = run("a.png", "--out", "mine", "--page", "--ref", "a.png")
+    assert status == 1 and "a.png: its result" in err[0] and "did not write" in err[0]
+    os.rename("a.png", "b.png")
+    status, out, err = run("b.png", "--out", "mine", "--page", "--ref", "b.png")
+    assert status == 1 and before.items() <= {name: Path("mine", name).read_bytes() for name in names("mine")}.items()
+    assert sum("did not write" in line for line in err) == 6 and "b.png" in names("mine")
+    for _ in range(2):
+        assert run("b.png", "--page", "--ref", "b.png")[0] == 0
+
+
+def test_folders_in_folders(run):
+    for name in ("a.png", "s/a.png", "s/t/b.png", "sweep/a.png"):
+        picture(f"lq/{name}"), picture(f"hq/{name}", 64, 96)
+    Path("lq/s/c.avif").touch(), Path("hq/notes.txt").touch(), picture("hq/s/t/b.webp.png", 64, 96)
+    status, out, err = run("lq", "lq/a.png", "--ref", "hq", "--page", "--sweep")
+    assert (status, err) == (0, []) and "lq: left out 1 x .avif (AVIF)" in out and "hq: left out 1 x .txt" in out
+    with open("out/metrics.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["picture"] for row in rows] == ["a.png", "s/a.png", "s/t/b.png", "sweep/a-2.png"] and all(row["psnr_y"] for row in rows)
+    found = {path.relative_to("out").as_posix() for path in Path("out").rglob("*.png")}
+    assert found == {"sheet.png", *(row["picture"] for row in rows), *(f"sweep/{row['picture']}" for row in rows)}
+    html = Path("out/page.html").read_text(encoding="utf-8")
+    assert "<h2>s/t/b.png</h2>" in html and sum("lq/s/a.png".replace("/", os.sep) in line and "PSNR-Y" in line for line in out) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("during", ["upscale", "sweep"])
+def test_stop_and_go_on(run, monkeypatch, number, during):
+    """The picture at hand is dropped, the rest is written; --skip-existing ends with what an undisturbed run has."""
+    for i in range(6):
+        picture(f"in/{i}.png", 16 + i, 16)
+    before, upscale, calls = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], Bicubic.upscale, []
+
+    def upscale_or_stop(self, lq, *args, guidance=None, **knobs):
+        calls.append(lq.shape[2])
+        if lq.shape[2] == 19 and (guidance is None) == (during == "upscale"):
+            signal.raise_signal(number)
+        return upscale(self, lq, *args, guidance=guidance, **knobs)
+
+    command = ["in", "--ref", "in", "--page", "--sweep", "--scale", 1]
+    try:
+        monkeypatch.setattr(Bicubic, "upscale", upscale_or_stop)
+        status, out, err = run(*command)
+        assert status == 130 and err == ["stopped after 3 of 6; add --skip-existing to go on"]
+        assert names("out") == ["0.png", "1.png", "2.png", "metrics.csv", "metrics.json", "page.html", "sheet.png", "sweep"]
+        assert names("out/sweep") == ["0.png", "1.png", "2.png"] and len(Path("out/metrics.csv").read_text().splitlines()) == 4
+        monkeypatch.setattr(Bicubic, "upscale", lambda self, lq, *args, **knobs: calls.append(lq.shape[2]) or upscale(self, lq, *args, **knobs))
+        calls.clear()
+        status, out, err = run(*command, "--skip-existing")
+        assert (status, err) == (0, []) and sorted(set(calls)) == [19, 20, 21] and sum("is kept" in line for line in out) == 3
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+    figures = [[row[column] for column in ("picture", "psnr_y", "ssim_y")] for row in csv.DictReader(open("out/metrics.csv"))]
+    assert run(*command, "--out", "whole")[0] == 0 and Path("out/page.html").read_text(encoding="utf-8").count("made earlier") == 3
+    assert figures == [[row[column] for column in ("picture", "psnr_y", "ssim_y")] for row in csv.DictReader(open("whole/metrics.csv"))]
+    for name in names("out/sweep"):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_existing_results_of_another_size_are_made_anew(run):
+    picture("a.png"), run("a.png", "--scale", 2)
+    status, out, _ = run("a.png", "--scale", 3, "--skip-existing")
+    assert status == 0 and not any("is kept" in line for line in out) and Image.open("out/a.png").size == (72, 48)
+
+
+def test_grey_results_are_grey_files(run):
+    x = torch.rand(1, 1, 16, 24).expand(-1, 3, -1, -1)
+    write_picture("a.png", x), write_picture("b.png", x, x[:, :1])
+    assert run("a.png", "b.png")[0] == 0
+    assert [Image.open(f"out/{name}.png").mode for name in "ab"] == ["L", "LA"]
+
+
+def test_animations_are_named(run):
+    first, more = Image.new("RGB", (16, 16), "red"), [Image.new("RGB", (16, 16), "blue")]
+    first.save("a.gif", save_all=True, append_images=more), first.save("b.tif", save_all=True, append_images=more)
+    status, out, err = run("a.gif", "b.tif")
+    assert (status, err) == (0, []) and sum("only the first is read" in line for line in out) == 2
+
+
+def test_zero_is_a_number_too(run):
+    """--temperature 0, --guidance 0 are given, not left out."""
+    picture("a.png")
+    _, out, _ = run("a.png", "--guidance", 0, "--weak", 0)
+    assert any("guidance 0, weak 0" in line for line in out)
+
+
+def test_lines_of_metrics_name_their_picture(run):
+    picture("x/a.png", 16, 24), picture("tiny.png", 2, 2), picture("hq/tiny.png", 8, 8), picture("hq/a.png", 64, 96)
+    _, out, err = run("x/a.png", "tiny.png", "--ref", "hq")
+    assert all("a.png: " in line for line in out if "PSNR-Y" in line and not line.startswith(("average", "protocol")))
+    assert err and all(line.startswith("tiny.png: ") for line in err)
+
+
 def test_references_and_metrics(run):
     for n, (height, width) in enumerate([(16, 24), (18, 20), (17, 17), (20, 20)]):
         picture(f"lq/{n}.png", height, width)
@@ -166,7 +266,8 @@ def test_seed_is_used(run):
 
 
 @pytest.mark.parametrize("arguments", ["--scale 9", "--scale x", "--tile -1", "--steps 0", "--ref nowhere", "--niqe nowhere", "--color sepia",
-                                       "--dtype int8", "--seed -1", "--device abacus", "--no-such-flag"])
+                                       "--dtype int8", "--seed -1", "--device abacus", "--no-such-flag", "--tile 7", "--tile 64 --overlap 64",
+                                       "--overlap 0", "--temperature nan", "--guidance inf", "--weak 2", "--start-step 1000", "--out big.png"])
 def test_usage_errors(run, arguments):
     status, _, err = run(*arguments.split())
     assert status == 2 and "error: " in err[-1] and "Traceback" not in "".join(err)

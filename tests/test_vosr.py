@@ -201,7 +201,7 @@ def test_tiny_vae_inverts_when_its_basis_is_orthonormal():
     basis = torch.zeros(192, 3, 16, 16)
     basis[:, :, 4:12, 4:12] = torch.linalg.qr(torch.randn(192, 192))[0].view(192, 3, 8, 8)
     with torch.no_grad():
-        vae.weight.copy_(basis)
+        vae.encoder.weight.copy_(basis)
     vae.std.uniform_(0.5, 2)
     x = torch.rand(1, 3, 24, 40) * 2 - 1
     z = vae.encode(x)

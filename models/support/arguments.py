@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments, which argparse refuses by the flag's name, and how a script ends and prints."""
+"""What the commands share: types of arguments, which argparse refuses by name, how a command prints and ends."""
 
 import argparse
 import math
@@ -35,7 +35,7 @@ def folder(text):
 
 
 class Lenient:
-    """A text stream to which nothing fails: what its code page lacks is escaped, and a closed pipe or a full disk loses lines, not the run."""
+    """A stream to which no print fails: what its code page lacks is escaped; a closed pipe or a full disk loses lines only."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -59,8 +59,31 @@ def make_lenient():
         sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
 
 
+class Stop:
+    """True once Ctrl-C or SIGTERM came. What is in `with stop:` is then dropped (KeyboardInterrupt), all else finished."""
+
+    def __init__(self):
+        self.asked = self.inside = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, _):
+        again, self.asked = self.asked, True
+        if self.inside or again and number == signal.SIGINT:    # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+
+    def __bool__(self):
+        return self.asked
+
+    def __enter__(self):
+        self.inside = True
+
+    def __exit__(self, *_):
+        self.inside = False
+
+
 def command(main):
-    """Run a script's main and end with its status: nothing printed stops it, and SIGTERM is Ctrl-C, whose status is 130."""
+    """Run a script's main and end with its status. Nothing printed ends it; SIGTERM is Ctrl-C, whose status is 130."""
     make_lenient()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

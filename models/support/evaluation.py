@@ -35,9 +35,9 @@ NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"    # METRICS: column: name, digits 
 
 
 def find_references(names, ref):
-    """The reference of each picture: the file of the same name in folder `ref`, whatever its suffix if that one is not there, or `ref` itself.
+    """The reference of each picture: `ref` itself, or in that folder the file of its name, of another suffix if need be.
 
-    names: relative to the folder of pictures, as paths -> list of Path, of None, or of a tuple where several fit
+    names: paths relative to the folder of pictures -> list of Path, None, or a tuple where several fit
     """
     if ref is None or ref.is_file():
         return [ref] * len(names)
@@ -129,7 +129,8 @@ def report(found):
 def row_of(name, size, seconds, found, missing):
     """The line of a picture.
 
-    size: (H, W); seconds: None = made earlier; found, missing: {metric: (ours, bicubic's)}, {metric: why not} -> {column: value}
+    size: (H, W); seconds: None = made earlier; found, missing: {metric: (ours, bicubic's)}, {metric: why not}
+    -> {column: value}
     """
     row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3)}
     for metric, (ours, bicubic) in found.items():

@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
-OTHERS = {".avif": "AVIF", ".heic": "HEIC", ".heif": "HEIC", ".jp2": "JPEG 2000", ".jxl": "JPEG XL", ".tga": "Targa", ".psd": "Photoshop",
-          ".svg": "SVG", ".dng": "camera raw", ".tar": "archive", ".zip": "archive"}    # what is not read, by name
-MARKS = b"nanoSR", b"picture,width,height,seconds,", b'"command": "python sample.py'   # in the first bytes of what we write
+OTHERS = {".avif": "AVIF", ".heic": "HEIC", ".heif": "HEIC", ".jp2": "JPEG 2000", ".jxl": "JPEG XL", ".tga": "Targa",
+          ".psd": "Photoshop", ".svg": "SVG", ".dng": "camera raw"}   # what is not read, by name
+MARKS = b"nanoSR", b"picture,width,height,seconds,", b'"command": "python sample.py'   # how all that we write begins
 
 
 def printable(text):
@@ -21,11 +21,6 @@ class PictureError(ValueError):
 
     def __init__(self, message):
         super().__init__(printable(message))
-
-
-def named(suffix):
-    """A kind of file in words: .heic (HEIC)"""
-    return f"{suffix} ({OTHERS[suffix]})" if suffix in OTHERS else suffix or "without suffix"
 
 
 def list_pictures(paths, note=lambda line: None):
@@ -41,20 +36,22 @@ def list_pictures(paths, note=lambda line: None):
             continue
         inside, others, errors = [], Counter(), []
         for folder, folders, files in os.walk(top, onerror=errors.append):
-            others["link to a folder"] += sum(os.path.islink(os.path.join(folder, name)) for name in folders)  # it may lead back
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]    # they may lead back
+            others["link to a folder"] += len(links)
             folders[:] = [name for name in folders if name[0] != "."]
             for path in (Path(folder, name) for name in files if name[0] != "."):
-                if path.suffix.lower() in SUFFIXES:
+                if (kind := path.suffix.lower()) in SUFFIXES:
                     inside.append(path)
                 else:
-                    others[named(path.suffix.lower())] += 1
+                    others[f"{kind} ({OTHERS[kind]})" if kind in OTHERS else kind or "without suffix"] += 1
         for e in errors:
             if e.filename == os.fspath(top):
                 raise PictureError(f"{top}: cannot be listed ({e.strerror}); change its permissions")
             others[f"folder that cannot be listed ({e.filename})"] += 1
         left_out = ", ".join(f"{n} x {kind}" for kind, n in sorted(others.items()) if n)
         if not inside:
-            raise PictureError(f"{top}: no pictures in this folder{f', only {left_out}' * bool(left_out)}; expected {' '.join(sorted(SUFFIXES))}")
+            only = f", only {left_out}" if left_out else ""
+            raise PictureError(f"{top}: no pictures in this folder{only}; expected {' '.join(sorted(SUFFIXES))}")
         if left_out:
             note(printable(f"{top}: left out {left_out}"))
         found += sorted(inside)
@@ -67,7 +64,7 @@ def find_pictures(top, note):
 
 
 def output_paths(names, out, taken=("sheet",), note=print):
-    """One PNG in `out` per picture of `find_pictures`; equal stems get -2, -3, ..., and what is taken keeps its name.  -> list of Path"""
+    """One PNG in `out` per picture of `find_pictures`; where a name is taken, -2, -3, ... is added.  -> list of Path"""
     taken, paths = set(taken), []
     for path, name in names.items():
         stem, n = name.stem, 1
@@ -82,7 +79,7 @@ def output_paths(names, out, taken=("sheet",), note=print):
 
 
 def claim(target, source, inputs):
-    """Make sure that the result of `source` may be written to `target`. inputs: realpaths of what is read. Raises PictureError."""
+    """Raise PictureError where the result of `source`, `target`, is not ours to write. inputs: realpaths"""
     owner = "an input" if os.path.realpath(target) in inputs else ""
     with suppress(OSError):
         if not owner and os.path.isfile(target):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from models.support.files import SUFFIXES, PictureError, list_pictures, named, output_paths, printable  # noqa: F401: asked for here, too
+from models.support.files import OTHERS, SUFFIXES, PictureError, list_pictures, printable  # noqa: F401: asked for here too
 from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # what a file may hold, whatever its name; Pillow would hand some others to programs
@@ -73,7 +73,7 @@ def open_image(file):
 def read_picture(path, file=None, note=lambda line: None):
     """Any picture file as sRGB and, if it has transparency, alpha; turned as its EXIF orientation says.
 
-    file: open binary file to read instead, path is then only its name for messages; note: is told in a line what is not read
+    file: open binary file to read instead, path is then its name for messages; note: is told in a line what is not read
     Colours that alpha hides are replaced by visible ones nearby, which blend in when the picture is resized.
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
@@ -99,7 +99,9 @@ def read_picture(path, file=None, note=lambda line: None):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{path}: is not a picture that is read here ({named(Path(path).suffix.lower())}); convert it to PNG") from None
+        suffix = Path(path).suffix.lower()
+        kind = f" ({OTHERS[suffix]})" if suffix in OTHERS else ""
+        raise PictureError(f"{path}: is not a picture of a kind that is read here{kind}; convert it to PNG") from None
     except PermissionError:
         raise PictureError(f"{path}: may not be read (permission denied); change its permissions") from None
     except Exception as e:  # on broken files Pillow's decoders raise anything from OSError to SyntaxError
@@ -132,7 +134,7 @@ def decode(img):
 def bleed(x, alpha, rgb):
     """Colours where alpha is below 1 % from the visible ones around: from a picture of half the size, and so on.
 
-    x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W) in [0, 1]; rgb: (1, 3, H, W), kept where it is visible -> (1, 3, H, W)
+    x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W) in [0, 1]; rgb: (1, 3, H, W), kept where visible -> like rgb
     """
     visible, size = alpha >= 0.01, alpha.shape[-2:]
     if visible.all() or max(size) == 1:
@@ -322,7 +324,7 @@ def in_blocks(mask):
 
 
 def color_fix(x, ref, kind, stablesr=False):
-    """The colour fix of that name: adain, wavelet or none. A grey ref makes x grey, and its areas of black and white stay so.
+    """The colour fix of that name: adain, wavelet or none. What is grey in ref stays grey, areas of black and white too.
 
     x, ref: (B, 3, H, W) in [0, 1]; stablesr: the two as StableSR computes them, from which S3Diff and GramSR have theirs; else VOSR's
     -> (B, 3, H, W) in [0, 1]. Raises ValueError.

@@ -9,7 +9,8 @@ from PIL import ImageCms
 
 def scale_key(img):
     """Bring a PNG's transparent colour to the 8 bits that Pillow makes of its pixels; before they are loaded."""
-    key, factor = img.info.get("transparency"), img.tile and {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(img.tile[0][3]))
+    key = img.info.get("transparency")
+    factor = img.tile and {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(img.tile[0][3]))
     if img.format == "PNG" and factor and key is not None:
         img.info["transparency"] = int(key * factor) if isinstance(key, int) else tuple(int(v * factor) for v in key)
 
