@@ -51,6 +51,10 @@ class VOSRConfig:
     tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
     overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
 
+    def __post_init__(self):
+        if self.color not in ("adain", "wavelet", "none"):
+            raise ValueError(f"color is {self.color!r:.60}")
+
     @staticmethod
     def from_dict(d):
         vae = next(c for c in AUTOENCODERS if set(d["vae"]) <= {f.name for f in fields(c)})(**d["vae"])

@@ -426,7 +426,7 @@ def test_command(own, tmp_path, monkeypatch, capsys):
 def test_knobs(size):
     """Each changes a multi-step result, but for the weak strength where guidance does not use it."""
     model, lq = VOSR.from_pretrained(f"vosr-{size}"), picture()
-    base = dict(steps=3, guidance=0.5, weak=0.15, tile=96, overlap=0)
+    base = dict(steps=3, guidance=0.5, weak=0.15, tile=96, overlap=0, color="none")
     first = model.upscale(lq, **base)
     assert torch.equal(first, model.upscale(lq, **base))
     for knob in ({"steps": 4}, {"guidance": 0.4}, {"guidance": -0.5}, {"weak": 0.3}, {"temperature": 0.5}, {"tile": 112}, {"tile": 0},

@@ -402,7 +402,8 @@ def test_the_authors_files(tmp_path):
         theirs, ours = model.state_dict(), again.state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(v, ours[k]) for k, v in theirs.items())
     half = from_folder(folder, dtype=torch.bfloat16)
-    assert half.unet.conv_in.weight.dtype == half.vae.quant_conv.weight.dtype == torch.bfloat16
+    inside = [network.down_blocks[0].resnets[0].conv1.weight.dtype for network in (half.unet, half.vae.encoder)]
+    assert inside == [torch.bfloat16] * 2 and half.unet.conv_out.weight.dtype == half.vae.quant_conv.weight.dtype == torch.float32
     assert {p.dtype for part in (half.denet, half.modulation) for p in part.parameters()} == {torch.float32}
     assert (half.upscale(lq) - expected).abs().mean() < 0.02
 

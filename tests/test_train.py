@@ -159,14 +159,14 @@ def test_held_out_photos_are_never_trained_on(monkeypatch, photos, tmp_path):
     seen = []
 
     class Spy(models.support.photos.Photos):
-        def __init__(self, *args, files, **kwargs):
-            seen.append(set(files))
-            super().__init__(*args, files=files, **kwargs)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(self)
 
     monkeypatch.setattr(models.support.photos, "Photos", Spy)
     (tmp_path / "list.txt").write_text(f"{photos}, 13\n")
     train(monkeypatch, tmp_path / "list.txt", tmp_path / "ae", "autoencoder", "--steps", 1)
-    held_out, trained = seen
+    trained, held_out = (set(photos.files) for photos in seen)
     assert len(trained) == 4 and len(held_out) == 1 and not trained & held_out
 
 

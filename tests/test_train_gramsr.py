@@ -396,7 +396,8 @@ def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_command_line(photos, tmp_path):  # noqa: F811
     """As users run it: an error is one line; Ctrl-C saves and says how to go on."""
-    command = [sys.executable, str(ROOT / "train_gramsr.py"), "--preset", "tiny", "--stage", "pixel", "--out", str(tmp_path), "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "train_gramsr.py"), "--preset", "tiny", "--stage", "pixel", "--init", "none",
+               "--out", str(tmp_path), "--device", "cpu"]
     done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
     process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
