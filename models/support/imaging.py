@@ -99,7 +99,7 @@ def read_picture(path, file=None, note=lambda line: None):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
     except UnidentifiedImageError:
-        suffix = Path(path).suffix.lower()
+        suffix = Path(str(path)).suffix.lower()     # it may be a member of a .tar
         kind = f" ({OTHERS[suffix]})" if suffix in OTHERS else ""
         raise PictureError(f"{path}: is not a picture of a kind that is read here{kind}; convert it to PNG") from None
     except PermissionError:
