@@ -346,7 +346,7 @@ def main():
         sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; "
                            "choose a folder outside"))
     inputs, results = set(map(os.path.realpath, names)), output_paths(names, Path(), ())
-    done, failed, stop = 0, 0, Stop()
+    done, failed, stop, stopped = 0, 0, Stop(), True
     try:
         for (path, name), result in zip(tqdm(names.items(), unit="picture", disable=None), results):
             if stop:
@@ -364,12 +364,14 @@ def main():
             except PictureError as error:
                 failed += 1
                 tqdm.write(f"degrade.py: {error}", file=sys.stderr)
+        else:
+            stopped = False
     except KeyboardInterrupt:
-        stop.asked = True       # the pair at hand is dropped
-    if stop:
+        pass        # the pair at hand is dropped
+    if stopped:
         print(f"stopped after {done + failed} of {len(names)}; add --skip-existing to go on", file=sys.stderr)
     print(printable(f"{done} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped"))
-    sys.exit(130 if stop else failed > 0)
+    sys.exit(130 if stopped else failed > 0)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def upscale_all(model, jobs, args, failures):
 
     -> [what `finish` returns], was it stopped by Ctrl-C?
     """
-    done, reads, writes, stop = [], deque(), deque(), Stop()
+    done, reads, writes, stop, stopped = [], deque(), deque(), Stop(), True
 
     def collect(keep):
         while len(writes) > keep:
@@ -254,10 +254,12 @@ def upscale_all(model, jobs, args, failures):
                             sweep(model, lq, job, args)
                     writes.append((job.path, pool.submit(finish, job, lq, alpha, sr, seconds, args)))
                 collect(AT_ONCE)
+            else:
+                stopped = False
         except KeyboardInterrupt:
-            stop.asked = True           # the picture at hand is dropped
+            pass                        # the picture at hand is dropped
         collect(0)
-    return done, bool(stop)
+    return done, stopped
 
 
 def summarise(done, args, failures):

@@ -316,7 +316,9 @@ def test_bars_stay(kind):
     ref[:, :, 30, 20] = 0       # a dark pixel is no bar
     x = (ref + 0.02 * torch.randn(ref.shape)).clamp(0.01, 0.99)
     x[:, :, 30, 20] = 0.5
+    ref[:, 2, 40:50], x[:, 2, 40:50] = 0, 0.4     # no blue is not black
     y = color_fix(x, ref, kind)
+    assert y[:, 2, 42:48].max() > 0
     assert y[:, :, :12].max() == 0 and y[:, :, -9:].min() == 1 and 0 < y[:, :, 30, 20].min()
     narrow = color_fix(x[..., :5], ref[..., :5], kind)
     assert torch.equal(narrow, {"adain": adain, "wavelet": wavelet}[kind](x[..., :5], ref[..., :5])), "less than eight pixels are no area"

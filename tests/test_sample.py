@@ -183,6 +183,16 @@ def test_stop_and_go_on(run, monkeypatch, number, during):
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+def test_a_signal_after_the_last_picture_changes_nothing(run, monkeypatch):
+    picture("a.png")
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sample, "summarise", lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        assert run("a.png")[::2] == (0, [])
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+
+
 def test_existing_results_of_another_size_are_made_anew(run):
     picture("a.png"), run("a.png", "--scale", 2)
     status, out, _ = run("a.png", "--scale", 3, "--skip-existing")

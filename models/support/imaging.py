@@ -335,7 +335,8 @@ def color_fix(x, ref, kind, stablesr=False):
     elif kind == "wavelet":
         y = (x + low_frequencies(ref - x)).clamp(0, 1) if stablesr else wavelet(x, ref)
     if kind != "none" and ref.shape == x.shape:
-        y = y.masked_fill(in_blocks(ref < 0.5 / 255), 0).masked_fill(in_blocks(ref > 254.5 / 255), 1)
+        black, white = (in_blocks(mask.all(1, keepdim=True)) for mask in (ref < 0.5 / 255, ref > 254.5 / 255))
+        y = y.masked_fill(black, 0).masked_fill(white, 1)
     grey = chroma(ref) < GREY
     return torch.where(grey, y.mean(1, keepdim=True), y) if grey.any() else y
 
