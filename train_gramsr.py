@@ -85,7 +85,7 @@ GRAM = {"patches": {}, "positive": {"positive": True}, "raw": {"normalise": Fals
         "style": {"channels": True, "normalise": False}}    # readings of the paper's figure, see models/gram.py
 PUBLIC_PARAMETERS = 5_892_768           # trained ones of any stage, with GramSRConfig() as it is: 4,055,712 of the set, the rest the adapter
 TINY = GramSRConfig(
-    unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3, registers=0), prompt_tokens=S3DIFF_TINY.tokens,
+    unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3), prompt_tokens=S3DIFF_TINY.tokens,
     ranks={}, tile=1024,
 )
 TINY_STAGES = {

@@ -219,7 +219,7 @@ def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
     mp.spawn(work, (port, photos, tmp_path / "two"), nprocs=2)
     two = newest(tmp_path / "two")
     logs = [list(csv.DictReader(open(tmp_path / run / "log.csv", newline="")))[-1] for run in ("one", "two")]
-    for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-3), ("gan", 1e-2), ("d_real", 1e-2), ("d_fake", 1e-2)):
+    for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-3), ("gan", 5e-2), ("d_real", 5e-2), ("d_fake", 5e-2)):
         # two parts in one process are two power iterations of the spectral norm a step, in two processes each has one
         assert float(logs[0][name]) == pytest.approx(float(logs[1][name]), rel=rel), name
     torch.testing.assert_close(one["model"]["unet.conv_in.weight"], two["model"]["unet.conv_in.weight"], atol=1e-4, rtol=1e-3)

@@ -99,7 +99,7 @@ def read_picture(path, file=None, note=lambda line: None):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
     except UnidentifiedImageError:
-        suffix = Path(str(path)).suffix.lower()     # it may be a member of a .tar
+        suffix = Path(str(path)).suffix.lower()     # it may lie in a .tar
         kind = f" ({OTHERS[suffix]})" if suffix in OTHERS else ""
         raise PictureError(f"{path}: is not a picture of a kind that is read here{kind}; convert it to PNG") from None
     except PermissionError:
@@ -246,15 +246,17 @@ def blend_tiles(function, x, boxes, at_once=8, down=0.0):
     function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles;  x: (1, C, H, W);  boxes of `tile_boxes`;
     down: see `tile_weight` -> like x
     """
-    total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
+    # float32: in half precision the window's corners are 0
+    total, weights = (torch.zeros_like(y, dtype=torch.float32) for y in (x, x[:, :1]))
+    row, col = boxes[0]
+    weight = tile_weight(row.stop - row.start, col.stop - col.start, down).to(x.device, non_blocking=True)
     for i in range(0, len(boxes), at_once):
         some = boxes[i : i + at_once]
         y = function(torch.cat([x[..., row, col] for row, col in some]), slice(i, i + at_once))
-        weight = tile_weight(*y.shape[-2:], down).to(y)
         for (row, col), tile in zip(some, y.split(1)):
             total[..., row, col] += weight * tile
             weights[..., row, col] += weight
-    return total / weights
+    return (total / weights).to(x)
 
 
 # -----------------------------------------------------------------------------
