@@ -85,7 +85,8 @@ def compile_all(networks, device):
     try:
         torch.compile(lambda x: x.sin() + 1)(probe)
     except Exception as e:      # without a compiler, without Triton, on a card or a Python that it does not know
-        print(f"--compile is left out, it cannot be done here ({str(e).strip().splitlines()[0][:200]})", file=sys.stderr)
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        print(f"--compile is left out, it cannot be done here ({reason})", file=sys.stderr)
         return
     for network in networks:
         network.compile()
@@ -281,7 +282,7 @@ def save_checkpoint(folder, step, keep, **state):
 def load_checkpoint(folder, must_match, moved=False):
     """The newest checkpoint that is whole, or None if there is none at all; what is damaged is named and passed over.
 
-    must_match: settings of this run that may not differ from those of the interrupted one, except, of what has moved, the paths
+    must_match: settings of this run that may not differ from those of the interrupted one, except paths if they moved
     Raises Quit naming the first that does.
     """
     found = checkpoints(folder)
@@ -301,7 +302,8 @@ def load_checkpoint(folder, must_match, moved=False):
                     continue
                 was = old if os.path.exists(old) else was       # the same words may mean another place by now
             if was != value:
-                raise Quit(f"--{name.replace('_', '-')}: {path} was written with {was}, not {value}; use that or another --out{hint}")
+                flag = f"--{name.replace('_', '-')}"
+                raise Quit(f"{flag}: {path} was written with {was}, not {value}; use that or another --out{hint}")
         return state
     if found:
         raise Quit(f"{folder}: no checkpoint is whole; move them away to begin anew")
