@@ -48,7 +48,7 @@ def test_systems_in_half(name, dtype):
     whole = system.model.upscale(lq, **options)
     system.to(dtype)
     half = system.model.upscale(lq, **options)
-    most = 3 if name != "vosr" and dtype == torch.bfloat16 else 1       # random weights are harsher than trained ones, as those of vosr are
+    most = 4 if name != "vosr" and dtype == torch.bfloat16 else 1       # random weights are harsher than trained ones, as those of vosr are
     assert half.dtype == torch.float32 and 0 < difference(half, whole) < most
 
 
