@@ -43,8 +43,8 @@ def trunk():
     return [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
 
 
-def shrink(patch):
-    patch.setitem(train_s3diff.PRESETS, "tiny", (SMALL_TINY, {stage: RECIPE for stage in ("prior", "estimator", "adapters")}))
+def shrink(patch, **changes):
+    patch.setitem(train_s3diff.PRESETS, "tiny", (SMALL_TINY, {stage: replace(RECIPE, **changes) for stage in ("prior", "estimator", "adapters")}))
     patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
 
 
@@ -206,12 +206,17 @@ def work(rank, port, photos, out):  # noqa: F811
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch)
+        shrink(patch, lambda_gan=1e-9)
         launch(patch, photos, out, "--micro-batch", 1)
 
 
 def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
-    """DDP: the same batch in the same parts gives the same losses, up to the order of additions."""
+    """DDP: the same batch in the same parts gives the same losses, up to the order of additions.
+
+    But for D: two parts in one process are two power iterations of its spectral norm a step, in two processes each has one. So the generator
+    hardly hears it here.
+    """
+    shrink(monkeypatch, lambda_gan=1e-9)
     one = launch(monkeypatch, photos, tmp_path / "one", "--micro-batch", 1)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -219,8 +224,7 @@ def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
     mp.spawn(work, (port, photos, tmp_path / "two"), nprocs=2)
     two = newest(tmp_path / "two")
     logs = [list(csv.DictReader(open(tmp_path / run / "log.csv", newline="")))[-1] for run in ("one", "two")]
-    for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-3), ("gan", 5e-2), ("d_real", 5e-2), ("d_fake", 5e-2)):
-        # two parts in one process are two power iterations of the spectral norm a step, in two processes each has one
+    for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-4), ("gan", 5e-2), ("d_real", 5e-2), ("d_fake", 5e-2)):
         assert float(logs[0][name]) == pytest.approx(float(logs[1][name]), rel=rel), name
     torch.testing.assert_close(one["model"]["unet.conv_in.weight"], two["model"]["unet.conv_in.weight"], atol=1e-4, rtol=1e-3)
 
