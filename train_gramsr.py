@@ -44,13 +44,14 @@ from models.gramsr import SETS, GramSR, GramSRConfig, token_adapter
 from models.support.imaging import round8
 from models.lpips import LPIPS
 from models.support.metrics import BLOCK, niqe
-from models.s3diff import PRIOR, is_prior
+from models.s3diff import is_prior
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, DINOv3Config
 from models.support.arguments import SEED, between, positive
 from models.support.precision import in_half
-from models.support.weights import fetch, load_strictly, read_model, read_tensors, save_model
+from models.support.weights import fetch, load_strictly, read_tensors, save_model
 from train_s3diff import TINY as S3DIFF_TINY
+from train_s3diff import take_over
 
 
 @dataclass
@@ -144,12 +145,7 @@ def build_tiny(args, cfg):
     """GramSR before its first set, around a tiny prior.  -> model, its origin"""
     model, origin = GramSR(cfg), "FROM SCRATCH"
     if args.init != "none":
-        path = Path(args.init, "model.safetensors") if args.init else PRIOR
-        if not path.exists():
-            raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny --stage prior, or none")
-        tensors = {k: v for k, v in read_model(path)[1].items() if is_prior(k)}
-        load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
-        origin = f"from {path}"
+        origin = take_over(model, args.init, is_prior)
     return model.float(), origin
 
 

@@ -133,6 +133,19 @@ def parse_args():
     return args
 
 
+def take_over(model, init, wanted):
+    """Give a model those tensors of a tiny one, in folder init or else the embedded prior, whose names are wanted.  -> a line on their origin
+
+    Raises Quit, WeightError.
+    """
+    path = Path(init, "model.safetensors") if init else PRIOR
+    if not path.exists():
+        raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny --stage prior, or none")
+    tensors = {k: v for k, v in read_model(path)[1].items() if wanted(k)}
+    load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
+    return f"from {path}"
+
+
 def build_tiny(args, cfg):
     """The tiny networks: the autoencoder of all tiny models, what args.init has, the rest new -> as `build`"""
     model, origin = S3Diff(cfg), "FROM SCRATCH"
@@ -143,12 +156,7 @@ def build_tiny(args, cfg):
         autoencoder = VOSR.from_pretrained("vosr-tiny").vae.state_dict()
         model.vae.load_state_dict({k: v for k, v in autoencoder.items() if "finish" not in k}, strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
-        path = Path(args.init, "model.safetensors") if args.init else PRIOR
-        if not path.exists():
-            raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny --stage prior, or none")
-        tensors = {k: v for k, v in read_model(path)[1].items() if is_prior(k) or k.startswith("denet.") or is_trained(k)}
-        load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
-        origin = f"from {path}"
+        origin = take_over(model, args.init, lambda name: is_prior(name) or name.startswith("denet.") or is_trained(name))
     return model.float(), LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
 
 
