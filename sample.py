@@ -1,18 +1,19 @@
 """Upscale pictures, and measure the results where a reference or NIQE's parameter file is at hand.
 
-    python sample.py                                 the example picture, with the embedded model
+    python sample.py                                 the example picture, by all three embedded models side by side
     python sample.py photo.jpg holiday/ --out big    files and folders
     python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against pictures of the same names; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
 
-Writes OUT/<name>.png for every picture and OUT/sheet.png to compare by eye; OUT/metrics.csv and metrics.json if something is to be measured.
+Writes OUT/<name>.png for every picture (of several models OUT/<model>/<name>.png) and OUT/sheet.png to compare by eye;
+OUT/metrics.csv and metrics.json if something is to be measured.
 """
 
 import argparse
 import shlex
 import sys
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from inspect import signature
@@ -35,25 +36,26 @@ from models.support.weights import WeightError, list_weights, read_config
 from models.vosr import VOSR
 from training import choose_device, choose_dtype, compile_all
 
-ROOT = Path(__file__).resolve().parent
+EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
 KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic",
          "texture", "tile", "overlap", "color")
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
-AT_ONCE = 3  # pictures that are read, or written, beside the one on the device
-Job = namedtuple("Job", "path name target ref")     # name: the path below the folder that was given
+TINY = "vosr-tiny", "s3diff-tiny", "gramsr-tiny"        # --model all
+Job = namedtuple("Job", "path name targets ref")    # name: the path below the folder that was given; targets: of each model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Upscale pictures with diffusion super-resolution.")
-    p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", default=[ROOT / "assets" / "example.png"],
-                   help="pictures and folders of pictures (default: the example)")  # fmt: skip
+    p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE",
+                   help="pictures and folders of pictures (default: the example, and --model all)")  # fmt: skip
     p.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder for the results (default out)")
     p.add_argument("--skip-existing", action="store_true",
                    help="keep results that are in DIR already, and measure them: go on after a stop")  # fmt: skip
     # model
-    p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, gramsr, or a file or folder")
+    p.add_argument("--model", help="vosr-tiny (default), s3diff-tiny, gramsr-tiny, all (these three), "
+                   "vosr-{0.5b,1.4b}[-1step], vosr-2, s3diff, gramsr, or a file or folder")  # fmt: skip
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")  # fmt: skip
@@ -89,6 +91,10 @@ def parse_args(argv):
     p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: looked for in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     args = p.parse_args(argv)
+    if not args.pictures:
+        args.pictures, args.model = [EXAMPLE], args.model or "all"
+        args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
+    args.model = args.model or "vosr-tiny"
 
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
         if path is not None and not exists(path):
@@ -119,9 +125,14 @@ def to_compile(model):
     return [network for name, network in model.named_modules() if name in COMPILED]
 
 
-def upscale(model, path, lq, args):
+def knobs_of(model, args):
+    """The given knobs that this model has."""
+    return {k: v for k, v in args.knobs.items() if k in signature(model.upscale).parameters}
+
+
+def upscale(name, model, path, lq, args):
     """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.  -> the same, seconds.  Raises PictureError."""
-    start, knobs = time.perf_counter(), args.knobs
+    start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
@@ -130,15 +141,10 @@ def upscale(model, path, lq, args):
     with torch.compiler.set_stance("force_eager" if large else "default") if args.compile else nullcontext():
         sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
     if not sr.isfinite().all():
-        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)     # looked for only now: it takes seconds
-        raise PictureError(f"{path}: the result is no number; " + (f"{args.model} has none in {bad}, get it again" if bad else "try --dtype float32"))
+        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)     # only now: it takes seconds
+        remedy = f"{name} has none in {bad}, get it again" if bad else "try --dtype float32"
+        raise PictureError(f"{path}: the result is no number; {remedy}")
     return sr.cpu(), time.perf_counter() - start
-
-
-def read(path):
-    """-> lq, alpha of `read_picture`, lines to print"""
-    notes = []
-    return *read_picture(path, note=notes.append), notes
 
 
 def earlier(target, lq, args):
@@ -149,34 +155,39 @@ def earlier(target, lq, args):
             return sr if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]) else None
 
 
-def finish(job, lq, alpha, sr, seconds, args):
-    """Write a result, unless it was there, and measure it, which the next picture need not wait for.
+def finish(job, lq, alpha, results, args):
+    """Write the results of one picture, unless they were there, and measure them.
 
-    lq, sr: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; seconds: None = it was there
-    -> line of metrics.csv, [bicubic, ours, reference if any], lines to print, figure of the page or None.  Raises PictureError.
+    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of each model (like lq, seconds; None = it was there)
+    -> lines of metrics.csv, [low quality, bicubic, ours ..., reference if any], lines to print, figure of the page or None
+    Raises PictureError.
     """
-    (H, W), name, target = sr.shape[-2:], printable(job.path), printable(job.target)
-    if seconds is None:
-        lines = [f"{name}: {target} is kept"]
-    else:
-        colours = sr[:, :1] if chroma(lq) < GREY else sr
-        write_picture(job.target, colours, None if alpha is None else resize(alpha, (H, W)))
-        lines = [f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {target}: {W}x{H}, {seconds:.2f} s"]
-    sr, bicubic = round8(sr), resize(lq, (H, W))  # measured is what the file holds
-    hq, why = read_reference(job.name, job.ref, (H, W)) if args.ref else (None, "")
-    found, failed = measure(sr, bicubic, hq, args.metrics, why, job.path)
-    if found:
-        lines.append(f"{name}: {report(found)}")
-    row = row_of(job.target.relative_to(args.out).as_posix(), (H, W), seconds, found, args.absent | failed)
-    shown = [x for x in (bicubic, sr, hq) if x is not None]
-    return row, [middle(x, SHEET_CROP) for x in shown], lines, figure_of(row, shown, args.names, args.shown) if args.page else None
+    size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
+    bicubic = resize(lq, size)
+    hq, why = read_reference(job.name, job.ref, size) if args.ref else (None, "")
+    for target, (sr, seconds) in zip(job.targets, results):
+        if seconds is None:
+            lines.append(f"{name}: {printable(target)} is kept")
+        else:
+            colours = sr[:, :1] if chroma(lq) < GREY else sr
+            write_picture(target, colours, None if alpha is None else resize(alpha, size))
+            line = f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}, {seconds:.2f} s"
+            lines.append(line)
+        found, failed = measure(round8(sr), bicubic, hq, args.metrics, why, job.path)   # measured is what the file holds
+        if found:
+            lines.append(f"{name}: {report(found)}")
+        rows.append(row_of(target.relative_to(args.out).as_posix(), size, seconds, found, args.absent | failed))
+    shown = [x for x in (bicubic, *(round8(sr) for sr, _ in results), hq) if x is not None]
+    figure = figure_of(rows, shown, args.names, args.shown) if args.page else None
+    return rows, [middle(lq, round(SHEET_CROP / args.scale)), *(middle(x, SHEET_CROP) for x in shown)], lines, figure
 
 
-def sweep(model, lq, job, args):
+def sweep(model, lq, job, target, args):
     """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet: OUT/sweep/<name>.png."""
-    results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **args.knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
+    knobs = knobs_of(model, args)
+    results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
     captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
-    path = args.out / "sweep" / job.target.relative_to(args.out)
+    path = args.out / "sweep" / target.relative_to(args.out)
     claim(path, job.path, args.inputs)
     save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), path)
     print(printable(f"{job.path}: turned knobs: {path}"))
@@ -203,62 +214,63 @@ class Failures(list):
 
 
 def load(args):
-    """The model, and in args what it may be measured with and how its knobs are turned. Raises OSError, ValueError."""
+    """The models by their names, and in args what they may be measured with. Raises OSError, ValueError."""
+    names = TINY if args.model == "all" else [args.model]
     with noting_weights() as weights:
-        model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
+        models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device)
     args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
-    args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
-    if other := set(args.knobs) - set(signature(model.upscale).parameters):
+    if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
-    tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
-    if tile and (args.overlap or 0) >= tile:
-        raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
-    args.names = ["bicubic", Path(realpath(args.model)).name, "reference"][: 3 if args.ref else 2]
+    for model in models.values():
+        tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
+        if tile and (args.overlap or 0) >= tile:
+            raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
+        if args.compile:
+            compile_all(to_compile(model), args.device)
+    args.names = ["bicubic", *(Path(realpath(name)).name for name in names), *["reference"] * bool(args.ref)]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
-    if args.compile:
-        compile_all(to_compile(model), args.device)
-    return model
+    return models
 
 
-def upscale_all(model, jobs, args, failures):
-    """Upscale one picture after the other; files are read and written while the device works on another one.
+def upscale_all(models, jobs, args, failures):
+    """Upscale one picture after the other; the last one is measured and written while the next is computed.
 
     -> [what `finish` returns], was it stopped by Ctrl-C?
     """
-    done, reads, writes, stop, stopped = [], deque(), deque(), Stop(), True
+    done, stop, stopped, last = [], Stop(), True, None
 
-    def collect(keep):
-        while len(writes) > keep:
-            path, result = writes.popleft()
-            with failures.at(path):
-                done.append(result.result())
+    def collect(last):
+        with failures.at(last and last[0]):
+            if last:
+                done.append(last[1].result())
                 print(*done[-1][2], sep="\n")
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(1) as writer:
         try:
-            for i, job in enumerate(jobs):
+            for job in jobs:
                 if stop:
                     break
-                reads.extend(pool.submit(read, other.path) for other in jobs[i + len(reads) : i + AT_ONCE])
+                current, results = None, []
                 with failures.at(job.path):
-                    lq, alpha, notes = reads.popleft().result()
-                    print(*notes, sep="\n", end="\n" * bool(notes))
-                    claim(job.target, job.path, args.inputs)
-                    sr, seconds = earlier(job.target, lq, args), None
+                    lq, alpha = read_picture(job.path, note=print)
+                    for target in job.targets:
+                        claim(target, job.path, args.inputs)
                     with stop:
-                        if sr is None:
-                            sr, seconds = upscale(model, job.path, lq, args)
-                        if args.sweep and seconds is not None:
-                            sweep(model, lq, job, args)
-                    writes.append((job.path, pool.submit(finish, job, lq, alpha, sr, seconds, args)))
-                collect(AT_ONCE)
+                        for target, (name, model) in zip(job.targets, models.items()):
+                            kept = earlier(target, lq, args)
+                            results.append((kept, None) if kept is not None else upscale(name, model, job.path, lq, args))
+                            if args.sweep and kept is None:
+                                sweep(model, lq, job, target, args)
+                    current = job.path, writer.submit(finish, job, lq, alpha, results, args)
+                collect(last)
+                last = current
             else:
                 stopped = False
         except KeyboardInterrupt:
             pass                        # the picture at hand is dropped
-        collect(0)
+        collect(last)
     return done, stopped
 
 
@@ -267,15 +279,20 @@ def summarise(done, args, failures):
     rows, shown, _, figures = zip(*done)
     with failures.at(path := args.out / "sheet.png"):
         claim(path, args.out, args.inputs)
-        captions = [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows[:SHEET_ROWS]]
+        captions = []
+        for of_models in rows[:SHEET_ROWS]:
+            seconds = ["" if row["seconds"] is None else f", {row['seconds']:.1f} s" for row in of_models]
+            captions.append(["low quality", "bicubic", *(n + s for n, s in zip(args.names[1:], seconds)), "original"])
         save_png(contact_sheet(shown[:SHEET_ROWS], captions), path)
         print(printable(f"before and after: {path}"))
     if not args.measuring and not args.page:
         return
-    record = record_of(rows, args.command, args.flags, args.absent, args.files)
+    record = record_of(sum(rows, []), args.command, args.flags, args.absent, args.files)
     with failures.at(args.out):
         if args.measuring:
-            print(f"average  {report(average(rows)) or 'of nothing'}\nprotocol: {record['protocol']}")
+            for name, of_model in zip(args.names[1:], zip(*rows)):
+                print(f"average  {f'{name}  ' * (len(rows[0]) > 1)}{report(average(of_model)) or 'of nothing'}")
+            print(f"protocol: {record['protocol']}")
             for name in ("metrics.csv", "metrics.json"):
                 claim(args.out / name, args.out, args.inputs)
             write_metrics(record, args.out)
@@ -292,21 +309,24 @@ def main(argv=None):
         return list_weights()
     args.flags = dict(vars(args))
     args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
+    args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
     failures, names = Failures(), {}
     for top in args.pictures:
         with failures.at(top):
             names |= find_pictures(top, print)
     try:
         references = find_references(names.values(), args.ref)
-        model = load(args)
+        models = load(args)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
     taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
-    jobs = [Job(*job) for job in zip(names, names.values(), output_paths(names, args.out, taken), references)]
+    folders = [args.out / name for name in models] if len(models) > 1 else [args.out]
+    targets = zip(*(output_paths(names, folder, taken) for folder in folders))
+    jobs = [Job(*job) for job in zip(names, names.values(), targets, references)]
     read = [*names, *(path for ref in references if ref for path in (ref if isinstance(ref, tuple) else [ref]))]
     args.inputs = {realpath(path) for path in read}     # Path.resolve fails at loops of links
     args.shown = len(jobs) * len(args.names)
-    done, stopped = upscale_all(model, jobs, args, failures)
+    done, stopped = upscale_all(models, jobs, args, failures)
     if done:
         summarise(done, args, failures)
     if failures:

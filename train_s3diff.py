@@ -59,7 +59,7 @@ class Recipe:
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
-    gan_from: int = 0                   # step with which D begins
+    looks_from: int = 0                 # step with which LPIPS and D begin; L2 alone is three times as fast
     schedule: str = "constant"          # or "cosine"
     warmup: int = 0                     # steps
     ema: float = 0.0                    # decay of the average that is saved; 0 = what is trained itself
@@ -77,7 +77,7 @@ TINY = S3DiffConfig(
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, {
     "prior": Recipe(6000, 16, 6e-4, crop=128, schedule="cosine", warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": Recipe(5000, 8, 1e-3, crop=128, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
-    "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.02, lambda_gan=0.3, gan_from=3000, schedule="cosine", warmup=100,
+    "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.02, lambda_gan=0.3, looks_from=4000, schedule="cosine", warmup=100,
                        branches_per="image"),
 })}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
@@ -133,8 +133,13 @@ def parse_args():
     return args
 
 
-def take_over(model, init, wanted):
-    """Give a model those tensors of a tiny one, in folder init or else the embedded prior, whose names are wanted.  -> a line on their origin
+def is_known(stage, name):
+    """Whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has learned."""
+    return is_prior(name) or stage != "prior" and name.startswith("denet.") or stage == "adapters"
+
+
+def take_over(model, init, wanted=lambda name: True):
+    """Give a model the wanted tensors of a tiny one, in folder init or else of the embedded prior.  -> a line on their origin
 
     Raises Quit, WeightError.
     """
@@ -156,7 +161,7 @@ def build_tiny(args, cfg):
         autoencoder = VOSR.from_pretrained("vosr-tiny").vae.state_dict()
         model.vae.load_state_dict({k: v for k, v in autoencoder.items() if "finish" not in k}, strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
-        origin = take_over(model, args.init, lambda name: is_prior(name) or name.startswith("denet.") or is_trained(name))
+        origin = take_over(model, args.init)
     return model.float(), LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
 
 
@@ -233,12 +238,17 @@ def tell(model, lq, scores):
 
 
 def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None):
-    """Part 1. u: (B,) uniform draws, below neg_prob: the bad prompt, and its picture; g: of the posterior's samples -> {name: loss}, y"""
+    """Part 1, without LPIPS where that is None.
+
+    u: (B,) uniform draws, below neg_prob: the bad prompt, and its picture; g: of the posterior's samples -> {name: loss}, y
+    """
     negative = (u < neg_prob).to(x_src.device)
     y = model(x_src, scores, model.prompts[negative.long()], g)
     target = torch.where(negative.view(-1, 1, 1, 1), x_src, x_tgt)      # online negative prompting: this is what the bad prompt means
-    l2, perceptual = F.mse_loss(y, target), lpips(y, target).mean()
-    return {"l2": recipe.lambda_l2 * l2, "lpips": recipe.lambda_lpips * perceptual}, y  # Eq. S3Diff (6)
+    terms = {"l2": recipe.lambda_l2 * F.mse_loss(y, target)}
+    if lpips:
+        terms["lpips"] = recipe.lambda_lpips * lpips(y, target).mean()
+    return terms, y     # Eq. S3Diff (6)
 
 
 def beside(D, x, x_src, g):
@@ -255,7 +265,8 @@ def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
 
 def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scores, u, g):
     """Parts 1 and 2 as one function of the model, which DDP can wrap."""
-    if part == "reconstruct":
+    if part != "adversary":
+        lpips = lpips if part == "reconstruct" else None
         return reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g)
     return adversary(model, D, recipe, x_src, scores, g, beside(D, x_src, x_src, g))
 
@@ -352,7 +363,8 @@ def main():
             return
         trained, averaged = ({k: v for k, v in m.state_dict().items() if learns(args.stage, k)} for m in (model, ema))
         if args.preset == "tiny":       # the checkpoint last: if it says that the run is over, all is there
-            save_model(out / "model.safetensors", model.cfg, ema.state_dict(), note=f"{args.preset} {args.stage}, step {step}")
+            tensors = {k: v for k, v in ema.state_dict().items() if is_known(args.stage, k)}
+            save_model(out / "model.safetensors", model.cfg, tensors, note=f"{args.preset} {args.stage}, step {step}")
         else:
             training.write(out / "s3diff.pkl", model.release())
         training.save_checkpoint(out, step, args.keep, settings=settings, photos=names_of_photos, model=trained, ema=averaged, D=D.state_dict(),
@@ -387,11 +399,13 @@ def main():
             hq = next(loader).to(device, non_blocking=True)
             batch.append(draw(args.stage, model, hq, recipes[step % len(recipes)], g))
 
+        looks = step >= recipe.looks_from
+        part = ["reconstruct" if looks else "regress"] if args.stage == "adapters" else []
         for inputs in batch:
-            backward(generate, *(["reconstruct"] if args.stage == "adapters" else []), *inputs)
+            backward(generate, *part, *inputs)
         grad_norm = health.step(optimizers["G"], scaler)
 
-        if args.stage == "adapters" and step >= recipe.gan_from:
+        if args.stage == "adapters" and looks:
             fakes = []
             D.requires_grad_(False)     # official: D keeps what this backward leaves in it, and learns a little to be deceived
             for inputs in batch:
