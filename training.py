@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
-from models.support.arguments import Stop, make_lenient  # noqa: F401: scripts say training.Stop, and so on
+from models.support.arguments import (SEED, Stop, between, make_lenient,  # noqa: F401: scripts say training.Stop
+                                      positive)
 from models.support.charts import Log, save_sheet  # noqa: F401
 from models.support.photos import batches, photos_for  # noqa: F401
 from models.support.weights import sha256_of
@@ -48,6 +49,28 @@ def one_line_errors(name):
 
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(p):
+    """The flags that all three scripts have."""
+    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar, or a .txt list")
+    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
+    p.add_argument("--out", required=True, help="folder for everything this run writes")
+    # optimisation
+    p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
+    p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
+    p.add_argument("--micro-batch", type=positive, help="photos that a process computes at once (default: its share)")
+    p.add_argument("--lr", type=between(1e-9, 1), help="peak learning rate")
+    p.add_argument("--seed", type=SEED, default=0)
+    # machine
+    p.add_argument("--device", type=usable_device, default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="of autocast; trained weights stay float32")  # fmt: skip
+    p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
+    p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
+    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=positive, default=2, metavar="K", help="newest checkpoints that stay (default 2)")
 
 
 def choose_device(name):
