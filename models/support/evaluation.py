@@ -160,14 +160,9 @@ def protocol(rows, seed, scale, absent):
 @contextmanager
 def noting_weights():
     """In here, every weight file that is read is noted.  -> list of paths, which grows"""
-    noted, readers = [], {name: getattr(weights, name) for name in ("load_file", "read_pickle")}    # read_tensors calls one of the two
-    try:
-        for name, reader in readers.items():
-            setattr(weights, name, lambda path, reader=reader: noted.append(path) or reader(path))
-        yield noted
-    finally:
-        for name, reader in readers.items():
-            setattr(weights, name, reader)
+    weights.noted = noted = []
+    yield noted
+    weights.noted = []
 
 
 def versions():
