@@ -48,36 +48,25 @@ class PublicFile:
     users: str                  # who needs it
     licence: str                # of the weights, as their authors state it
     size: int | None = None     # bytes
-    sha256: str | None = None   # None: not known for sure
+    sha256: str | None = None
     gated: bool = False         # the hub wants an account that has accepted the licence
     note: str = ""              # where to look for what is by hand only
 
 
 def vosr(name, users, *mirrors, **facts):
-    last = f"https://modelscope.cn/models/LULALULALU/VOSR_CKPT/resolve/master/{name}"
-    return PublicFile(name, (f"CSWRY/VOSR:{name}", *mirrors, last), users, "Apache-2.0", **facts)
+    mirrors += f"https://modelscope.cn/models/LULALULALU/VOSR_CKPT/resolve/master/{name}",
+    return PublicFile(name, (f"CSWRY/VOSR:{name}", *mirrors), users, "Apache-2.0", **facts)
 
 
 def sd21(path, users, **facts):
     name = f"stable-diffusion-2-1-base/{path}"      # Stability AI took its own down in 2025; old caches still hold it
-    owners = "Manojb", "sd2-community", "stabilityai"
-    sources = *(f"{owner}/stable-diffusion-2-1-base:{path}" for owner in owners), f"CSWRY/VOSR:{name}"
-    return PublicFile(name, sources, users, "CreativeML Open RAIL++-M", **facts)
-
-
-def dinov3(kind, users):
-    name = f"dinov3-{kind}-pretrain-lvd1689m"
-    source = f"facebook/{name}:model.safetensors"
-    return PublicFile(f"{name}/model.safetensors", (source,), users, "DINOv3 License", gated=True)
-
-
-def lpips(net, users, size, sha256):
-    source = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{net}.pth"
-    return PublicFile(f"lpips_{net}.pth", (source,), users, "BSD-2-Clause", size, sha256)
+    sources = [f"{owner}/{name.replace('/', ':', 1)}" for owner in ("Manojb", "sd2-community", "stabilityai")]
+    return PublicFile(name, (*sources, f"CSWRY/VOSR:{name}"), users, "CreativeML Open RAIL++-M", **facts)
 
 
 META, TORCHVISION = "https://dl.fbaipublicfiles.com", "https://download.pytorch.org/models"
 GITHUB = "https://raw.githubusercontent.com"
+LPIPS = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
 GRAMSR = f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints"
 SD = "diffusion_pytorch_model.safetensors"
 FILES = {file.name: file for file in (
@@ -105,8 +94,9 @@ FILES = {file.name: file for file in (
     PublicFile("dino_vitbase16_pretrain.pth", (f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",),
                "training S3Diff", "Apache-2.0", 343242485,
                "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e"),
-    dinov3("vitb16", "GramSR"),
-    dinov3("vits16plus", "training GramSR"),
+    *(PublicFile(f"dinov3-{kind}-pretrain-lvd1689m/model.safetensors",
+                 (f"facebook/dinov3-{kind}-pretrain-lvd1689m:model.safetensors",), users, "DINOv3 License", gated=True)
+      for kind, users in (("vitb16", "GramSR"), ("vits16plus", "training GramSR"))),
     PublicFile("model_12501.pkl", (), "GramSR", "none stated",
                note="behind a link of the authors, see https://github.com/aimagelab/GramSR"),
     *(PublicFile(name, (f"{GRAMSR}/{name}",), "GramSR", "none stated")
@@ -115,8 +105,10 @@ FILES = {file.name: file for file in (
                553433881, "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
     PublicFile("alexnet-owt-7be5be79.pth", (f"{TORCHVISION}/alexnet-owt-7be5be79.pth",), "LPIPS (AlexNet)",
                "BSD-3-Clause", 244408911, "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"),
-    lpips("vgg", "LPIPS (VGG), training", 7289, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
-    lpips("alex", "LPIPS (AlexNet)", 6009, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
+    PublicFile("lpips_vgg.pth", (f"{LPIPS}/vgg.pth",), "LPIPS (VGG), training", "BSD-2-Clause", 7289,
+               "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    PublicFile("lpips_alex.pth", (f"{LPIPS}/alex.pth",), "LPIPS (AlexNet)", "BSD-2-Clause", 6009,
+               "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
     PublicFile("niqe_pris_params.npz", (f"{GITHUB}/XPixelGroup/BasicSR/HEAD/basicsr/metrics/niqe_pris_params.npz",),
                "NIQE", "Apache-2.0", 11850, "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296"),
 )}
@@ -164,7 +156,7 @@ def list_weights():
 
 
 def fetch(name, sleep=time.sleep):
-    """A public file, from this disk or else downloaded -> Path. Raises WeightError, which says where to put it by hand."""
+    """A public file, from this disk or else downloaded -> Path. Raises WeightError: where to put it by hand."""
     if path := locate(name):
         return path
     file, target, failures = FILES[name], cache_folder() / name, []
@@ -177,8 +169,7 @@ def fetch(name, sleep=time.sleep):
             if path := locate(name):
                 return path
             if target.exists():
-                raise WeightError(f"{target}: is not the public file, which has {file.size} bytes; "
-                                  "delete it, then it is downloaded")
+                raise WeightError(f"{target}: is not the public file, which has {file.size} bytes; delete it")
             for source in file.sources:
                 try:
                     return download(source, target, file, sleep)
@@ -197,10 +188,10 @@ def nearby(name, folder):
 
 
 def download(source, target, file, sleep):
-    """One source of file -> target, complete and checked. Raises WeightError, with a phrase, and OSError.
+    """One source of file -> target, whole and checked. Raises WeightError, OSError.
 
     target.part keeps what came before a cut, target.part.of the ETag or date of the file it began as: by If-Range the
-    server sends only the rest, or everything if its file is another one by now.
+    server sends the rest, or everything if its file is another one by now.
     """
     part, tag = (target.with_name(target.name + end) for end in (".part", ".part.of"))
     url, best, tries, reason = address(source), size_of(part), 0, ""
@@ -221,8 +212,7 @@ def download(source, target, file, sleep):
                     return target
                 if code in (401, 403) and file.gated:
                     page = url.partition("/resolve/")[0]
-                    raise WeightError(f"{code}, gated: accept the licence at {page} and set HF_TOKEN "
-                                      "to a token of that account")
+                    raise WeightError(f"{code}, gated: accept the licence at {page} and set HF_TOKEN to your token")
                 reason, asked = f"{code} {answer.reason}", answer.headers.get("Retry-After", "")
                 if code not in BUSY:
                     raise WeightError(reason)
@@ -238,9 +228,9 @@ def download(source, target, file, sleep):
 
 
 def receive(answer, part, tag, have, file):
-    """Add an answer's body to the `have` bytes of part, or start part again, and check the whole.
+    """Add an answer's body to the `have` bytes of part, or begin part anew, and check the whole.
 
-    Raises WeightError when it is not the public file, ConnectionError when another request may help.
+    Raises WeightError where it is not the public file, ConnectionError where another request may help.
     """
     start, total = 0, int(answer.headers.get("Content-Length", -1))
     if answer.status_code != 200:
@@ -250,7 +240,7 @@ def receive(answer, part, tag, have, file):
             tag.unlink(missing_ok=True)                 # so that the next request asks for everything
             raise requests.ConnectionError("not the range that was asked for")
     named = [r.headers.get("X-Linked-Etag", "").strip('"') for r in (*answer.history, answer)]
-    linked = next((tag for tag in named if re.fullmatch("[0-9a-f]{64}", tag)), None)    # SHA-256, of the hub's large files
+    linked = next((hash for hash in named if re.fullmatch("[0-9a-f]{64}", hash)), None)     # of the hub's large files
     length, wanted = file.size or total, file.sha256 or linked          # length -1: nobody says
     if total not in (-1, length) or linked not in (None, wanted):
         raise WeightError(f"the file there is another one, of {total} bytes")
@@ -260,8 +250,7 @@ def receive(answer, part, tag, have, file):
         if length < 0 and not wanted and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
             raise WeightError("the server does not say how long the file is, so a cut would not be noticed")
         etag = answer.headers.get("ETag", "W/")         # If-Range takes no weak one
-        total = length if length > 0 else None
-        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=file.name, disable=None)
+        bar = tqdm(total=max(length, 0) or None, initial=start, unit="B", unit_scale=True, desc=file.name, disable=None)
         with open(part, "ab" if start else "wb") as f, bar:
             tag.write_text(answer.headers.get("Last-Modified", "") if etag.startswith("W/") else etag)
             for chunk in answer.iter_content(1 << 16):
@@ -270,9 +259,8 @@ def receive(answer, part, tag, have, file):
         raise requests.ConnectionError("cut")
     if wanted and sha256_of(part) != wanted:
         part.unlink(), tag.unlink(missing_ok=True)
-        if have:
-            raise requests.ConnectionError("damaged")
-        raise WeightError(f"what came has another SHA-256 than {wanted}")
+        other = f"what came has another SHA-256 than {wanted}"
+        raise requests.ConnectionError(other) if have else WeightError(other)
 
 
 def size_of(path):
@@ -295,17 +283,16 @@ noted = []      # every weight file that was read
 def read_json(path):
     """Settings by name -> dict. Raises WeightError."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return dict(settings.items())
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, RecursionError, AttributeError) as e:
         raise WeightError(f"{path}: cannot be read as settings in JSON ({e}); get it again") from None
 
 
 def is_plain(x):
-    """Whether nothing in x is a tensor that is expanded from a few numbers, or sparse."""
+    """Whether no tensor in x is expanded from a few numbers, or sparse."""
     if isinstance(x, torch.Tensor):
-        whole = x.layout == torch.strided and not x.is_meta
-        return whole and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+        dense = x.layout == torch.strided and not x.is_meta
+        return dense and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
     return all(map(is_plain, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
 
 
@@ -327,7 +314,7 @@ def read_file(path):
     noted.append(path)
     try:
         tensors = load_file(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
-    except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError and more at a wrong file
+    except Exception as e:      # torch raises nearly anything at a wrong file
         raise WeightError(f"{path}: is broken, or holds more than tensors and may run code ({type(e).__name__}); "
                           "get it again") from None
     if not isinstance(tensors, dict):
@@ -344,7 +331,7 @@ def read_tensors(path):
 
 
 def unwrapped(tensors, path, left_out):
-    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS, which are added to the set left_out."""
+    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS; the set left_out learns which."""
     found = {}
     for name, x in tensors.items():
         *parts, last = str(name).split(".")
@@ -364,9 +351,9 @@ def find_weights(path):
     """The .safetensors file that a file or folder means, in the order of VOSR's official loader -> Path or None."""
     if path.is_file():
         return path
-    names = [f"{folder}{name}.safetensors" for folder in ("clean_weights/", "checkpoints/", "")
-             for name in ("ema_model", "model")]
-    return next(filter(Path.is_file, [*(path / name for name in names), *sorted(path.rglob("*.safetensors"))]), None)
+    likely = [path / folder / f"{name}.safetensors" for folder in ("clean_weights", "checkpoints", ".")
+              for name in ("ema_model", "model")]
+    return next(filter(Path.is_file, likely + sorted(path.rglob("*.safetensors"))), None)
 
 
 def find_args(path):
@@ -379,18 +366,18 @@ def find_args(path):
 
 
 def save_model(path, cfg, tensors, note=""):
-    """Write a model's tensors in float16, with its cfg (a dataclass) and a note; under a temporary name, then renamed."""
-    # The rotary tables are left out: they follow from the config, and float16 would spoil them.
+    """Write a model's tensors in float16 with its cfg (a dataclass) and a note, under a temporary name at first."""
+    # the rotary tables are left out: they follow from the config, and float16 would spoil them.
     tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
     save_file(tensors, part := f"{path}.part", metadata={"config": json.dumps(asdict(cfg)), "note": note})
     os.replace(part, path)
 
 
 def save_release(folder, tensors, settings):
-    """Write a transformer's tensors as VOSR's authors do, in float32, for their code and ours; settings: of args.json."""
+    """Write a transformer's tensors, in float32, and args.json as VOSR's authors do."""
     target = Path(folder, "checkpoints", "ema_model.safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
+    part = Path(f"{target}.part")
     part.write_text(json.dumps(settings, indent=2))
     os.replace(part, Path(folder, "args.json"))
     save_file({k: v.contiguous() for k, v in tensors.items()}, part)
@@ -403,13 +390,12 @@ def config_of(path):
         with safe_open(path, framework="pt") as f:
             return dict(json.loads((f.metadata() or {}).get("config", "{}")).items())
     except (SafetensorError, ValueError, RecursionError, AttributeError) as e:
-        raise WeightError(f"{path}: is not .safetensors, or its config is damaged ({e}); "
-                          "copy or train it again") from None
+        raise WeightError(f"{path}: is not .safetensors, or its config is damaged ({e}); get it again") from None
 
 
 def read_model(path):
     """What `save_model` wrote -> config, tensors by name. Raises WeightError."""
-    tensors = read_tensors(path)        # first, since it knows best what is wrong with a file
+    tensors = read_tensors(path)        # first: it knows best what is wrong with a file
     return config_of(path), tensors
 
 
@@ -460,7 +446,10 @@ def on_paper(path, system):
 
 
 def checked(cfg):
-    """A config out of a file, a dataclass, if its values have the types of their fields and sizes that make sense."""
+    """A config out of a file, a dataclass, if its values have the types of their fields and sizes that make sense.
+
+    Raises ValueError.
+    """
     for f in fields(cfg):
         value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
         if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:
