@@ -25,8 +25,8 @@ from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
-from models.support.weights import (EMBEDDED, WeightError, checked, config_of, fetch, find_args, find_weights,
-                                    load_ours, load_strictly, nearby, on_paper, read_json, read_tensors)
+from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
+                                    load_strictly, nearby, on_paper, read_config, read_json, read_tensors)
 
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
 TILES_AT_ONCE = 4
@@ -206,7 +206,7 @@ class VOSR(nn.Module):
             args, weights = fetch(f"{folder}/args.json"), fetch(f"{folder}/checkpoints/ema_model.safetensors")
             model = cls.from_release(weights, args, size)
         elif weights := find_weights(path):
-            ours = config_of(weights)
+            ours = read_config(weights)
             model = load_ours(cls, VOSRConfig, weights) if ours else cls.from_release(weights, find_args(path))
         else:
             raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, "

@@ -384,26 +384,19 @@ def save_release(folder, tensors, settings):
     os.replace(part, target)
 
 
-def config_of(path):
-    """The config that `save_model` wrote into a file -> dict, {} in a file of others. Raises WeightError."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return dict(json.loads((f.metadata() or {}).get("config", "{}")).items())
-    except (SafetensorError, ValueError, RecursionError, AttributeError) as e:
-        raise WeightError(f"{path}: is not .safetensors, or its config is damaged ({e}); get it again") from None
+def read_config(path):
+    """The config that `save_model` wrote into a file -> dict; {} for any other file, of which nothing is said here."""
+    with suppress(OSError, SafetensorError, ValueError, RecursionError):
+        if path.is_file():
+            with safe_open(path, framework="pt") as f:
+                config = json.loads((f.metadata() or {}).get("config", "{}"))
+            return config if isinstance(config, dict) else {}
+    return {}
 
 
 def read_model(path):
     """What `save_model` wrote -> config, tensors by name. Raises WeightError."""
-    tensors = read_tensors(path)        # first: it knows best what is wrong with a file
-    return config_of(path), tensors
-
-
-def read_config(path):
-    """`config_of`, and {} for any file that is not ours, of which nothing is said here."""
-    with suppress(OSError, WeightError):
-        return config_of(path) if path.suffix == ".safetensors" and path.is_file() else {}
-    return {}
+    return read_config(path), read_tensors(path)
 
 
 def find_ours(name):
