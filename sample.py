@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from models.gramsr import GramSR
+from models.lpips import LPIPS
 from models.s3diff import S3Diff
 from models.support.arguments import SEED, Stop, between, command, folder, positive
 from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference,
@@ -218,7 +219,8 @@ def load(args):
     names = TINY if args.model == "all" else [args.model]
     with noting_weights() as weights:
         models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
-    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device)
+    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
+                                                    LPIPS.from_pretrained)
     args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
