@@ -34,7 +34,7 @@ class DiTConfig:
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of {4 * self.num_heads}, 4 * num_heads")
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 4 * num_heads = {4 * self.num_heads}")
 
     @classmethod
     def from_tensors(cls, tensors, path):
@@ -301,8 +301,8 @@ class DiT(nn.Module):
         if not self.cfg.precondition:
             return self.network(z_t, z_lq, feat, t, r, cache)
         # As EDM (2206.00364) does for denoisers. Were z_hq normal around z_lq with variance 1, z_t would be so around
-        # (1 - t) z_lq with variance var, and E[z_hq | z_t] = z_lq + (1 - t) / var (z_t - (1 - t) z_lq). That second term
-        # is what the network sees; its floor lets some noise in at t = 1, or in one step all seeds gave one picture.
+        # (1 - t) z_lq with variance var, and E[z_hq | z_t] = z_lq + (1 - t) / var (z_t - (1 - t) z_lq). The network
+        # sees the second term; its floor lets some noise in at t = 1, or in one step all seeds gave one picture.
         time = t[:, None, None, None]
         var = (1 - time) ** 2 + time**2
         z_in = ((1 - time) / var).clamp(min=0.1) * (z_t - (1 - time) * z_lq)
