@@ -13,7 +13,7 @@ The same command again goes on where it stopped, exactly: every step's photos, c
 functions of (seed, step). Ctrl-C and SIGTERM save first. What may change then: --steps, --lr, --micro-batch, --keep,
 --save-every and all that names the machine; anything else is refused. --out holds the model for sample.py (the EMA
 weights: model.safetensors, or args.json and checkpoints/ as the authors have them), checkpoint-*.pt, log.csv, loss.png
-and sheet.png (LQ | result | HQ of held-out photos).
+and sheet.png (LQ | result | HQ of held-out photos; of an autoencoder HQ | HQ encoded and decoded).
 """
 
 import argparse
@@ -336,7 +336,7 @@ def log(run, due):
     if run.rank == 0 and due:
         columns = {"LQ": run.test_lq, f"result, step {run.step}": sr, "HQ": run.test_hq}
         if run.args.stage == "autoencoder":
-            columns = {"HQ": run.test_hq, f"from its latent, step {run.step}": sr}
+            columns = {"HQ": run.test_hq, f"HQ decoded, step {run.step}": sr}
         training.save_sheet(run.out / "sheet.png", {title: x[:6] for title, x in columns.items()})
         tqdm.write(f"step {run.step}: held-out loss {row['held_out']:.4f}, PSNR {row['psnr']:.2f} dB")
         run.table.draw(run.out / "loss.png", ["loss", "held_out"], f"VOSR {run.args.preset}, stage {run.args.stage}")
