@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -178,10 +179,6 @@ def test_clean_replacement_leaves_lq_degraded():
 # -----------------------------------------------------------------------------
 # the command
 
-def run(*args):
-    return subprocess.run([sys.executable, str(ROOT / "degrade.py"), *map(str, args)], capture_output=True, text=True)
-
-
 def files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -190,9 +187,9 @@ def test_command_makes_pairs_and_names_a_bad_file(tmp_path):
     folder = save_photos(tmp_path / "hr", [(66, 50), (40, 40), (20, 20)])  # the last is too small
     save_photos(folder / "more", [(48, 48)], ".jpg")
     (folder / "bad.png").write_text("no picture")
-    result = run(folder, tmp_path / "out", "--seed", 5)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 2 and "bad.png" in result.stderr and "2.png" in result.stderr
+    status, _, err = runs.here(ROOT / "degrade.py", folder, tmp_path / "out", "--seed", 5)
+    assert status == 1 and "Traceback" not in err
+    assert len(err.splitlines()) == 2 and "bad.png" in err and "2.png" in err
     made = files(tmp_path / "out")
     assert set(made) == {f"{kind}/{name}" for kind in ("lq", "hq") for name in ("0.png", "1.png", "more/0.png")}
     hq = Image.open(tmp_path / "out" / "hq" / "0.png")
@@ -201,7 +198,7 @@ def test_command_makes_pairs_and_names_a_bad_file(tmp_path):
 
     for name in ("bad.png", "0.png", "2.png"):  # fewer files, the same bytes
         (folder / name).unlink()
-    assert run(folder, tmp_path / "fewer", "--seed", 5).returncode == 0
+    assert runs.here(ROOT / "degrade.py", folder, tmp_path / "fewer", "--seed", 5)[0] == 0
     fewer = files(tmp_path / "fewer")
     assert len(fewer) == 4 and all(made[name] == data for name, data in fewer.items())
 

@@ -1,14 +1,12 @@
 """Training on several processes, here two on one CPU with gloo: the same numbers as one process. Run: python -m pytest tests/test_distributed.py"""
 
 import csv
-import os
-import socket
 import sys
 from dataclasses import replace
 
 import pytest
+import runs
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_train import STAGE, launch, photos  # noqa: F401 (photos is a fixture)
 from test_vosr import SMALL
@@ -25,20 +23,10 @@ def train_here(photos, out, words, stop_at):  # noqa: F811
         launch(patch, photos, out, *words, stop_at=stop_at)
 
 
-def work(rank, world, port, *run):
-    """One process of several, as torchrun would start it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    train_here(*run)
-
-
 def run(photos, out, world, *words, stop_at=None):  # noqa: F811
     """Train on `world` processes, 0 = without torchrun -> weights of the EMA, figures of the log."""
     if world:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        mp.spawn(work, (world, port, photos, out, words, stop_at), nprocs=world)
+        runs.together(world, train_here, photos, out, words, stop_at)
     else:
         train_here(photos, out, words, stop_at)
     with open(out / "log.csv", newline="") as f:

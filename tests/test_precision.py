@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import runs
 import test_train
 import test_train_s3diff
 import torch
@@ -135,7 +136,7 @@ def launch(tmp_path, monkeypatch):
     monkeypatch.setitem(train_vosr.PRESETS, "small", (cfg, stages))
     small = replace(train_gramsr.TINY, unet=test_train_s3diff.SMALL_TINY.unet, vae=test_train_s3diff.SMALL_TINY.vae)
     monkeypatch.setitem(train_gramsr.PRESETS, "tiny", (small, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
-    test_train_s3diff.shrink(monkeypatch)
+    test_train_s3diff.shrink(monkeypatch), runs.watch_less(monkeypatch)
     folders = {}
 
     def launch(name, folder, dtype, steps):

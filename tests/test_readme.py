@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -47,9 +48,9 @@ def test_embedded_model_beats_bicubic_on_the_example():
 
 @cache
 def usage(script):
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    return done.stdout
+    status, said, _ = runs.here(ROOT / script, "--help")
+    assert status == 0
+    return said
 
 
 @pytest.mark.parametrize("command", commands("python sample.py", "python degrade.py", "python train_", "torchrun"))

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
 from test_qwen_vae import video_form
@@ -497,12 +498,20 @@ def test_s3diff_by_name(tmp_path, monkeypatch, hub):
     assert torch.equal(sr, second.upscale(lq)) and torch.equal(sr, third.upscale(lq))
 
 
+def run_here(command, **_):
+    """subprocess.run of a Python script, without the process."""
+    status, out, err = runs.here(*command[1:])
+    assert status == 0, err
+    return subprocess.CompletedProcess(command, status, out, err)
+
+
 @pytest.mark.parametrize("model, unet", [("s3diff", "UNet, two prompts"), ("gramsr", "UNet at (1, 1, 1)")])
-def test_bench(tmp_path, model, unet):
+def test_bench(monkeypatch, tmp_path, model, unet):
     """The tiny ones, whose checks end with an error where ours and the reference differ."""
     pytest.importorskip("diffusers"), pytest.importorskip("peft"), pytest.importorskip("transformers")
     command = [model, "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "figures.json")]
-    subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), *command], check=True)
+    monkeypatch.setattr(subprocess, "run", run_here)
+    run_here([sys.executable, Path(__file__).with_name("bench.py"), *command])
     rows = {(row["row"], row["who"]): row for row in json.loads((tmp_path / "figures.json").read_text())["rows"]}
     for row in (("whole picture", "reference"), (unet, "beside"), (unet, "reference")):
         assert rows[row]["ms"] > 0 and rows[row]["ours_is_faster"] > 0 and 0 < rows[row]["tflops"]
@@ -512,6 +521,6 @@ def test_bench(tmp_path, model, unet):
 
 def test_bench_train(tmp_path):
     command = ["train", "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "figures.json")]
-    subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), *command], check=True)
+    run_here([sys.executable, Path(__file__).with_name("bench.py"), *command])
     rows = {row["row"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]}
     assert {"VOSR flow step", "VOSR distill step", "S3Diff step", "GramSR texture step", "GramSR texture checkpointing"} <= rows

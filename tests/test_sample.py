@@ -7,11 +7,11 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -320,14 +320,14 @@ def test_niqe_from_the_weights_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason=f"{WEIGHTS} is not there yet; train_vosr.py makes it")
-def test_example_with_the_real_model(tmp_path):
+def test_example_with_the_real_model(monkeypatch, tmp_path):
     """From any folder, without arguments."""
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--device", "cpu", "--ref", ROOT / "assets" / "example_hq.png"],
-                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    status, said, err = runs.here(ROOT / "sample.py", "--device", "cpu", "--ref", ROOT / "assets" / "example_hq.png")
+    assert status == 0, err
     with Image.open(ROOT / "assets" / "example.png") as lq, Image.open(tmp_path / "out" / "example.png") as sr:
         assert sr.size == (lq.width * 4, lq.height * 4)
-    assert names(tmp_path / "out") == ["example.png", "metrics.csv", "metrics.json", "sheet.png"] and "PSNR-Y" in done.stdout
+    assert names(tmp_path / "out") == ["example.png", "metrics.csv", "metrics.json", "sheet.png"] and "PSNR-Y" in said
 
 
 def test_compile(run, monkeypatch):

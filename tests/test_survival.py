@@ -4,7 +4,6 @@ Run: python -m pytest tests/test_survival.py
 """
 
 import errno
-import multiprocessing as mp
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import runs
 import test_train
 import test_train_gramsr
 import test_train_s3diff
@@ -59,36 +59,22 @@ def work(name, *args):
         SCRIPTS[name](patch, *args)
 
 
-@pytest.fixture(scope="module")
-def fork():
-    """Processes that start with everything imported."""
-    context = mp.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)        # of the server, which before Python 3.13 forgets to take over sys.path
-    context.set_forkserver_preload([__name__])
-    return lambda *args: context.Process(target=work, args=args)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_killed_at_twenty_moments(name, photos, tmp_path, fork):  # noqa: F811
+def test_killed_at_twenty_moments(name, photos, tmp_path):  # noqa: F811
     """Wherever SIGKILL strikes, the end is that of a run that nothing disturbed, to the last bit: weights, optimizers and all."""
-    def start(out):
-        process = fork(name, photos, out)
-        process.start()
-        return process
-
-    start(tmp_path / "warm-up").join()
-    began, process = time.time(), start(tmp_path / "whole")
+    runs.fork(work, name, photos, tmp_path / "warm-up").join()
+    began, process = time.time(), runs.fork(work, name, photos, tmp_path / "whole")
     process.join()
-    seconds, luck, kills, runs = time.time() - began, random.Random(0), 0, 0
+    seconds, luck, kills, tries = time.time() - began, random.Random(0), 0, 0
     assert process.exitcode == 0
     whole = flat(newest(tmp_path / "whole"))
     while kills < 20:
-        runs, out = runs + 1, tmp_path / f"run{runs}"
-        while (process := start(out)).join(luck.uniform(0, seconds)) or process.is_alive():
+        tries, out, patience = tries + 1, tmp_path / f"run{tries}", seconds
+        while (process := runs.fork(work, name, photos, out)).join(luck.uniform(0, patience)) or process.is_alive():
             process.kill()
             process.join()
-            kills += 1
+            kills, patience = kills + 1, 1.2 * patience     # however busy the machine is by now, it comes to an end
         assert process.exitcode == 0 and same(whole, flat(newest(out)))
         assert len(training.checkpoints(out)) == 2, "older ones are cleared away"
         with open(out / "log.csv") as f:

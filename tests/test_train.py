@@ -1,15 +1,14 @@
 """train_vosr.py on networks of a few thousand parameters. Run: python -m pytest tests/test_train.py"""
 
 import os
-import re
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -45,14 +44,7 @@ def photos(tmp_path_factory):
 
 def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="small"):
     """Run a stage in this process; stop_at: steps after which Ctrl-C comes."""
-    class Stop:
-        steps = 0
-
-        def __bool__(self):
-            self.steps += 1
-            return stop_at is not None and self.steps > stop_at
-
-    monkeypatch.setattr(training, "Stop", Stop)
+    runs.watch_less(monkeypatch), runs.stop_after(monkeypatch, stop_at)
     monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", preset, "--stage", stage, "--data", str(photos), "--out", str(out),
                                       "--device", "cpu", *map(str, more)])
     train_vosr.main()
@@ -224,30 +216,20 @@ def test_groups_freeze_the_rest():
     assert not any(p.requires_grad for p in [*model.vae.parameters(), *model.vit.parameters()])
 
 
-def script(*words, **kwargs):
-    return [sys.executable, str(ROOT / "train_vosr.py"), *map(str, words)], {"text": True, "stderr": subprocess.PIPE, **kwargs}
+def script(tmp_path, *words):
+    return runs.Script(tmp_path / "said", ROOT / "train_vosr.py", "--stage", "autoencoder", "--out", tmp_path / "out", *words)
 
 
 def test_user_errors_are_one_line(tmp_path):
-    words, kwargs = script("--stage", "autoencoder", "--data", tmp_path / "none", "--out", tmp_path / "out")
-    done = subprocess.run(words, **kwargs)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
-
-
-def wait_for_a_step(process):
-    """Until the bar on stderr counts one; by then a training listens to signals."""
-    said = ""
-    while not re.search(r" [1-9]\d*/\d+ \[", said) and (more := process.stderr.read(1)):
-        said += more
+    status, _, errors = script(tmp_path, "--data", tmp_path / "none").end()
+    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(photos, tmp_path, number):
-    words, kwargs = script("--stage", "autoencoder", "--data", photos, "--out", tmp_path, "--batch-size", 2, stdout=subprocess.PIPE)
-    process = subprocess.Popen(words, **kwargs)
-    wait_for_a_step(process)
-    process.send_signal(number)
-    said, errors = process.communicate()
-    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert newest(tmp_path)["step"] > 0
+    run = script(tmp_path, "--data", photos, "--batch-size", 2)
+    run.wait_for_a_step()
+    status, said, errors = run.end(number)
+    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert newest(tmp_path / "out")["step"] > 0

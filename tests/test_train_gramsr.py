@@ -3,19 +3,17 @@
 import csv
 import os
 import signal
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import newest, photos, same, wait_for_a_step  # noqa: F401 (photos is a fixture)
+from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
 from test_train_s3diff import flat, trunk
 
 import sample
@@ -39,15 +37,7 @@ SMALL_STAGES = {name: replace(stage, steps=4, before=4 * i, batch_size=2, lr=1e-
 TERMS = {"pixel": ["l2"], "semantic": ["l2", "lpips", "csd"], "texture": ["l2", "lpips", "csd", "gram"]}
 
 
-photos_for = training.photos_for
-
-
 def shrink(patch):
-    def fewer(*args, **options):
-        found, crops, names = photos_for(*args, **options)
-        return found, crops[:2], names
-
-    patch.setattr(training, "photos_for", fewer)
     patch.setitem(train_gramsr.PRESETS, "tiny", (SMALL, SMALL_STAGES))
     patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
 
@@ -59,14 +49,7 @@ def small_networks(monkeypatch):
 
 def launch(patch, photos, out, stage, *more, stop_at=None, preset="tiny"):  # noqa: F811
     """Run a stage in this process; stop_at: steps after which Ctrl-C comes -> checkpoint"""
-    class Stop:
-        steps = 0
-
-        def __bool__(self):
-            self.steps += 1
-            return stop_at is not None and self.steps > stop_at
-
-    patch.setattr(training, "Stop", Stop)
+    runs.watch_less(patch), runs.stop_after(patch, stop_at)
     more = [*map(str, more)] + ["--init", "none"] * (preset == "tiny" and stage == "pixel" and "--init" not in more)
     patch.setattr(sys, "argv", ["train_gramsr.py", "--stage", stage, "--preset", preset, "--data", str(photos), "--out", str(out),
                                 "--device", "cpu", *more])
@@ -286,9 +269,7 @@ def test_half_precision(monkeypatch, photos, trained, tmp_path, stage):  # noqa:
     assert float(rows(tmp_path)[0]["held_out"]) == pytest.approx(float(rows(trained[stage][0])[0]["held_out"]), rel=0.3)
 
 
-def work(rank, port, photos, out, words):  # noqa: F811
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(photos, out, words):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         launch(patch, photos, out, "texture", *words)
@@ -296,10 +277,7 @@ def work(rank, port, photos, out, words):  # noqa: F811
 
 def test_two_processes_equal_one(photos, trained, tmp_path):  # noqa: F811
     """DDP: the same batch in the same parts gives the same losses, up to the order of additions."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(work, (port, photos, tmp_path, [*before(trained, "texture"), "--micro-batch", 1, "--save-every", 2]), nprocs=2)
+    runs.together(2, work, photos, tmp_path, [*before(trained, "texture"), "--micro-batch", 1, "--save-every", 2])
     folder, one = trained["texture"]
     two = newest(tmp_path)
     for name in (*TERMS["texture"], "held_out"):
@@ -396,14 +374,12 @@ def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_command_line(photos, tmp_path):  # noqa: F811
     """As users run it: an error is one line; Ctrl-C saves and says how to go on."""
-    command = [sys.executable, str(ROOT / "train_gramsr.py"), "--preset", "tiny", "--stage", "pixel", "--init", "none",
-               "--out", str(tmp_path), "--device", "cpu"]
-    done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
-    process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_a_step(process)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
-    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert newest(tmp_path)["step"] > 0
-    assert GramSR.from_pretrained(tmp_path).cfg.ranks == {"pixel": 4}
+    command = [ROOT / "train_gramsr.py", "--preset", "tiny", "--stage", "pixel", "--init", "none", "--out", tmp_path / "out", "--device", "cpu"]
+    status, _, errors = runs.Script(tmp_path / "no", *command, "--data", tmp_path / "none").end()
+    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
+    run = runs.Script(tmp_path / "yes", *command, "--data", photos)
+    run.wait_for_a_step()
+    status, said, errors = run.end(signal.SIGINT)
+    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert newest(tmp_path / "out")["step"] > 0
+    assert GramSR.from_pretrained(tmp_path / "out").cfg.ranks == {"pixel": 4}

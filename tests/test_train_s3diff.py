@@ -3,20 +3,18 @@
 import csv
 import os
 import signal
-import socket
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-import torch.multiprocessing as mp
 import torch.nn as nn
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import newest, photos, same, wait_for_a_step  # noqa: F401 (photos is a fixture)
+from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
 
 import models.s3diff
 import sample
@@ -55,14 +53,7 @@ def small_networks(monkeypatch):
 
 def launch(patch, photos, out, *more, stop_at=None, preset="tiny"):  # noqa: F811
     """Run in this process; stop_at: steps after which Ctrl-C comes -> checkpoint"""
-    class Stop:
-        steps = 0
-
-        def __bool__(self):
-            self.steps += 1
-            return stop_at is not None and self.steps > stop_at
-
-    patch.setattr(training, "Stop", Stop)
+    runs.watch_less(patch), runs.stop_after(patch, stop_at)
     more = [*map(str, more)] + ["--init", "none"] * (preset == "tiny" and "--init" not in more)
     patch.setattr(sys, "argv", ["train_s3diff.py", "--preset", preset, "--data", str(photos), "--out", str(out), "--device", "cpu", *more])
     train_s3diff.main()
@@ -202,9 +193,7 @@ def test_overfits_one_picture():
     assert max(float(p.detach().abs().max()) for k, p in model.named_parameters() if "lora_B" in k) > 1e-3, "the adapters left their saddle"
 
 
-def work(rank, port, photos, out):  # noqa: F811
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(photos, out):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch, lambda_gan=1e-9)
         launch(patch, photos, out, "--micro-batch", 1)
@@ -218,10 +207,7 @@ def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
     """
     shrink(monkeypatch, lambda_gan=1e-9)
     one = launch(monkeypatch, photos, tmp_path / "one", "--micro-batch", 1)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(work, (port, photos, tmp_path / "two"), nprocs=2)
+    runs.together(2, work, photos, tmp_path / "two")
     two = newest(tmp_path / "two")
     logs = [list(csv.DictReader(open(tmp_path / run / "log.csv", newline="")))[-1] for run in ("one", "two")]
     for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-4), ("gan", 5e-2), ("d_real", 5e-2), ("d_fake", 5e-2)):
@@ -309,12 +295,11 @@ def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_command_line(photos, tmp_path):  # noqa: F811
     """As users run it: an error is one line; Ctrl-C saves and says how to go on."""
-    command = [sys.executable, str(ROOT / "train_s3diff.py"), "--preset", "tiny", "--init", "none", "--out", str(tmp_path), "--device", "cpu"]
-    done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
-    process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_a_step(process)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
-    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert newest(tmp_path)["step"] > 0
+    command = [ROOT / "train_s3diff.py", "--preset", "tiny", "--init", "none", "--out", tmp_path / "out", "--device", "cpu"]
+    status, _, errors = runs.Script(tmp_path / "no", *command, "--data", tmp_path / "none").end()
+    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
+    run = runs.Script(tmp_path / "yes", *command, "--data", photos)
+    run.wait_for_a_step()
+    status, said, errors = run.end(signal.SIGINT)
+    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert newest(tmp_path / "out")["step"] > 0
