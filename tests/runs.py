@@ -1,7 +1,7 @@
-"""Runs of scripts for tests: here, in processes that begin at once, in several that train together; trainings stopped after n steps.
+"""Runs of scripts and trainings for tests: here, in processes that begin at once, in several that train together.
 
-A new process needs three to five seconds of processor time to import torch. It is started where that is the point: by README's command,
-foreign packages, little memory. Elsewhere a script runs here as __main__, or in a fork of a process that has imported everything.
+A new process needs three seconds or more to import torch. It is started where that is the point: README's command,
+foreign packages, little memory. Elsewhere a script runs here as __main__, or in a fork of one that has imported all.
 """
 
 import io
@@ -64,7 +64,7 @@ def here(path, *words):
 def server():
     """-> multiprocessing's context"""
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)        # before Python 3.13 its server forgets to take over sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)        # before Python 3.13 its server does not take over sys.path
     context.set_forkserver_preload(["test_survival"])           # which imports the trainers and their tests
     return context
 

@@ -1,4 +1,7 @@
-"""README's first command in a subprocess, as a new user runs it. Its second command is what .ci/run runs. Run: python -m pytest tests/test_readme.py"""
+"""README's first command in a subprocess, as a new user runs it. Its second command is what .ci/run runs.
+
+Run: python -m pytest tests/test_readme.py
+"""
 
 import re
 import subprocess
@@ -21,7 +24,8 @@ README = (ROOT / "README.md").read_text()
 
 def commands(*starts):
     """Shell lines of README's code blocks that begin with one of these words."""
-    lines = [line.split("#")[0].strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
+    lines = [line.split("#")[0].strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S)
+             for line in block.splitlines()]
     return [line for line in lines if line.startswith(starts)]
 
 

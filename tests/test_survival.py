@@ -37,7 +37,9 @@ def vosr(patch, photos, out, **more):  # noqa: F811
 
 def s3diff(patch, photos, out, **more):  # noqa: F811
     test_train_s3diff.shrink(patch)
-    patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL_TINY, {"adapters": replace(test_train_s3diff.RECIPE, steps=6, save_every=2, crop=32)}))
+    patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL_TINY,
+                                                 {"adapters": replace(test_train_s3diff.RECIPE, steps=6, save_every=2,
+                                                                      crop=32)}))
     test_train_s3diff.launch(patch, photos, out, *more.pop("more", ()), **more)
 
 
@@ -62,7 +64,7 @@ def work(name, *args):
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_killed_at_twenty_moments(name, photos, tmp_path):  # noqa: F811
-    """Wherever SIGKILL strikes, the end is that of a run that nothing disturbed, to the last bit: weights, optimizers and all."""
+    """Wherever SIGKILL strikes, the end is that of an undisturbed run, to the last bit, optimizers and all."""
     runs.fork(work, name, photos, tmp_path / "warm-up").join()
     began, process = time.time(), runs.fork(work, name, photos, tmp_path / "whole")
     process.join()
@@ -171,7 +173,8 @@ def test_photos_that_moved_as_a_whole(monkeypatch, photos, tmp_path, capsys, nam
     shutil.copytree(photos, tmp_path / "here")
     SCRIPTS[name](monkeypatch, tmp_path / "here", tmp_path / "out", stop_at=2)
     (tmp_path / "here").rename(tmp_path / "there")
-    with pytest.raises(training.Quit, match="--data: .* was written with .*here, not .*there; .* or --moved if it is the same"):
+    with pytest.raises(training.Quit,
+                       match="--data: .* was written with .*here, not .*there; .* or --moved if it is the same"):
         SCRIPTS[name](monkeypatch, tmp_path / "there", tmp_path / "out")
     capsys.readouterr()
     SCRIPTS[name](monkeypatch, tmp_path / "there", tmp_path / "out", more=["--moved"])
@@ -179,7 +182,8 @@ def test_photos_that_moved_as_a_whole(monkeypatch, photos, tmp_path, capsys, nam
     assert same(flat(newest(tmp_path / "stayed")), flat(newest(tmp_path / "out")))
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "empty" / "another.png")
-    with pytest.raises(ValueError, match="has none of the photos of this run's beginning, as 0.png; put them or a link there"):
+    with pytest.raises(ValueError,
+                       match="has none of the photos of this run's beginning, as 0.png; put them or a link there"):
         SCRIPTS[name](monkeypatch, tmp_path / "empty", tmp_path / "out", more=["--moved"])
 
 
@@ -192,7 +196,8 @@ def test_flags_that_matter(monkeypatch, photos, half, flag, value):  # noqa: F81
 
 
 def test_flags_that_may_change(monkeypatch, photos, half):  # noqa: F811
-    test_train.launch(monkeypatch, photos, half, "autoencoder", "--steps", 9, "--micro-batch", 1, "--workers", 1, "--keep", 1, "--lr", 1e-4)
+    test_train.launch(monkeypatch, photos, half, "autoencoder", "--steps", 9, "--micro-batch", 1, "--workers", 1,
+                      "--keep", 1, "--lr", 1e-4)
     assert newest(half)["step"] == 9 and len(training.checkpoints(half)) == 1
 
 
@@ -228,7 +233,8 @@ def test_too_many_of_them_end_the_run(monkeypatch, photos, half):  # noqa: F811
     """With a sentence; what the checkpoints hold is what was learned before."""
     before = newest(half)["model"]
     monkeypatch.setattr(training.Health, "__init__", lambda self: self.__dict__.update(most=5, skipped=0, in_a_row=0))
-    monkeypatch.setattr(train_vosr, "losses", lambda args, stage, model, teacher, hq, lq, g: {"all": model.vae.encoder.weight.sum() * float("inf")})
+    monkeypatch.setattr(train_vosr, "losses",
+                        lambda args, stage, model, *_: {"all": model.vae.encoder.weight.sum() * float("inf")})
     with pytest.raises(training.Quit, match="5 steps in a row had no finite gradient"):
         vosr(monkeypatch, photos, half)
     assert all(torch.equal(x, before[k]) for k, x in newest(half)["model"].items() if k != "vae.std")     # a buffer
