@@ -1,4 +1,7 @@
-"""README's first command in a subprocess, as a new user runs it. Its second command is what .ci/run runs. Run: python -m pytest tests/test_readme.py"""
+"""README's first command in a subprocess, as a new user runs it. Its second command is what .ci/run runs.
+
+Run: python -m pytest tests/test_readme.py
+"""
 
 import re
 import subprocess
@@ -7,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -20,7 +24,8 @@ README = (ROOT / "README.md").read_text()
 
 def commands(*starts):
     """Shell lines of README's code blocks that begin with one of these words."""
-    lines = [line.split("#")[0].strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
+    lines = [line.split("#")[0].strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S)
+             for line in block.splitlines()]
     return [line for line in lines if line.startswith(starts)]
 
 
@@ -47,9 +52,9 @@ def test_embedded_model_beats_bicubic_on_the_example():
 
 @cache
 def usage(script):
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    return done.stdout
+    status, said, _ = runs.here(ROOT / script, "--help")
+    assert status == 0
+    return said
 
 
 @pytest.mark.parametrize("command", commands("python sample.py", "python degrade.py", "python train_", "torchrun"))
