@@ -104,10 +104,10 @@ def told(plan, stage, name, size):
     return f"{words[name]}\n{size[1]} x {size[0]}"
 
 
-def degradation():
-    """One crop through every step of a harsh plan."""
+def degradation(seed=84):
+    """One crop through every step of a harsh plan; this seed's shows each of them."""
     hq = example()[1][..., 0:256, 112:368]
-    plan, steps = draw_plan(RECIPES["vosr"], 1, torch.Generator().manual_seed(SEED)), []
+    plan, steps = draw_plan(RECIPES["vosr"], 1, torch.Generator().manual_seed(seed)), []
     apply(plan, hq, steps=steps)
     captions, stage = [], plan.first
     for n, (name, x) in enumerate(steps):
@@ -116,13 +116,10 @@ def degradation():
     last = len(steps) - 1
     sinc = max(n for n, (name, _) in enumerate(steps) if name == "blur")
     captions[sinc] = f"ringing: sinc filter\n{steps[sinc][1].shape[-1]} x {steps[sinc][1].shape[-2]}"
-    captions[sinc - 1] = f"resize: {plan.mode}\nto a quarter, 64 x 64"
-    captions[last] = f"enlarged: {plan.enlarge}\n256 x 256, what a network sees"
+    captions[sinc - 1] = f"resize: {plan.mode}\na quarter, 64 x 64"
+    captions[last] = f"enlarged: {plan.enlarge}\nto 256 x 256 again"
     pictures, captions = [hq, *(x for _, x in steps)], ["a good photo\n256 x 256", *captions]
     return sheet([pictures[:6], pictures[6:]], [captions[:6], captions[6:]])
-
-
-SEED = 3        # of the plan that `degradation` shows: both blurs, visible steps
 
 
 @torch.no_grad()
@@ -153,7 +150,7 @@ def weak():
     pictures = [model.upscale(lq, guidance=0, weak=w, color="none") for w in strengths]
     captions = [f"weak {w:g}\n{psnr_y(x, hq, 4):.1f} dB" for w, x in zip(strengths, pictures)]
     plain = model.upscale(lq, color="none")
-    return sheet([[*pictures, plain]], [[*captions, f"with tokens\n{psnr_y(plain, hq, 4):.1f} dB"]])
+    return sheet([[*pictures, plain]], [[*captions, f"all, and tokens\n{psnr_y(plain, hq, 4):.1f} dB"]])
 
 
 def guidance():
@@ -222,7 +219,7 @@ def vosr():
     """Block diagram, with the model's own pictures in it."""
     model, (lq, _) = VOSR.from_pretrained(), example(*CUP)
     sr, b = model.upscale(lq), Board(500)
-    noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = 0.5 + 0.2 * torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     b.photo(100, 110, lq, 130, "bad picture, enlarged")
     b.photo(100, 350, noise, 130, "noise: the state at t = 1")
     b.box(340, 66, 170, 64, "vision\ntransformer", BLUE)
@@ -232,23 +229,24 @@ def vosr():
     b.text(660, 70, "diffusion transformer", 19)
     for y, text in ((130, "self-attention"), (215, "cross-attention"), (300, "MLP, told t")):
         b.box(660, y, 176, 54, text, ORANGE, 17)
-        b.arrow((660, y - 39), (660, y - 28))
-    b.text(660, 362, "6 blocks, one after the other", 15, DIM)
+    b.arrow((660, 157), (660, 187))
+    b.arrow((660, 242), (660, 272))
+    b.text(660, 356, "6 blocks, one after the other", 15, DIM)
     b.box(900, 215, 150, 84, "a step\nz_t - (t - r) v", GREY)
     b.box(1090, 66, 150, 64, "decoder", GREEN)
     b.photo(1090, 190, sr, 130, "result")
     b.arrow((166, 66), (254, 66))
     b.arrow((166, 150), (210, 150), (210, 190), (254, 190))
     b.arrow((166, 350), (254, 350))
-    b.arrow((426, 66), (510, 66), (510, 215), (570, 215))
+    b.arrow((426, 66), (526, 66), (526, 215), (570, 215))
     b.arrow((426, 190), (480, 190), (480, 270), (549, 270))
     b.arrow((426, 350), (480, 350), (480, 290), (549, 290))
     b.arrow((771, 215), (824, 215))
     b.arrow((900, 172), (900, 66), (1014, 66))
     b.arrow((1090, 99), (1090, 123))
     b.arrow((900, 258), (900, 440), (340, 440), (340, 384))
-    b.text(438, 52, "tokens:\nwhat it is", 16, DIM, "lm")
-    b.text(432, 172, "z_lq:\nwhere", 16, DIM, "lm")
+    b.text(435, 42, "tokens: what", 16, DIM, "lm")
+    b.text(435, 170, "z_lq: where", 16, DIM, "lm")
     b.text(797, 200, "v", 18, DIM)
     b.text(660, 462, "again, 25 times; after distillation one step is all", 17, DIM)
     b.text(912, 118, "at t = 0", 16, DIM, "lm")
@@ -260,7 +258,7 @@ def s3diff():
     b, (lq, _) = Board(470), example(*CUP)
     b.photo(100, 330, lq, 130, "bad picture")
     b.text(330, 115, "x", 22)
-    b.box(690, 52, 300, 60, "W: 866 million numbers, frozen", BLUE)
+    b.box(690, 52, 300, 60, "W, frozen", BLUE)
     b.box(480, 178, 150, 70, "A\nnarrows to r", ORANGE)
     b.box(690, 178, 150, 70, "C of block i\nr x r", GREEN)
     b.box(900, 178, 150, 70, "B\nwidens again", ORANGE)
@@ -275,13 +273,14 @@ def s3diff():
     b.arrow((976, 178), (1060, 178), (1060, 132))
     b.text(1072, 160, "times 8 / r", 16, DIM, "lm")
     b.arrow((1077, 115), (1136, 115))
-    b.box(290, 330, 150, 70, "estimator of\nthe damage", BLUE)
+    b.box(265, 330, 140, 70, "estimator of\nthe damage", BLUE)
     b.box(500, 330, 150, 70, "sines, cosines,\na small MLP", ORANGE)
     b.box(690, 330, 130, 70, "MLP", ORANGE)
     b.box(900, 330, 170, 70, "embedding of\nthe block's id i", ORANGE)
-    b.arrow((166, 330), (214, 330))
-    b.arrow((366, 330), (424, 330))
-    b.text(395, 285, "how noisy,\nhow blurred", 16, DIM)
+    b.arrow((166, 330), (194, 330))
+    b.arrow((336, 330), (424, 330))
+    b.text(376, 313, "noise", 16, DIM)
+    b.text(376, 347, "blur", 16, DIM)
     b.arrow((576, 330), (624, 330))
     b.arrow((814, 330), (756, 330))
     b.arrow((690, 294), (690, 214))
@@ -300,25 +299,22 @@ def heat(m):
 
 @torch.no_grad()
 def gram():
-    """Both Gram matrices of a picture's 64 tokens: as they are, features rotated, places shuffled."""
-    model, (lq, _), g = VOSR.from_pretrained(), example(*CUP), torch.Generator().manual_seed(0)
-    sr = model.upscale(lq)
-    X = model.tokens(2 * sr - 1)                # (1, 64, 128), of 8 x 8 places
-    X = F.normalize(X - X.mean(1, keepdim=True), dim=-1)
-    turn, places = torch.linalg.qr(torch.randn(128, 128, generator=g))[0], torch.randperm(64, generator=g)
-    tiles = F.unfold(sr, 16, stride=16)
-    shuffled = F.fold(tiles[..., places], sr.shape[-2:], 16, stride=16)
+    """Both Gram matrices of the 64 cells of a latent: as they are, features rotated, places shuffled."""
+    model, (_, hq), g = VOSR.from_pretrained(), example(20, 34, 16, 16), torch.Generator().manual_seed(0)
+    X = model.vae.encode(2 * hq - 1).flatten(2).mT                     # (1, 64, 64): 8 x 8 places, 64 features
+    X = F.normalize(X - X.mean(1, keepdim=True), dim=-1)                # without their mean, all would be red
+    turn, places = torch.linalg.qr(torch.randn(64, 64, generator=g))[0], torch.randperm(64, generator=g)
+    shuffled = F.fold(F.unfold(hq, 8, stride=8)[..., places], hq.shape[-2:], 8, stride=8)
+    whole = [gram_matrix(X, channels=c) for c in (False, True)]
     rows, captions = [], []
-    for picture, x in ((sr, X), (None, X @ turn), (shuffled, X[:, places])):
-        grams = [gram_matrix(x, channels=c)[0] for c in (False, True)]
-        same = [torch.allclose(G, gram_matrix(X, channels=c)[0], atol=1e-5) for G, c in zip(grams, (False, True))]
-        rows.append([torch.ones_like(sr) if picture is None else picture, heat(x[0]), *map(heat, grams)])
-        words = ["same" if s else "changed" for s in same] if x is not X else ["who resembles whom", "which features go together"]
-        captions.append(["the picture" if x is X else "", "64 tokens of 128 features" if x is X else "", *words])
-    captions[1][:2] = "", "every token turned"
-    captions[2][:2] = "", "tokens in another order"
-    img = sheet(rows, captions, ["as they\nare", "features\nrotated", "places\nshuffled"])
-    return img
+    for picture, x, what in ((hq, X, "64 tokens, 64 features"), (None, X @ turn, "every token turned"),
+                             (shuffled, X[:, places], "in another order")):
+        grams = [gram_matrix(x, channels=c) for c in (False, True)]
+        same = [torch.allclose(G, W, atol=1e-5) for G, W in zip(grams, whole)]
+        rows.append([torch.ones_like(hq) if picture is None else picture, heat(x[0]), *(heat(G[0]) for G in grams)])
+        captions.append(["", what, *(["changed", "the same"][s] for s in same)])
+    captions[0] = ["the picture", captions[0][1], "who resembles whom", "which features go together"]
+    return sheet(rows, captions, ["as they\nare", "features\nrotated", "places\nshuffled"])
 
 
 def toy_prior(means, variance, z_t, t, allowed):
@@ -335,16 +331,16 @@ def csd():
     means, g = 2 * torch.tensor([[0, 1], [-(3**0.5) / 2, -0.5], [3**0.5 / 2, -0.5]]), torch.Generator().manual_seed(0)
     z, label = (0.3 * torch.randn(180, 2, 1, 1, generator=g)).requires_grad_(), torch.arange(180) % 3
     wanted, any_class, seen = F.one_hot(label, 3).float()[:, None], torch.ones(180, 1, 3), {}
-    for step in range(201):
+    for step in range(101):
         seen[step] = z.detach().flatten(1).clone()
         t = torch.randint(20, 500, (180,), generator=g)
         loss_csd(lambda *x: toy_prior(means, 0.1, *x), z, t, torch.randn(z.shape, generator=g), wanted, any_class).backward()
         with torch.no_grad():
             z -= 0.05 * z.numel() / 2 * z.grad
             z.grad = None
-    b, unit, colors = Board(420), 34, (DEEP[BLUE], DEEP[ORANGE], DEEP[GREEN])
-    for panel, step in enumerate((0, 50, 200)):
-        cx, cy = 200 + 400 * panel, 222
+    b, unit, colors = Board(430), 44, (DEEP[BLUE], DEEP[ORANGE], DEEP[GREEN])
+    for panel, step in enumerate((0, 50, 100)):
+        cx, cy = 204 + 396 * panel, 224
         for m, fill, color in zip(means.tolist(), (BLUE, ORANGE, GREEN), colors):
             r, x, y = 2 * 0.1**0.5 * unit, cx + unit * m[0], cy - unit * m[1]
             b.draw.ellipse([2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)], fill, color, 3)
@@ -352,7 +348,8 @@ def csd():
             x, y = cx + unit * u, cy - unit * v
             b.draw.ellipse([2 * x - 5, 2 * y - 5, 2 * x + 5, 2 * y + 5], colors[k])
         far = (seen[step] * means[label]).sum(1).mean() / 2
-        b.text(cx, 392, f"step {step}: {max(0.0, far):.1f} out, the class is at 2.0")
+        b.draw.rounded_rectangle([2 * cx - 372, 24, 2 * cx + 372, 764], 20, None, GREY, 4)
+        b.text(cx, 406, f"step {step}: {abs(far):.1f} from the middle, the class at 2.0")
     return b.done()
 
 
@@ -379,7 +376,7 @@ def main():
         if name in PHOTOS:
             img.save(path, quality=85, optimize=True)
         else:
-            img.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+            img.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         print(f"{path}: {img.width} x {img.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
