@@ -2,11 +2,11 @@
 
     python sample.py                                 the example picture, by all three embedded models side by side
     python sample.py photo.jpg holiday/ --out big    files and folders
-    python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against pictures of the same names; a page to look at
+    python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
 
-Writes OUT/<name>.png for every picture (of several models OUT/<model>/<name>.png) and OUT/sheet.png to compare by eye;
-OUT/metrics.csv and metrics.json if something is to be measured.
+Writes OUT/<name>.png for every picture and OUT/sheet.png to compare by eye; metrics.csv and metrics.json beside the
+results if something is to be measured. Several models have a folder each in OUT.
 """
 
 import argparse
@@ -39,11 +39,11 @@ from training import choose_device, choose_dtype, compile_all
 
 EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic",
-         "texture", "tile", "overlap", "color")
+KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step",
+         "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
 TINY = "vosr-tiny", "s3diff-tiny", "gramsr-tiny"        # --model all
-Job = namedtuple("Job", "path name targets ref")    # name: the path below the folder that was given; targets: of each model
+Job = namedtuple("Job", "path name targets ref")    # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
@@ -52,16 +52,15 @@ def parse_args(argv):
     p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE",
                    help="pictures and folders of pictures (default: the example, and --model all)")  # fmt: skip
     p.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder for the results (default out)")
-    p.add_argument("--skip-existing", action="store_true",
-                   help="keep results that are in DIR already, and measure them: go on after a stop")  # fmt: skip
+    p.add_argument("--skip-existing", action="store_true", help="keep results that are in DIR: go on after a stop")
     # model
     p.add_argument("--model", help="vosr-tiny (default), s3diff-tiny, gramsr-tiny, all (these three), "
                    "vosr-{0.5b,1.4b}[-1step], vosr-2, s3diff, gramsr, or a file or folder")  # fmt: skip
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")  # fmt: skip
-    p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster; for many pictures")
-    p.add_argument("--scale", type=between(1, 8), default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster")
+    p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     # knobs; what is not given is the model's own setting, and what a model does not have is an error
     p.add_argument("--guidance", type=between(-100, 100),
@@ -70,26 +69,27 @@ def parse_args(argv):
     p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from")
     p.add_argument("--temperature", type=between(0, 100),
                    help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")  # fmt: skip
-    p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
-    p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
+    p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, in place of the estimate")
+    p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, in place of the estimate")
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
     p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="S3Diff: below 999 the noise of that time is added first (the paper tries 250, 500)")  # fmt: skip
-    p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")
-    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (1; all at 1 cost one pass)")
+                   help="S3Diff: below 999 the noise of that time is added first (the paper: 250, 500)")  # fmt: skip
+    p.add_argument("--paper", action="store_true",
+                   help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")  # fmt: skip
+    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (all at 1: one pass)")
     p.add_argument("--semantic", type=between(-100, 100), help="GramSR: strength of the semantic LoRA")
     p.add_argument("--texture", type=between(-100, 100), help="GramSR: strength of the texture LoRA")
     p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX",
                    help="side of the tiles in output pixels, 64 or more (default: the model's choice)")  # fmt: skip
-    p.add_argument("--overlap", type=positive, metavar="PX",
-                   help="pixels that tiles share, 1/8 to all but one of a tile's (default: the model's)")  # fmt: skip
-    p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default: the model's choice)")
-    p.add_argument("--sweep", action="store_true", help="also write OUT/sweep/<name>.png: the same picture with the model's main knobs turned")
+    p.add_argument("--overlap", type=positive, metavar="PX", help="pixels that tiles share (default: the model's)")
+    p.add_argument("--color", choices=["adain", "wavelet", "none"],
+                   help="how to restore the input's colours (default: the model's choice)")  # fmt: skip
+    p.add_argument("--sweep", action="store_true", help="also a sheet OUT/sweep/<name>.png with the main knobs turned")
     # measuring and looking
-    p.add_argument("--page", action="store_true", help="also write OUT/page.html: before and after with a divider, for any browser")
+    p.add_argument("--page", action="store_true", help="also OUT/page.html: before and after with a divider")
     p.add_argument("--ref", type=Path, metavar="DIR", help="references: a folder with the same names, or one picture")
-    p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: looked for in the weights cache)")
+    p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: from the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     args = p.parse_args(argv)
     if not args.pictures:
@@ -132,7 +132,10 @@ def knobs_of(model, args):
 
 
 def upscale(name, model, path, lq, args):
-    """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.  -> the same, seconds.  Raises PictureError."""
+    """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.
+
+    -> (1, 3, H * scale, W * scale) in [0, 1], seconds. Raises PictureError.
+    """
     start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
@@ -142,7 +145,7 @@ def upscale(name, model, path, lq, args):
     with torch.compiler.set_stance("force_eager" if large else "default") if args.compile else nullcontext():
         sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
     if not sr.isfinite().all():
-        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)     # only now: it takes seconds
+        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)      # takes seconds
         remedy = f"{name} has none in {bad}, get it again" if bad else "try --dtype float32"
         raise PictureError(f"{path}: the result is no number; {remedy}")
     return sr.cpu(), time.perf_counter() - start
@@ -159,14 +162,14 @@ def earlier(target, lq, args):
 def finish(job, lq, alpha, results, args):
     """Write the results of one picture, unless they were there, and measure them.
 
-    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of each model (like lq, seconds; None = it was there)
-    -> lines of metrics.csv, [low quality, bicubic, ours ..., reference if any], lines to print, figure of the page or None
+    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of each model; seconds None = was there
+    -> lines of metrics.csv, [low quality, bicubic, ours ..., reference if any], lines to print, figure of the page
     Raises PictureError.
     """
     size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
     bicubic = resize(lq, size)
     hq, why = read_reference(job.name, job.ref, size) if args.ref else (None, "")
-    for target, (sr, seconds) in zip(job.targets, results):
+    for top, target, (sr, seconds) in zip(args.folders, job.targets, results):
         if seconds is None:
             lines.append(f"{name}: {printable(target)} is kept")
         else:
@@ -174,23 +177,26 @@ def finish(job, lq, alpha, results, args):
             write_picture(target, colours, None if alpha is None else resize(alpha, size))
             line = f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}, {seconds:.2f} s"
             lines.append(line)
-        found, failed = measure(round8(sr), bicubic, hq, args.metrics, why, job.path)   # measured is what the file holds
+        # measured is what the file holds
+        found, failed = measure(round8(sr), bicubic, hq, args.metrics, why, job.path)
         if found:
             lines.append(f"{name}: {report(found)}")
-        rows.append(row_of(target.relative_to(args.out).as_posix(), size, seconds, found, args.absent | failed))
+        rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, found, args.absent | failed))
     shown = [x for x in (bicubic, *(round8(sr) for sr, _ in results), hq) if x is not None]
     figure = figure_of(rows, shown, args.names, args.shown) if args.page else None
     return rows, [middle(lq, round(SHEET_CROP / args.scale)), *(middle(x, SHEET_CROP) for x in shown)], lines, figure
 
 
-def sweep(model, lq, job, target, args):
-    """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet: OUT/sweep/<name>.png."""
-    knobs = knobs_of(model, args)
-    results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
+def sweep(model, lq, job, path, args):
+    """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet."""
+    def show(turned):
+        sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs_of(model, args) | turned)
+        return middle(sr.float().cpu(), SWEEP_CROP)
+
+    results = [[show(turned) for turned in row] for row in model.SWEEP]
     captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
-    path = args.out / "sweep" / target.relative_to(args.out)
     claim(path, job.path, args.inputs)
-    save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), path)
+    save_png(contact_sheet(results, captions), path)
     print(printable(f"{job.path}: turned knobs: {path}"))
 
 
@@ -260,11 +266,12 @@ def upscale_all(models, jobs, args, failures):
                     for target in job.targets:
                         claim(target, job.path, args.inputs)
                     with stop:
-                        for target, (name, model) in zip(job.targets, models.items()):
+                        for top, target, (name, model) in zip(args.folders, job.targets, models.items()):
                             kept = earlier(target, lq, args)
-                            results.append((kept, None) if kept is not None else upscale(name, model, job.path, lq, args))
-                            if args.sweep and kept is None:
-                                sweep(model, lq, job, target, args)
+                            new = kept is None
+                            results.append(upscale(name, model, job.path, lq, args) if new else (kept, None))
+                            if args.sweep and new:
+                                sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
                     current = job.path, writer.submit(finish, job, lq, alpha, results, args)
                 collect(last)
                 last = current
@@ -289,19 +296,21 @@ def summarise(done, args, failures):
         print(printable(f"before and after: {path}"))
     if not args.measuring and not args.page:
         return
-    record = record_of(sum(rows, []), args.command, args.flags, args.absent, args.files)
-    with failures.at(args.out):
-        if args.measuring:
-            for name, of_model in zip(args.names[1:], zip(*rows)):
-                print(f"average  {f'{name}  ' * (len(rows[0]) > 1)}{report(average(of_model)) or 'of nothing'}")
-            print(f"protocol: {record['protocol']}")
-            for name in ("metrics.csv", "metrics.json"):
-                claim(args.out / name, args.out, args.inputs)
-            write_metrics(record, args.out)
+    records = [record_of(list(of_model), args.command, args.flags, args.absent, args.files) for of_model in zip(*rows)]
+    for name, top, record in zip(args.names[1:], args.folders, records):
+        with failures.at(top):
+            if args.measuring:
+                said = f"{name}  " if len(records) > 1 else ""
+                print(f"average  {said}{report(average(record['pictures'])) or 'of nothing'}")
+                for file in ("metrics.csv", "metrics.json"):
+                    claim(top / file, args.out, args.inputs)
+                write_metrics(record, top)
+    if args.measuring:
+        print(f"protocol: {records[0]['protocol']}")
     with failures.at(path := args.out / "page.html"):
         if args.page:
             claim(path, args.out, args.inputs)
-            write_text(path, page_of(figures, args.names, record))
+            write_text(path, page_of(figures, args.names, records))
             print(printable(f"to look at: {path}"))
 
 
@@ -322,8 +331,8 @@ def main(argv=None):
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
     taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
-    folders = [args.out / name for name in models] if len(models) > 1 else [args.out]
-    targets = zip(*(output_paths(names, folder, taken) for folder in folders))
+    args.folders = [args.out / name for name in models] if len(models) > 1 else [args.out]
+    targets = zip(*(output_paths(names, top, taken) for top in args.folders))
     jobs = [Job(*job) for job in zip(names, names.values(), targets, references)]
     read = [*names, *(path for ref in references if ref for path in (ref if isinstance(ref, tuple) else [ref]))]
     args.inputs = {realpath(path) for path in read}     # Path.resolve fails at loops of links

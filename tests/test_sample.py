@@ -31,7 +31,7 @@ class Bicubic:
 
     @classmethod
     def from_pretrained(cls, name, device, dtype):
-        if name != "vosr-tiny":
+        if name not in sample.TINY:
             raise FileNotFoundError(f"{name}: no such model")
         return cls()
 
@@ -340,9 +340,9 @@ def test_niqe_from_the_weights_cache(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason=f"{WEIGHTS} is not there yet; train_vosr.py makes it")
 def test_example_with_the_real_model(monkeypatch, tmp_path):
-    """From any folder, without arguments."""
+    """From any folder; without a picture it is the example, beside its original."""
     monkeypatch.chdir(tmp_path)
-    status, said, err = runs.here(ROOT / "sample.py", "--device", "cpu", "--ref", ROOT / "assets" / "example_hq.png")
+    status, said, err = runs.here(ROOT / "sample.py", "--device", "cpu", "--model", "vosr-tiny")
     assert status == 0, err
     with Image.open(ROOT / "assets" / "example.png") as lq, Image.open(tmp_path / "out" / "example.png") as sr:
         assert sr.size == (lq.width * 4, lq.height * 4)
@@ -374,8 +374,44 @@ def test_compile(run, monkeypatch):
     assert run("a.png", "--compile")[0] == 0 and seen == ["dit"]
 
 
+class Dark(Bicubic):
+    """Another stand-in, with a knob of its own."""
+
+    def upscale(self, lq, scale, seed, noise=None, **knobs):
+        return super().upscale(lq, scale, seed) * (0.5 if noise is None else noise)
+
+
+def test_three_models_side_by_side(run, monkeypatch):
+    """A folder for each model's results and metrics, one sheet, one page; a knob goes to the models that have it."""
+    monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
+    picture("a.png"), picture("b.png"), picture("hq/a.png", 64, 96)
+    status, out, err = run("a.png", "b.png", "--ref", "hq", "--model", "all", "--page", "--noise", 0.25)
+    assert status == 0 and len(err) == 1
+    assert names("out") == sorted([*sample.TINY, "page.html", "sheet.png"])
+    for name in sample.TINY:
+        assert names(f"out/{name}") == ["a.png", "b.png", "metrics.csv", "metrics.json"]
+        assert any(line.startswith(f"average  {name}  PSNR-Y") for line in out)
+    means = [read_picture(f"out/{name}/a.png")[0].mean() for name in sample.TINY]
+    assert means[0] == means[2] and 0.2 < means[1] / means[0] < 0.3
+    html = Path("out/page.html").read_text(encoding="utf-8")
+    assert html.count("<img") == 5 + 4 and html.count('type="radio"') == 10 and "vosr-tiny, s3diff-tiny, gramsr-tiny" in html
+    assert Image.open("out/sheet.png").width > 6 * 96 and run("a.png", "--model", "all", "--sweep")[0] == 0
+    assert names("out/gramsr-tiny/sweep") == ["a.png"]
+    status, _, err = run("a.png", "--model", "all", "--pixel", 1)
+    assert status == 1 and err == ["sample.py: --pixel is no knob of all"]
+
+
+def test_without_arguments(run, monkeypatch):
+    """All three on the example, beside its original."""
+    monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
+    status, out, err = run()
+    assert (status, err) == (0, []) and sum("average  " in line for line in out) == 3
+    lq = Image.open(sample.EXAMPLE)
+    assert all(Image.open(f"out/{name}/example.png").width == 4 * lq.width for name in sample.TINY)
+
+
 def test_many_pictures_keep_their_order(run):
-    """Files are read and written beside the device's work; lines, tables and sheet are as if they were not."""
+    """Files are written beside the device's work; lines, tables and sheet are as if they were not."""
     for i in range(9):
         picture(f"in/{i}.png", 8 + i, 12)
     Path("in/4.png").write_text("no picture")
