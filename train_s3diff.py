@@ -73,16 +73,16 @@ PUBLIC_PARAMETERS = 34_475_120          # trained ones, with S3DiffConfig() as i
 TINY = S3DiffConfig(
     unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
                     norm_groups=16),
-    vae=TinyVAEConfig(), r_unet=8, r_vae=4, vae_targets="encoder", denet_widths=(16, 16, 32, 32), tokens=8,
+    vae=TinyVAEConfig(), r_unet=32, r_vae=8, vae_targets="encoder", denet_widths=(16, 16, 32, 32), tokens=8,
     t=250, start_noise=0.0, guidance=1.0, enlarge="bicubic", tile=1024,   # at 999 errors of eps would count 14.6 times
 )
 at_128 = partial(Recipe, crop=128, schedule="cosine")
 TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": at_128(6000, 8, 5e-4, warmup=100, ema=0.999, branches_per="image",
+    "adapters": at_128(4500, 8, 1e-3, warmup=100, ema=0.999, branches_per="image",
                      recipes=("s3diff", "s3diff", "vosr"), lambda_lpips=0.02, lambda_gan=0.3,
-                     looks_from=4000, told_until=4000),
+                     looks_from=3300, told_until=3300),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
@@ -109,9 +109,9 @@ def parse_args():
     p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
                    help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")  # fmt: skip
     p.add_argument("--rank-unet", type=between(1, 1024, whole=True),
-                   help="rank of the UNet's adapters (Table 7; default 32, tiny 8)")  # fmt: skip
+                   help="rank of the UNet's adapters (Table 7; default 32)")  # fmt: skip
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True),
-                   help="rank of the VAE's adapters (Table 7; default 16, tiny 4)")  # fmt: skip
+                   help="rank of the VAE's adapters (Table 7; default 16, tiny 8)")  # fmt: skip
     p.add_argument("--start-step", type=between(1, 999, whole=True),
                    help="t of the one step; below 999 with that time's noise (Table 8; default 999)")  # fmt: skip
     p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as in the code")
