@@ -1,4 +1,4 @@
-"""Low-rank adaptation: layers that can be bent without being overwritten, and S3Diff's way to let the degradation do it.
+"""Low-rank adaptation: layers that are bent without being overwritten, and S3Diff's way to let the degradation bend.
 
 Papers:  LoRA, arXiv 2106.09685: y = W x + s B A x with narrow A and B, the only trained ones; S3Diff, 2409.17058.
 Weights: the adapters inside s3diff.pkl (S3Diff) and model_12501.pkl, lora_weights_dino_53001.safetensors (GramSR).

@@ -1,8 +1,8 @@
 """The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, told by tokens what is in the picture.
 
 Papers:  Latent Diffusion, 2112.10752; SD-Turbo, 2311.17042.
-Weights: unet/diffusion_pytorch_model.safetensors of stabilityai/sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR);
-         parameter names are diffusers'.
+Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR); parameter
+         names are diffusers'.
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
 Down, through the middle, up. Every map of the way down is kept for the way up at the same resolution (skips).
@@ -105,7 +105,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, D):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout in the public code
+        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout there
 
     def forward(self, x, C):
         return self.net[2](self.net[0](x, C), C)
