@@ -1,8 +1,8 @@
 """The judge of S3Diff, in training only: is this picture real or made?  A frozen DINO looks, three small heads decide.
 
 Papers:  Vision-aided GAN 2112.09130, DiffAugment 2006.10738, spectral normalisation 1802.05957.
-Weights: dino_vitbase16_pretrain.pth for the backbone (vit.py). The heads are trained from scratch; their names are those
-         of the package vision_aided_loss 0.1.0.
+Weights: dino_vitbase16_pretrain.pth for the backbone (vit.py). The heads are trained from scratch, with the names of
+         vision_aided_loss 0.1.0.
 Left out: its other backbones and losses, class conditions.
 
         picture -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 ---> map head -> 3 x 3 logits

@@ -1,6 +1,6 @@
 """LPIPS: how different do two pictures look?  The distance between what a classifier sees in them, weighed by people.
 
-Paper:   "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 1801.03924; version 0.1 of its package.
+Paper:   "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 1801.03924; version 0.1.
 Weights: a trunk and five small heads: vgg16-397923af.pth, lpips_vgg.pth, or alexnet-owt-7be5be79.pth, lpips_alex.pth.
          Parameter names are theirs. VGG is what S3Diff and GramSR learn with, AlexNet what papers report.
 Left out: SqueezeNet, maps instead of numbers, training the heads, version 0.0.
@@ -44,7 +44,7 @@ def alex():
 
 
 def random():
-    """Ours, for the tiny presets: no classifier, but orthogonal random filters (as in 2103.10571) that ignore brightness."""
+    """Ours, for the tiny presets: no classifier but orthogonal random filters, as in 2103.10571, deaf to brightness."""
     g, layers = torch.Generator().manual_seed(0), []
     for c_in, width in ((3, 16), (16, 32), (32, 64)):
         conv = nn.Conv2d(c_in, width, 3, padding=1, padding_mode="reflect", bias=False)

@@ -3,7 +3,7 @@
 Papers:  DINO 2104.14294, DINOv2 2304.07193, DINOv3 2508.10104.
 Weights: dino_vitbase16_pretrain.pth, dinov2_vit{b,l}14_pretrain.pth of facebookresearch; model.safetensors of
          facebook/dinov3-vitb16-pretrain-lvd1689m and -vits16plus-. Parameter names are theirs.
-Left out: DINOv2 with registers, SwiGLU (the giant DINOv2), DINO at other sizes than 224 px, all that only training needs.
+Left out: DINOv2 with registers, SwiGLU (the giant DINOv2), DINO at other sizes than 224 px, what training needs.
 
 Each patch of a picture becomes a token, a class token (and in DINOv3 four registers, scratch space) goes in front:
 
@@ -184,7 +184,7 @@ def take(outputs, i):
 # DINOv3
 
 def rope_table(h, w, head_dim, device=None):
-    """Cosines and sines for h x w patches, two float32 (h*w, hd/2): angles that grow with the row, then with the column.
+    """Cosines and sines for h x w patches, two (h*w, hd/2): angles that grow with the row, then with the column.
 
     Centres of patches lie in (-1, 1) on each axis, so any size fits the trained range.
     """

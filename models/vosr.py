@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
+from models.support.authors import believe, dit_config
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
@@ -73,8 +74,6 @@ PUBLIC = {      # name: size, folder of the release (ms: multi-step, os: one ste
     "vosr-0.5b": ("0.5b", "VOSR_0.5B_ms"), "vosr-0.5b-1step": ("0.5b", "VOSR_0.5B_os"),
     "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"), "vosr-2": ("1.4b", "VOSR2"),
 }
-ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
-        "mlp_ratio": 4}         # of args.json: what the transformer here can be
 
 
 def light_settings(content, path):
@@ -84,33 +83,6 @@ def light_settings(content, path):
         settings = {k: config[k] for k in signature(LightDecoder).parameters if k in config}
         LightDecoder(**settings)
     return settings
-
-
-def believe(cfg, settings, path):
-    """cfg as args.json, file path of somebody's own training, has it beyond what the tensors say.
-
-    Raises WeightError, which names the setting that cannot be followed.
-    """
-    def take(name, otherwise, good):
-        value = settings.get(name, otherwise)
-        if not good(value):
-            raise WeightError(f"{path}: {name} is {value!r:.60}, which cannot be followed here; use weights trained otherwise")
-        return value
-
-    def whole(low, high, step=1):
-        return lambda x: type(x) is int and low <= x <= high and x % step == 0
-
-    for name, value in ONLY.items():
-        take(name, value, lambda x: x == value)
-    side, last = 8 * cfg.dit.input_size, cfg.vit.depth - 1
-    take("resolution", side, lambda x: x == side)
-    layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
-    p = cfg.vit.patch_size
-    return replace(
-        cfg, vit_input=take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), tile=side,
-        vit_layer=None if layers[0] in (-1, last) else layers[0],   # the authors replace the last block's tokens by the normed ones
-        steps=take("infer_steps", cfg.steps, whole(1, 1000)),
-        guidance=take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100))
 
 
 class VOSR(nn.Module):
@@ -229,7 +201,7 @@ class VOSR(nn.Module):
         args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError, WeightError.
         """
         tensors, settings, custom = read_tensors(weights), read_json(args) if args else {}, size is None
-        dit = DiTConfig.from_tensors(tensors, weights)
+        dit = dit_config(DiTConfig, tensors, weights)
         if custom and "feat_rope.freqs_cos" not in tensors and settings.get("resolution") in range(16, 4097, 16):
             dit = replace(dit, input_size=int(settings["resolution"]) // 8)
         if custom:
@@ -245,7 +217,7 @@ class VOSR(nn.Module):
         except TypeError:
             raise WeightError(f"{args}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
         if custom:
-            cfg = believe(cfg, settings, args)
+            cfg = replace(cfg, **believe(cfg, settings, args))
         if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # a newer one-step model has no second time
             cfg = replace(cfg, steps=1, guidance=1.0)
         with on_paper(weights, "VOSR"):
