@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from models.gramsr import GramSR
+from models.lpips import LPIPS
 from models.s3diff import S3Diff
 from models.support.arguments import SEED, Stop, between, command, folder, positive
 from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference,
@@ -206,7 +207,7 @@ def load(args):
     """The model, and in args what it may be measured with and how its knobs are turned. Raises OSError, ValueError."""
     with noting_weights() as weights:
         model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
-    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device)
+    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device, LPIPS.from_pretrained)
     args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
     args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
     if other := set(args.knobs) - set(signature(model.upscale).parameters):

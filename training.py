@@ -1,7 +1,4 @@
-"""What the three training scripts share: plain functions, nothing that hides a loop.
-
-Set-up and precision, several processes, seeds, learning rate, exponential moving average, checkpoints, logs and pictures of progress.
-"""
+"""What the three training scripts share: plain functions, nothing that hides a loop."""
 
 import argparse
 import math
@@ -30,7 +27,7 @@ class Quit(Exception):
 
 @contextmanager
 def one_line_errors(name):
-    """Turn the errors a user can cause into one line on stderr and exit status 1; nothing printed is one."""
+    """Turn the errors a user can cause into one line on stderr and exit status 1."""
     make_lenient()
     try:
         yield
@@ -115,11 +112,11 @@ def compile_all(networks, device):
         network.compile()
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes
 
 
 def join(device):
-    """Join the processes that torchrun started; all but the first fall silent -> rank, number of processes (0, 1 without torchrun)."""
+    """Join the processes that torchrun started; all but the first fall silent -> rank, their number (else 0, 1)."""
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
@@ -158,19 +155,19 @@ class Replicate(torch.nn.Module):
 
 
 def replicate(model, function, device):
-    """function, whose backward now also averages the gradients of model over the processes, each of which holds all of it (DDP)."""
+    """function, whose backward now also averages the gradients of model over the processes (DDP)."""
     module = Replicate(model, function)
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def shard(module, device):
-    """Spread a transformer's weights, gradients and optimizer state over the processes (FSDP2); a block is whole only while it computes."""
+    """Spread a transformer's weights, gradients and optimizer state over the processes; a block is whole in its turn."""
     from torch.distributed.fsdp import fully_shard      # torch >= 2.6
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # about in-place changes to it, which we do not make
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # we change none in place
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*module.blocks, module):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the outermost too, or its EMA would stay whole after an evaluation
+    for part in (*module.blocks, module):       # the outermost too, or its EMA would stay whole after an evaluation
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(x):
@@ -179,7 +176,7 @@ def whole(x):
 
 
 def gather(state):
-    """A state dict with whole tensors on the CPU of the first process; all must call it, and the others get None for tensors."""
+    """A state dict with whole tensors on the CPU of the first process, None elsewhere; all processes must call it."""
     if isinstance(state, dict):
         return {k: gather(v) for k, v in state.items()}
     if not torch.is_tensor(state):
@@ -205,7 +202,7 @@ def divide(batch_size, micro_batch, world):
     return share, micro, share // micro
 
 
-# ---- seeds, parameters, schedules -----------------------------------------------------------------------------------
+# ---- seeds, parameters, schedules
 
 
 def generator(*numbers):
@@ -221,7 +218,7 @@ def count(parameters):
 
 
 def freeze_all_but(model, params):
-    """Let params learn and nothing else in model -> params. Raises AssertionError if one is not in model, or twice in params."""
+    """Let params learn and nothing else in model -> params. Raises AssertionError if one is not its own, or twice."""
     model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
@@ -247,9 +244,10 @@ class Health:
         self.most, self.skipped, self.in_a_row = most, 0, 0
 
     def step(self, optimizer, scaler):
-        """Clip the gradients at hand to norm 1, step, forget them -> their norm before, inf or NaN if the step was left out. Raises Quit."""
+        """Clip the gradients to norm 1, step, forget them -> their norm before, not finite if left out. Raises Quit."""
         scaler.unscale_(optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)).item()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = whole(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
         if math.isfinite(norm):
             self.in_a_row = 0
             scaler.step(optimizer)
@@ -257,7 +255,8 @@ class Health:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             print(f"a step was left out, its gradient is {norm} ({self.skipped} so far)", file=sys.stderr)
         if self.in_a_row == self.most:
-            raise Quit(f"{self.most} steps in a row had no finite gradient; go on from the last checkpoint with a lower --lr, or --dtype float32")
+            raise Quit(f"{self.most} steps in a row had no finite gradient; "
+                       "go on from the last checkpoint with a lower --lr, or --dtype float32")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
@@ -272,7 +271,7 @@ def ema_update(ema, model, decay):
         e.copy_(b)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints
 
 
 def checkpoints(folder):
@@ -281,7 +280,7 @@ def checkpoints(folder):
 
 
 def write(path, state):
-    """torch.save under a temporary name, then rename: what was there survives any interruption. Raises Quit when it cannot be stored."""
+    """torch.save under a temporary name, then rename: what was there survives any interruption. Raises Quit."""
     part = Path(f"{path}.part")
     try:
         torch.save(state, part)
@@ -290,11 +289,12 @@ def write(path, state):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:        # torch's own writer raises RuntimeError when the disk is full
         part.unlink(missing_ok=True)
-        raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); then the same command goes on from the last checkpoint") from None
+        raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
+                   "then the same command goes on from the last checkpoint") from None
 
 
 def save_checkpoint(folder, step, keep, **state):
-    """Write checkpoint-STEP-HASH.pt, whose name tells later whether it is still what was written; then only the newest `keep` stay."""
+    """Write checkpoint-STEP-HASH.pt, whose name tells whether it is what was written; the newest `keep` stay."""
     path = Path(folder, "checkpoint.new")
     write(path, {"step": step, "cwd": os.getcwd(), **state})
     path.replace(path.with_name(f"checkpoint-{step:08d}-{sha256_of(path)[:16]}.pt"))
@@ -333,7 +333,7 @@ def load_checkpoint(folder, must_match, moved=False):
 
 
 def load_tensors(module, tensors):
-    """Put a checkpoint's tensors into a module, of which it may hold a part, whatever the number of processes now and then."""
+    """Put a checkpoint's tensors into a module, of which it may hold a part, whatever the number of processes."""
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -26,10 +26,9 @@ from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
-from models.support.weights import (WeightError, checked, fetch, find_args, find_weights, load_strictly, nearby, on_paper, read_json, read_model,
-                            read_tensors)
+from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
+                                    load_strictly, nearby, on_paper, read_config, read_json, read_tensors)
 
-TINY = Path(__file__).with_name("vosr_tiny.safetensors")
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
 TILES_AT_ONCE = 4
 
@@ -173,26 +172,18 @@ class VOSR(nn.Module):
 
         A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError, one line with the remedy.
         """
+        path = EMBEDDED["vosr-tiny"] if name == "vosr-tiny" else Path(name)
         if name in PUBLIC:
             size, folder = PUBLIC[name]
             args, weights = fetch(f"{folder}/args.json"), fetch(f"{folder}/checkpoints/ema_model.safetensors")
             model = cls.from_release(weights, args, size)
+        elif weights := find_weights(path):
+            ours = read_config(weights)
+            model = load_ours(cls, VOSRConfig, weights) if ours else cls.from_release(weights, find_args(path))
         else:
-            path = TINY if name == "vosr-tiny" else Path(name)
-            weights = find_weights(path)
-            if weights is None:
-                raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, or a folder with a .safetensors file")
-            config, tensors = read_model(weights)
-            model = cls.from_ours(config, tensors, weights) if config else cls.from_release(weights, find_args(path))
+            raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, "
+                                    "or a folder with a .safetensors file")
         return in_half(model.to(torch.float32), dtype).to(device).eval()
-
-    @classmethod
-    def from_ours(cls, config, tensors, path):
-        """What `save_model` wrote: all networks in one file."""
-        with on_paper(path, "VOSR"):
-            model = cls(checked(VOSRConfig.from_dict(config)))
-        load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
-        return model
 
     @classmethod
     def from_release(cls, weights, args, size=None):
