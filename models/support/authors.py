@@ -70,6 +70,6 @@ def believe(cfg, settings, path):
     take("resolution", side, lambda x: x == side)
     layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
     return {"vit_input": take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), "tile": side,
-            "vit_layer": None if layers[0] in (-1, last) else layers[0],    # the last block's tokens are the normed ones
+            "vit_layer": None if layers[0] in (-1, last) else layers[0],    # of the last block the normed tokens
             "steps": take("infer_steps", cfg.steps, whole(1, 1000)),
             "guidance": take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100)}
