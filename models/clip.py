@@ -33,8 +33,7 @@ class TextConfig:
     positions: int = 77
 
 
-# -----------------------------------------------------------------------------
-# text to ids
+# ---- text to ids
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 SPECIAL = re.compile("(" + "|".join(map(re.escape, (START, END, PAD))) + ")")
@@ -109,8 +108,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.length)
 
 
-# -----------------------------------------------------------------------------
-# ids to features
+# ---- ids to features
 
 class Embeddings(nn.Module):
     def __init__(self, cfg):
@@ -188,8 +186,7 @@ class TextEncoder(nn.Module):
         return self.text_model.final_layer_norm(x)
 
 
-# -----------------------------------------------------------------------------
-# texts to features
+# ---- texts to features
 
 @torch.no_grad()
 def text_features(texts, folder=None):

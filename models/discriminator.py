@@ -28,8 +28,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" is smoothed, too
 
 
-# -----------------------------------------------------------------------------
-# augmentation: else D learns the few real pictures by heart; differentiable, since G learns through it
+# ---- augmentation: else D learns the few real pictures by heart; differentiable, since G learns through it
 
 @dataclass
 class AugmentPlan:
@@ -89,8 +88,7 @@ def augment(x, plan, steps=None):
     return step("cutout", x * whole.to(x))
 
 
-# -----------------------------------------------------------------------------
-# heads
+# ---- heads
 
 class Blur(nn.Module):
     """The filter (1, 3, 3, 1) / 8 along rows and columns, before each stride.  side -> side + 2 * padding - 3"""
@@ -130,8 +128,7 @@ class Heads(nn.Module):
         return [first(early).squeeze(1), second(late).squeeze(1), self.out(third(token))]
 
 
-# -----------------------------------------------------------------------------
-# the discriminator
+# ---- the discriminator
 
 def multilevel_loss(logits, target):
     """Cross entropy with logits of any shapes (B, ...), mean within a level, SUM over levels -> (B, 1)."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 
-# ---- the velocity and the sampler -----------------------------------------------------------------------------------
+# ---- the velocity and the sampler
 
 
 def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None, cache=None):
@@ -51,7 +51,7 @@ def sample(velocity, eps, steps):
     return z.to(eps.dtype)
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------------
+# ---- losses
 
 
 @dataclass

@@ -127,8 +127,7 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
     return layers
 
 
-# -----------------------------------------------------------------------------
-# S3Diff: the degradation decides
+# ---- S3Diff: the degradation decides
 
 
 def kaiming(c_in, c_out, scale=1e-5):

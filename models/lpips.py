@@ -19,8 +19,7 @@ EPS = 1e-10                         # added to the length of a feature vector
 FAINT = 0.3                         # instead, for random features: what is fainter counts less
 
 
-# -----------------------------------------------------------------------------
-# trunks: torchvision's `features`, up to the last ReLU that is looked at
+# ---- trunks: torchvision's `features`, up to the last ReLU that is looked at
 
 def vgg():
     layers, c_in = [], 3
@@ -61,8 +60,7 @@ NETS = {    # trunk, {layer whose features are taken: channels}, smallest side i
 }
 
 
-# -----------------------------------------------------------------------------
-# the metric
+# ---- the metric
 
 def unit(f, eps=EPS):
     """Feature vectors to length one, in float32 at least: half precision has no 1e-10.  (B, C, h, w) -> same shape"""

@@ -36,8 +36,7 @@ class QwenVAEConfig:
     latents_std: tuple = LATENTS_STD
 
 
-# -----------------------------------------------------------------------------
-# layers, each with the hook that reads its video form
+# ---- layers, each with the hook that reads its video form
 
 def take_last_slice(module, state_dict, prefix, *_):
     """Load hook: of a video convolution, which is causal, only the last slice in time ever meets the first frame."""
@@ -163,8 +162,7 @@ class UpBlock(nn.Module):
         return iter((*self.resnets, *self.upsamplers))
 
 
-# -----------------------------------------------------------------------------
-# the two halves
+# ---- the two halves
 
 class Encoder(nn.Module):
     """Picture to latent statistics.  (B, 3, H, W) -> (B, c_out, H/8, W/8)"""
@@ -213,8 +211,7 @@ class Decoder(nn.Module):
         return norm_silu_conv(self.norm_out, self.conv_out, x)
 
 
-# -----------------------------------------------------------------------------
-# the model
+# ---- the model
 
 class QwenVAE(nn.Module):
     """Qwen-Image's autoencoder, with the interface of vae.VAE; latents are (B, 16, h, w)."""

@@ -34,8 +34,7 @@ class VAEConfig:
     scaling_factor: float = SD_VAE_SCALE
 
 
-# -----------------------------------------------------------------------------
-# layers
+# ---- layers
 
 def group_norm(groups, channels):
     return nn.GroupNorm(groups, channels, eps=1e-6)  # trap: PyTorch's 1e-5 shows in flat regions
@@ -145,8 +144,7 @@ class Level(nn.Module):
         return (layer for layers in self.children() for layer in layers)
 
 
-# -----------------------------------------------------------------------------
-# the two halves
+# ---- the two halves
 
 class Encoder(Checkpointing, nn.Module):
     """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8) with four widths
@@ -195,8 +193,7 @@ class Decoder(Checkpointing, nn.Module):
         return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
-# -----------------------------------------------------------------------------
-# the models
+# ---- the models
 
 def mean_and_deviation(h):
     mean, logvar = h.chunk(2, dim=1)
@@ -257,8 +254,7 @@ class LightDecoder(Decoder):
         return self(z / SD_VAE_SCALE)
 
 
-# -----------------------------------------------------------------------------
-# the tiny models' autoencoder
+# ---- the tiny models' autoencoder
 
 @dataclass
 class TinyVAEConfig:

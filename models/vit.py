@@ -62,8 +62,7 @@ PRESETS = {
 }
 
 
-# -----------------------------------------------------------------------------
-# DINO and DINOv2
+# ---- DINO and DINOv2
 
 class Attention(nn.Module):
     def __init__(self, D, nh):
@@ -180,8 +179,7 @@ def take(outputs, i):
     return next(islice(outputs, i, None))
 
 
-# -----------------------------------------------------------------------------
-# DINOv3
+# ---- DINOv3
 
 def rope_table(h, w, head_dim, device=None):
     """Cosines and sines for h x w patches, two (h*w, hd/2): angles that grow with the row, then with the column.
