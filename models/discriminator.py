@@ -9,9 +9,7 @@ Left out: its other backbones and losses, class conditions.
                                              |-- block 8, patches ----------------> map head -> 3 x 3 logits
                                              `-- block 11, class token -----------> Linear   -> 1 logit
 
-    D = Discriminator(vit)
-    plan = draw_augment(x, torch.Generator().manual_seed(0))
-    loss = D(x, "generator", plan)                              # (B, 1); or "real", "fake"
+    loss = Discriminator(vit)(x, "generator", draw_augment(x, torch.Generator().manual_seed(0)))    # or "real", "fake"
 """
 
 from dataclasses import dataclass
@@ -32,8 +30,8 @@ TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" 
 
 @dataclass
 class AugmentPlan:
-    """What was drawn: a list each, one entry a picture."""
-    brightness: list    # in [0, 1), 0.5 changes nothing; so do the next two
+    """What was drawn, an entry a picture."""
+    brightness: list    # in [0, 1), as the next two; 0.5 changes nothing
     saturation: list
     contrast: list
     translation: list   # (rows, columns): pixel (i, j) comes from (i + rows, j + columns)
@@ -41,18 +39,16 @@ class AugmentPlan:
 
 
 def draw_augment(x, generator):
-    """A plan for pictures x (B, 3, H, W); every one gets everything."""
-    B, _, H, W = x.shape
+    """A plan for pictures x (B, 3, H, W)."""
+    (B, _, H, W), options = x.shape, {"generator": generator, "device": generator.device}
 
-    def integers(lo, hi):
-        return torch.randint(lo, hi, (B,), generator=generator, device=generator.device).tolist()
+    def pairs(low, high):
+        rows, cols = (torch.randint(low(side), high(side), (B,), **options).tolist() for side in (H, W))
+        return list(zip(rows, cols))
 
-    def pairs(span):
-        return list(zip(integers(*span(H)), integers(*span(W))))
-
-    brightness, saturation, contrast = torch.rand(3, B, generator=generator, device=generator.device).tolist()
-    translation = pairs(lambda side: (-share(side, 1 / 8), share(side, 1 / 8) + 1))
-    cutout = pairs(lambda side: (0, side + 1 - share(side, 1 / 2) % 2))
+    brightness, saturation, contrast = torch.rand(3, B, **options).tolist()
+    translation = pairs(lambda side: -share(side, 1 / 8), lambda side: share(side, 1 / 8) + 1)
+    cutout = pairs(lambda side: 0, lambda side: side + 1 - share(side, 1 / 2) % 2)
     return AugmentPlan(brightness, saturation, contrast, translation, cutout)
 
 

@@ -5,8 +5,8 @@ Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable
          names are diffusers'.
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
-Down, through the middle, up. Every map of the way down is kept for the way up at the same resolution (skips).
-C, in every forward, goes to the layers: the matrices of their adapters, an entry for each of the ten blocks (lora.py).
+Every map of the way down is kept for the way up at the same resolution (skips). C, in every forward, are the matrices
+of the layers' adapters (lora.py), an entry for each of ten blocks.
 """
 
 import math

@@ -244,7 +244,7 @@ class VAE(nn.Module):
 
 
 class LightDecoder(Decoder):
-    """VOSR's small decoder for SD's latents, without a post_quant_conv. Its file says these arguments."""
+    """VOSR's small decoder for SD's latents. Its file holds these arguments."""
 
     def __init__(self, in_channels=4, out_channels=3, block_out_channels=(64, 128, 256, 256), layers_per_block=2):
         super().__init__(in_channels, out_channels, block_out_channels, layers_per_block, groups=32)

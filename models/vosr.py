@@ -68,7 +68,7 @@ SIZES = {   # published: the transformer, and the frozen networks around it
         vit=ViTConfig(embed_dim=1024, depth=24, num_heads=16), vit_layer=17, vae=QwenVAEConfig(), tile=512,
     ),
 }
-PUBLIC = {      # name: size, folder of the release (ms: multi-step, os: one step)
+PUBLIC = {      # name: size, folder of the release
     "vosr-0.5b": ("0.5b", "VOSR_0.5B_ms"), "vosr-0.5b-1step": ("0.5b", "VOSR_0.5B_os"),
     "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"), "vosr-2": ("1.4b", "VOSR2"),
 }

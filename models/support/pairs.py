@@ -14,7 +14,7 @@ from models.support.imaging import write_picture
 def write_pairs(command, names, out_dir, skip_existing, pair):
     """Write the pairs of all pictures, name what fails.  -> exit status
 
-    command: whose messages they are; names: {path: name}; skip_existing: pairs that are there; pair: (path, name) -> lq, hq
+    command: whose messages they are; names: {path: name}; skip_existing: keep whole pairs; pair: (path, name) -> lq, hq
     """
     inputs, results = set(map(os.path.realpath, names)), output_paths(names, Path(), ())
     done, failed, stop, stopped = 0, 0, Stop(), True
