@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from models.support.authors import read_vocabulary
 from models.support.weights import cache_folder, load_strictly, nearby, read_file, read_tensors
+from models.vit import MLP
 
 
 @dataclass
@@ -142,23 +143,13 @@ class Attention(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, D, inner):
-        super().__init__()
-        self.fc1 = nn.Linear(D, inner)
-        self.fc2 = nn.Linear(inner, D)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))        # trap: SD 1.x's has x * sigmoid(1.702 x)
-
-
 class Layer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D = cfg.hidden_size
         self.self_attn = Attention(D, cfg.heads)
         self.layer_norm1 = nn.LayerNorm(D, eps=1e-5)
-        self.mlp = MLP(D, cfg.intermediate_size)
+        self.mlp = MLP(D, cfg.intermediate_size)    # trap: exact GELU, where SD 1.x's has x * sigmoid(1.702 x)
         self.layer_norm2 = nn.LayerNorm(D, eps=1e-5)
 
     def forward(self, x):

@@ -43,7 +43,7 @@ def modulate(x, shift, scale):
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoids of t: (B,) in [0, 1], NOT multiplied by 1000 -> (B, dim), cosines first."""
+    """Sinusoids of t: (B,) -> (B, dim) float32, cosines first. VOSR's t in [0, 1] is NOT multiplied by 1000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)

@@ -9,13 +9,13 @@ Every map of the way down is kept for the way up at the same resolution (skips).
 of the layers' adapters (lora.py), an entry for each of ten blocks.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.dit import timestep_embedding
 from models.lora import Conv2d, ExactConv2d, Linear
 from models.support.strips import Checkpointing
 
@@ -35,13 +35,6 @@ def alphas_cumprod():
     """SD's noise schedule: a_t of z_t = sqrt(a_t) z + sqrt(1 - a_t) eps, for t = 0 .. 999.  -> (1000,)"""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return (1 - betas).cumprod(0)
-
-
-def sinusoid(t, D):
-    """The time as a vector: cosines first, then sines.  (B,) -> (B, D) float32"""
-    frequency = torch.exp(-math.log(10000) * torch.arange(D // 2, device=t.device) / (D // 2))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class TimeEmbedding(nn.Module):
@@ -268,7 +261,7 @@ class UNet(Checkpointing, nn.Module):
         C = C or [None] * len(self.blocks)
         n = len(self.down_blocks)
         t = (t if torch.is_tensor(t) else torch.full((1,), t, device=z.device)).expand(len(z))
-        temb = sinusoid(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype)
+        temb = timestep_embedding(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype)
         temb = self.time_embedding(temb)
         x = self.conv_in(z, C[0])
         skips = [x]

@@ -12,7 +12,6 @@ clean latent, conditioned on both (DiT, and flow.py for the mathematics); clean 
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.nn as nn
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
-from models.support.authors import believe, dit_config
+from models.support.authors import believe, dit_config, weak_of
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
@@ -192,9 +191,7 @@ class VOSR(nn.Module):
         args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError.
         """
         tensors, settings, custom = read_tensors(weights), read_json(args) if args else {}, size is None
-        dit = dit_config(DiTConfig, tensors, weights)
-        if custom and "feat_rope.freqs_cos" not in tensors and settings.get("resolution") in range(16, 4097, 16):
-            dit = replace(dit, input_size=int(settings["resolution"]) // 8)
+        dit = dit_config(DiTConfig, tensors, weights, settings if custom else {})
         if custom:
             around = {(c.dit.out_channels, c.dit.z_dims): size for size, c in SIZES.items()}
             size = around.get((dit.out_channels, dit.z_dims))
@@ -204,12 +201,8 @@ class VOSR(nn.Module):
         if size is None:
             raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} "
                               "are no public combination")
-        weak = settings.get("weak_cond_strength_aelq_list") or [SIZES[size].weak]
-        try:
-            # official: wavelet colours since 2026, adain before; the multi-step script still has adain
-            cfg = replace(SIZES[size], dit=dit, weak=fmean(weak), color="wavelet")
-        except TypeError:
-            raise WeightError(f"{args}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
+        # official: wavelet colours since 2026, adain before; the multi-step script still has adain
+        cfg = replace(SIZES[size], dit=dit, weak=weak_of(settings, SIZES[size].weak, args), color="wavelet")
         if custom:
             cfg = replace(cfg, **believe(cfg, settings, args))
         if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time

@@ -1,5 +1,7 @@
 """What the authors' files say beside weights, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json."""
 
+from statistics import fmean
+
 from models.support.weights import WeightError, read_json
 
 ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
@@ -31,12 +33,14 @@ def read_vocabulary(vocab, merges, single):
     return ids, {pair: rank for rank, pair in enumerate(pairs)}
 
 
-def dit_config(cls, tensors, path):
-    """The DiTConfig (cls) of a transformer, read off its tensors. Raises ValueError."""
+def dit_config(cls, tensors, path, settings):
+    """The DiTConfig (cls) of a transformer, read off its tensors; settings: of args.json. Raises ValueError."""
     shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         D, C_in, p, _ = shape["x_embedder.proj.weight"]
-        tokens = shape.get("feat_rope.freqs_cos", [(cls.input_size // p) ** 2])[0]
+        said = settings.get("resolution")       # where the rotary tables do not say the size
+        side = int(said) // 8 if said in range(16, 4097, 16) else cls.input_size
+        tokens = shape.get("feat_rope.freqs_cos", [(side // p) ** 2])[0]
         return cls(
             input_size=round(tokens**0.5) * p, patch_size=p, in_channels=C_in, hidden_size=D,
             out_channels=shape["final_layer.linear.weight"][0] // p**2,
@@ -47,6 +51,15 @@ def dit_config(cls, tensors, path):
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
+
+
+def weak_of(settings, otherwise, path):
+    """Mean strength of the weak condition in args.json, file path. Raises WeightError."""
+    weak = settings.get("weak_cond_strength_aelq_list") or [otherwise]
+    try:
+        return fmean(weak)
+    except TypeError:
+        raise WeightError(f"{path}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
 
 
 def believe(cfg, settings, path):
