@@ -1,5 +1,4 @@
-"""Train VOSR: a flow from noise to clean latents, and its distillation to one step. Tiny only: also an autoencoder, a
-refined flow, a better decoder.
+"""Train VOSR: a flow from noise to clean latents, and its distillation to one step.
 
     python train_vosr.py --stage autoencoder --data PHOTOS --out runs/ae
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
@@ -9,11 +8,11 @@ refined flow, a better decoder.
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
-The same command again goes on where it stopped, exactly: every step's photos, crops, degradations and noise are
-functions of (seed, step). Ctrl-C and SIGTERM save first. What may change then: --steps, --lr, --micro-batch, --keep,
---save-every and all that names the machine; anything else is refused. --out holds the model for sample.py (the EMA
-weights: model.safetensors, or args.json and checkpoints/ as the authors have them), checkpoint-*.pt, log.csv, loss.png
-and sheet.png (LQ | result | HQ of held-out photos; of an autoencoder HQ | HQ encoded and decoded).
+The same command again goes on where it stopped, exactly: photos, crops, degradations and noise are functions of
+(seed, step). Ctrl-C and SIGTERM save first. Then --steps, --lr, --micro-batch, --keep, --save-every and what names the
+machine may change; anything else is refused. --out holds the model for sample.py (EMA weights: model.safetensors, or
+args.json and checkpoints/ as the authors have them), checkpoint-*.pt, log.csv, loss.png and sheet.png (LQ | result | HQ
+of held-out photos; of an autoencoder HQ | HQ decoded).
 """
 
 import argparse
@@ -48,7 +47,7 @@ class Stage:
     batch_size: int                     # of all processes together
     lr: float
     crop: int = 512                     # pixels
-    shrink: bool = False                # photos to the crop's size first, so that a crop shows nearly all of them
+    shrink: bool = False                # photos to the crop's size first
     flip: bool = False
     recipes: tuple = ("vosr",)          # of degrade.py, by turns
     branches_per: str = "batch"         # of each recipe, see degrade.Recipe
@@ -70,11 +69,11 @@ TINY = VOSRConfig(
     vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2), vit_input=112, vit_layer=None,
     vae=TinyVAEConfig(), guidance=1.0, temperature=0.65, torch_bicubic=True, tile=128, overlap=32,
 )
-AUTHORS = {     # the settings of the authors' code, for both sizes
+AUTHORS = {     # of the authors' code
     "flow": Stage(400_001, 8, 5e-5, save_every=10_000),
     "distill": Stage(100_001, 32, 2e-5, save_every=5_000),
 }
-PAPER = {       # the paper's, as far as they are known: 100 million pictures of the web, and the machines for it
+PAPER = {       # of the paper, as far as known: for 100 million pictures, and the machines for them
     "flow256": Stage(400_000, 1024, 1e-4, crop=256, shrink=True, save_every=10_000),
     "flow": Stage(400_000, 256, 5e-5, save_every=10_000),
     "distill": Stage(50_000, 32, 2e-5, save_every=5_000),
@@ -88,8 +87,7 @@ TINY_STAGES = {
     "distill": varied(40, 8, 5e-5, ema=0.8, warmup=5, omega=1.0),
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
 }
-FINISH = 96                             # channels of the convolutions that stage decoder adds
-TEMPERATURES = 0.25, 1.0                # of the results they learn from
+FINISH, TEMPERATURES = 96, (0.25, 1.0)      # stage decoder: channels it adds; of the results it learns from
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -100,8 +98,7 @@ def parse_args():
     p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "refine", "distill", "decoder"))
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
     p.add_argument("--init", help="start from the earlier stage's --out, or anything that sample.py --model takes")
-    p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without visual tokens, or with classifier-free "
-                   "guidance's usual reference, no condition at all, in place of the weak one")  # fmt: skip
+    p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without visual tokens, or with no weak condition")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     p.add_argument("--fsdp", action="store_true", help="with torchrun: spread the weights (FSDP2), not copy them (DDP)")
     training.add_arguments(p)
@@ -141,11 +138,10 @@ def networks(args, cfg):
         model.vae.load_state_dict(start.vae.state_dict())
         return model, None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
     if name == "decoder" and start.cfg.steps > 1:
-        raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; "
-                            "stage decoder learns from a one-step model's results")
+        raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage decoder learns from a one-step model")
     if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name == "decoder"):
-        raise training.Quit(f"{args.init}: is not what stage {name} of preset {args.preset} starts from: "
-                            f"{start.cfg.dit}")
+        expected = f"what stage {name} of preset {args.preset} starts from"
+        raise training.Quit(f"{args.init}: is not {expected}: {start.cfg.dit}")
     if name == "decoder":
         model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
         new = [k for k in model.state_dict() if k.startswith("vae.finish.")]
@@ -162,10 +158,10 @@ def networks(args, cfg):
 
 
 def losses(name, stage, model, teacher, hq, lq, g):
-    """Loss terms of a batch; their sum is the loss.
+    """Terms of the loss, which is their sum.
 
     name, stage: a key of TINY_STAGES or AUTHORS and its Stage; teacher: DiT, in stage distill only
-    hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name of a term: scalar}
+    hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}
     """
     if name == "autoencoder":
         return dict(zip(("all", "first_k"), model.vae.loss(hq, g)))
@@ -191,8 +187,8 @@ def losses(name, stage, model, teacher, hq, lq, g):
 def evaluate(name, stage, model, teacher, hq, lq):
     """Held-out loss with fixed draws, and the pictures the model makes by its own sampler.
 
-    Distillation has a moving target, so its own loss says little; there it is the distance from the student's one step
-    to the teacher's 25 from the same noise. Arguments as for `losses` -> loss, PSNR in dB over RGB, pictures like hq
+    Distillation has a moving target, so there the loss is the distance from the student's one step to the teacher's 25
+    from the same noise. Arguments as for `losses` -> loss, PSNR in dB over RGB, pictures like hq
     """
     if name == "autoencoder":
         sr = model.vae.decode(model.vae.encode(hq))
@@ -270,7 +266,7 @@ def resume(run):
 
 
 def open_data(run):
-    """Photos to learn from and held-out ones, and their degradation."""
+    """Photos to learn from, held-out pairs."""
     args, stage = run.args, run.stage
     photos, hq, run.names_of_photos = training.photos_for(args.data, stage.crop, args.seed, run.names_of_photos,
                                                           flip=stage.flip, shrink=stage.shrink)
@@ -304,7 +300,7 @@ def step(run):
 
 
 def save(run):
-    """Model and checkpoint. Every process helps to gather what is sharded, the first one writes."""
+    """Model and checkpoint. All processes gather what is sharded, the first one writes."""
     prefixes = tuple(f"{name}." for name in run.learns)
     learned = {k: v for k, v in run.model.state_dict().items() if k.startswith(prefixes)}
     averaged = training.gather(run.ema.state_dict())
@@ -324,7 +320,7 @@ def save(run):
 
 
 def log(run, due):
-    """A row of log.csv about the steps since the last one; where it is due also evaluate, save and draw."""
+    """A row of log.csv on the steps since the last one; where it is due also evaluate, save and draw."""
     row = {"step": run.step, "loss": training.mean_of_all(run.loss / run.since, run.device),
            "grad_norm": run.grad_norm, "lr": run.lr, "seconds": time.time() - run.clock}
     run.loss, run.since, run.clock = 0.0, 0, time.time()
@@ -354,7 +350,7 @@ def main():
     resume(run)
     run.model.dit.checkpointing = args.checkpointing
     if args.compile:
-        training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
+        training.compile_all(run.model.dit.blocks, run.device)
     run.losses = partial(losses, args.stage, run.stage, run.model, run.teacher)
     run.ddp = run.world > 1 and not args.fsdp
     if run.ddp:

@@ -36,24 +36,6 @@ class DiTConfig:
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 4 * num_heads = {4 * self.num_heads}")
 
-    @classmethod
-    def from_tensors(cls, tensors, path):
-        """The sizes of a public file, read off its tensors. Raises ValueError."""
-        shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        try:
-            D, C_in, p, _ = shape["x_embedder.proj.weight"]
-            tokens = shape.get("feat_rope.freqs_cos", [(cls.input_size // p) ** 2])[0]
-            return cls(
-                input_size=round(tokens**0.5) * p, patch_size=p, in_channels=C_in, hidden_size=D,
-                out_channels=shape["final_layer.linear.weight"][0] // p**2,
-                depth=len({name.split(".")[1] for name in shape if name.startswith("blocks.")}),
-                num_heads=D // shape["blocks.0.attn.q_norm.weight"][0], z_dims=shape["layer_norm.weight"][0],
-                encdim_ratio=shape["mlp_ca.fc1.weight"][0] // D,
-                auxiliary_time_cond="r_embedder.mlp.0.weight" in shape,
-            )
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-            raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
-
 
 def modulate(x, shift, scale):
     """x: (B, N, D); shift, scale: (B, D) -> (B, N, D)."""
@@ -61,7 +43,7 @@ def modulate(x, shift, scale):
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoids of t: (B,) in [0, 1], NOT multiplied by 1000 -> (B, dim), cosines first."""
+    """Sinusoids of t: (B,) -> (B, dim) float32, cosines first. VOSR's t in [0, 1] is NOT multiplied by 1000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)

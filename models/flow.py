@@ -1,7 +1,7 @@
 """VOSR's mathematics: the guided velocity, the sampler and the losses.
 
 Paper:   VOSR, arXiv 2604.03225; flow matching after 2209.03003, shortcut models 2410.12557.
-Left out: the cosine time schedule of the official code, which nothing uses.
+Left out: the official code's cosine time schedule, which nothing uses.
 
 Letters: z_t = (1 - t) z_hq + t eps is the state, t = 1 noise, t = 0 clean; v its velocity eps - z_hq at t; u the
 average velocity from t down to r; z_weak = w z_lq the weak condition. Everything random is an argument.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 
-# ---- the velocity and the sampler -----------------------------------------------------------------------------------
+# ---- the velocity and the sampler
 
 
 def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None, cache=None):
@@ -51,7 +51,7 @@ def sample(velocity, eps, steps):
     return z.to(eps.dtype)
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------------
+# ---- losses
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Low-rank adaptation: layers that can be bent without being overwritten, and S3Diff's way to let the degradation do it.
+"""Low-rank adaptation: layers that are bent without being overwritten, and S3Diff's way to let the degradation bend.
 
 Papers:  LoRA, arXiv 2106.09685: y = W x + s B A x with narrow A and B, the only trained ones; S3Diff, 2409.17058.
 Weights: the adapters inside s3diff.pkl (S3Diff) and model_12501.pkl, lora_weights_dino_53001.safetensors (GramSR).
@@ -127,8 +127,7 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
     return layers
 
 
-# -----------------------------------------------------------------------------
-# S3Diff: the degradation decides
+# ---- S3Diff: the degradation decides
 
 
 def kaiming(c_in, c_out, scale=1e-5):

@@ -1,21 +1,21 @@
 """The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, told by tokens what is in the picture.
 
 Papers:  Latent Diffusion, 2112.10752; SD-Turbo, 2311.17042.
-Weights: unet/diffusion_pytorch_model.safetensors of stabilityai/sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR);
-         parameter names are diffusers'.
+Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR); parameter
+         names are diffusers'.
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
-Down, through the middle, up. Every map of the way down is kept for the way up at the same resolution (skips).
-C, in every forward, goes to the layers: the matrices of their adapters, an entry for each of the ten blocks (lora.py).
+Every map of the way down is kept for the way up at the same resolution (skips). C, in every forward, are the matrices
+of the layers' adapters (lora.py), an entry for each of ten blocks.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.dit import timestep_embedding
 from models.lora import Conv2d, ExactConv2d, Linear
 from models.support.strips import Checkpointing
 
@@ -35,13 +35,6 @@ def alphas_cumprod():
     """SD's noise schedule: a_t of z_t = sqrt(a_t) z + sqrt(1 - a_t) eps, for t = 0 .. 999.  -> (1000,)"""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return (1 - betas).cumprod(0)
-
-
-def sinusoid(t, D):
-    """The time as a vector: cosines first, then sines.  (B,) -> (B, D) float32"""
-    frequency = torch.exp(-math.log(10000) * torch.arange(D // 2, device=t.device) / (D // 2))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class TimeEmbedding(nn.Module):
@@ -105,7 +98,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, D):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout in the public code
+        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout there
 
     def forward(self, x, C):
         return self.net[2](self.net[0](x, C), C)
@@ -268,7 +261,7 @@ class UNet(Checkpointing, nn.Module):
         C = C or [None] * len(self.blocks)
         n = len(self.down_blocks)
         t = (t if torch.is_tensor(t) else torch.full((1,), t, device=z.device)).expand(len(z))
-        temb = sinusoid(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype)
+        temb = timestep_embedding(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype)
         temb = self.time_embedding(temb)
         x = self.conv_in(z, C[0])
         skips = [x]

@@ -105,6 +105,13 @@ def test_kernels_sum_to_one_and_keep_a_flat_picture():
         assert torch.allclose(blur(torch.full((1, 3, 30, 24), 0.3), w.float()[None]), torch.tensor(0.3), atol=1e-6)
 
 
+@pytest.mark.parametrize("type", ["gaussian", "Iso", "aniso_generalized", ""])
+def test_an_unknown_kernel_is_named(type):
+    """It was a Gaussian once, in silence."""
+    with pytest.raises(ValueError, match=f"^unknown blur kernel '{type}'; choose from pulse, sinc, iso, aniso, .*plateau_aniso$"):
+        stack_kernels([PULSE, {"type": type, "size": 7, "sigma_x": 1.0}])
+
+
 def test_blur_of_the_true_size_is_the_padded_one():
     k, x = [{"type": "aniso", "size": 7, "sigma_x": 2.0, "sigma_y": 0.7, "theta": 0.5}], pictures()
     assert torch.allclose(blur(x, stack_kernels(k)), blur(x, stack_kernels(k, 21)), atol=1e-6)
