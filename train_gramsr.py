@@ -227,7 +227,6 @@ def prepare(args):
     run.niqe = find_niqe(None) if run.recipe.crop >= 2 * BLOCK else None        # only if it is on this disk
     run.columns, run.judge = ["niqe"], "niqe" if run.niqe else "held_out"
     run.best, run.waited, run.files = {}, 0, []     # {judge: lowest so far}, evaluations since then, of the model
-    run.good = not run.recipe.patience              # is the model to be written?
     return run
 
 
@@ -261,7 +260,7 @@ def step(run):
 
 @torch.no_grad()
 def evaluate(run):
-    """Held-out loss with fixed draws, PSNR over RGB, NIQE (nan without its file), and whether the model got better.
+    """Held-out loss with fixed draws, PSNR over RGB, NIQE (nan without its file).
 
     -> {column of the log: value}, {column of the sheet: pictures}
     """
@@ -272,15 +271,17 @@ def evaluate(run):
     natural = [niqe(round8(x / 2 + 0.5), run.niqe) if run.niqe else math.nan for x in y.split(1)]
     seen = {"held_out": sum(float(sum(terms.values())) for terms, _ in parts) / len(parts), "psnr": float(psnr),
             "niqe": float(torch.tensor(natural).nanmean())}
-    better = seen[run.judge] < run.best.get(run.judge, math.inf)
-    run.best, run.waited = ({run.judge: seen[run.judge]}, 0) if better else (run.best, run.waited + 1)
-    run.good, run.over = better or not run.recipe.patience, 0 < run.recipe.patience <= run.waited
     return seen, {"LQ": x_lq, f"result, step {run.step}": y, "HQ": hq}
 
 
 def save(run):
-    """The first process writes: the model if it is to be kept, and what is needed to go on."""
-    if run.rank == 0 and (run.good or not run.files):
+    """The first process writes: what is needed to go on, and the model; with patience only where it got better."""
+    better = False
+    if run.seen:
+        better = run.seen[run.judge] < run.best.get(run.judge, math.inf)
+        run.best, run.waited = ({run.judge: run.seen[run.judge]}, 0) if better else (run.best, run.waited + 1)
+        run.over = 0 < run.recipe.patience <= run.waited
+    if run.rank == 0 and (better or not run.recipe.patience or not run.files):
         names = run.model.save_release(run.out, run.recipe.before + run.step)
         for name in set(run.files) - set(names):
             (run.out / name).unlink(missing_ok=True)
@@ -289,7 +290,6 @@ def save(run):
             note = f"tiny {run.args.stage}, step {run.step}"
             save_model(run.out / "model.safetensors", run.model.cfg, run.model.state_dict(), note=note)
     training.save_state(run, best=run.best, waited=run.waited, written=run.files)
-    run.good = not run.recipe.patience
 
 
 def main():

@@ -408,6 +408,11 @@ def fit(run, terms, step, evaluate, save, title):
     """
     recipe, columns = run.recipe, ["step", *terms, "grad_norm", "lr", "seconds", "held_out", "psnr", *run.columns]
     table = Log(run.out / "log.csv", columns, run.step or -1) if run.rank == 0 else None
+    if run.step == 0:
+        with autocast(run.device, run.dtype):
+            seen, _ = evaluate(run)
+        if run.rank == 0:
+            table.write(step=0, **seen)
     stop, clock, since = Stop(), time.time(), 0
     run.sums = dict.fromkeys(terms, 0.0)
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=run.rank > 0)
@@ -438,6 +443,7 @@ def fit(run, terms, step, evaluate, save, title):
                 save_sheet(run.out / "sheet.png", {name: x[:6] for name, x in pictures.items()})
     bar.close()
     if run.step < recipe.steps and not run.over:
+        run.seen = None
         save(run)
         print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
     leave()
