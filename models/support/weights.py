@@ -29,7 +29,7 @@ LONGEST_WAIT = 60       # seconds, whatever Retry-After says
 BUSY = 408, 429, 500, 502, 503, 504
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
-MOST, LARGEST = 5_000, 1_000_000    # tensors of a network, of which ours have up to 2,700; a number in a config
+MOST, LARGEST = 5_000, 1_000_000    # tensors of a network (ours have up to 2,700), a number in a config
 MODELS = Path(__file__).parents[1]
 EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
 
@@ -44,13 +44,13 @@ class WeightError(ValueError):
 @dataclass(frozen=True)
 class PublicFile:
     name: str                   # also its path below our cache folder
-    sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs; () = by hand only
-    users: str                  # who needs it
+    sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs
+    users: str
     licence: str                # of the weights, as their authors state it
-    size: int | None = None     # bytes
+    size: int | None = None
     sha256: str | None = None
     gated: bool = False         # the hub wants an account that has accepted the licence
-    note: str = ""              # where to look for what is by hand only
+    note: str = ""              # where to look for what has no source
 
 
 def vosr(name, users, *mirrors, **facts):
@@ -59,7 +59,7 @@ def vosr(name, users, *mirrors, **facts):
 
 
 def sd21(path, users, **facts):
-    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI took its own down in 2025; old caches still hold it
+    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI's own went in 2025; old caches still hold it
     sources = [f"{owner}/{name.replace('/', ':', 1)}" for owner in ("Manojb", "sd2-community", "stabilityai")]
     return PublicFile(name, (*sources, f"CSWRY/VOSR:{name}"), users, "CreativeML Open RAIL++-M", **facts)
 
@@ -165,7 +165,7 @@ def fetch(name, sleep=time.sleep):
         with open(cache_folder() / ".lock", "w") as lock:
             with suppress(ImportError, OSError):    # Windows, or a file system without locks
                 import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a training run one downloads, the others wait here
+                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a run one downloads, the others wait
             if path := locate(name):
                 return path
             if target.exists():
@@ -190,8 +190,8 @@ def nearby(name, folder):
 def download(source, target, file, sleep):
     """One source of file -> target, whole and checked. Raises WeightError, OSError.
 
-    target.part keeps what came before a cut, target.part.of the ETag or date of the file it began as: by If-Range the
-    server sends the rest, or everything if its file is another one by now.
+    target.part keeps what came before a cut, target.part.of the ETag or date of its file, by which the server sends the
+    rest, or everything if its file is another one by now.
     """
     part, tag = (target.with_name(target.name + end) for end in (".part", ".part.of"))
     url, best, tries, reason = address(source), size_of(part), 0, ""
@@ -285,7 +285,7 @@ def read_json(path):
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, RecursionError, AttributeError) as e:
-        raise WeightError(f"{path}: cannot be read as settings in JSON ({e}); get it again") from None
+        raise WeightError(f"{path}: cannot be read as JSON ({e}); get it again") from None
 
 
 def is_plain(x):
@@ -323,7 +323,7 @@ def read_file(path):
 
 
 def read_tensors(path):
-    """`read_file` by the names of the bare model; what DDP, compile and averaging add is left out, said in a line."""
+    """`read_file` less what DDP, compile and averaging add to the bare model, which a line says."""
     tensors = unwrapped(read_file(path), path, left_out := set())
     if left_out:
         print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
@@ -331,7 +331,7 @@ def read_tensors(path):
 
 
 def unwrapped(tensors, path, left_out):
-    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS; the set left_out learns which."""
+    """A dict, maybe of dicts, without WRAPPERS in its names and COUNTERS; the set left_out learns which."""
     found = {}
     for name, x in tensors.items():
         *parts, last = str(name).split(".")
@@ -439,10 +439,7 @@ def on_paper(path, system):
 
 
 def checked(cfg):
-    """A config out of a file, a dataclass, if its values have the types of their fields and sizes that make sense.
-
-    Raises ValueError.
-    """
+    """A config out of a file, a dataclass, if its values have their fields' types and sane sizes. Raises ValueError."""
     for f in fields(cfg):
         value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
         if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:
