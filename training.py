@@ -77,7 +77,7 @@ def choose_device(name):
     """'auto' is the best one at hand -> torch.device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""   # torchrun numbers the processes of a machine
+    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""      # torchrun's
     return torch.device(name + own)
 
 
@@ -92,7 +92,7 @@ def usable_device(name):
 
 def choose_dtype(name, device, best="bfloat16"):
     """'auto' is `best` on CUDA and float32 elsewhere; tf32 is float32 whose products a GPU rounds -> torch.dtype"""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"    # convolutions do it unasked
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"    # cudnn does it unasked
     if name == "auto":
         name = best if device.type == "cuda" else "float32"
     return torch.float32 if name == "tf32" else getattr(torch, name)
@@ -103,8 +103,8 @@ def autocast(device, dtype):
 
 
 def compile_all(networks, device):
-    """torch.compile networks, which takes minutes when they first run; where nothing can be compiled, a line says so instead."""
-    probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, or one from an earlier day's cache would do
+    """torch.compile networks; where nothing can be compiled, a line says so instead."""
+    probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, which no cache knows
     try:
         torch.compile(lambda x: x.sin() + 1)(probe)
     except Exception as e:      # without a compiler, without Triton, on a card or a Python that it does not know
@@ -164,7 +164,7 @@ def replicate(model, function, device):
 
 
 def shard(module, device):
-    """Spread a transformer's weights, gradients and optimizer state over the processes; a block is whole in its turn."""
+    """Spread a transformer's weights, gradients and optimizer state over the processes (FSDP2)."""
     from torch.distributed.fsdp import fully_shard      # torch >= 2.6
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # we change none in place
@@ -197,7 +197,7 @@ def scatter(tensor, like):
 
 
 def divide(batch_size, micro_batch, world):
-    """How a step's photos are computed: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
+    """A step's photos: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
     share = batch_size // world
     micro = micro_batch or max(share, 1)
     if share * world != batch_size or share % micro:
@@ -209,7 +209,7 @@ def divide(batch_size, micro_batch, world):
 
 
 def generator(*numbers):
-    """A CPU generator seeded by numbers, e.g. (seed, rank, step): every step's randomness is a function of its number."""
+    """A CPU generator seeded by numbers, e.g. (seed, rank, step)."""
     seed = 0
     for n in numbers:
         seed = (seed * 1_000_003 + n + 1) % 2**63
@@ -308,8 +308,7 @@ def save_checkpoint(folder, step, keep, **state):
 def load_checkpoint(folder, must_match, moved=False):
     """The newest checkpoint that is whole, or None if there is none at all; what is damaged is named and passed over.
 
-    must_match: settings of this run that may not differ from those of the interrupted one, except paths if they moved
-    Raises Quit naming the first that does.
+    must_match: settings that may not differ from the interrupted run's, except paths if they moved. Raises Quit.
     """
     found = checkpoints(folder)
     for path in found:
