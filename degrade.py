@@ -60,7 +60,7 @@ class Recipe:
     branches_per: str = "batch"  # or "image": directions, scales, kinds of noise and coins anew for every picture
     enlarge: tuple = MODES  # how lq_up is made from lq
     eight_bit: bool = True  # lq_up is rounded to 8 bit
-    clean: float = 0.0  # probability that lq_up is hq itself
+    clean: float = 0.0  # probability that lq_up is hq
 
 
 S3DIFF = Recipe(

@@ -2,7 +2,7 @@
 
 Paper:   CLIP, arXiv 2103.00020; byte-pair encoding of text, arXiv 1508.07909.
 Weights: text_encoder/model.safetensors (the first 23 of OpenCLIP ViT-H's 24 layers), tokenizer/vocab.json and
-         tokenizer/merges.txt of stabilityai/sd-turbo; parameter names are those of the file.
+         tokenizer/merges.txt of stabilityai/sd-turbo.
 Left out: the image tower, the pooled vector and its projection, ids back to text, training.
 """
 

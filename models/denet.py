@@ -1,7 +1,7 @@
 """The degradation estimator of S3Diff: two small ResNets, each says with one number how bad a low-quality picture is.
 
 Papers:  MM-RealSR 2205.05065, where it comes from (DEResNet); S3Diff 2409.17058, which keeps it frozen.
-Weights: de_net.pth of zhangap/S3Diff. Parameter names are the public ones; their first number is the branch.
+Weights: de_net.pth of zhangap/S3Diff; the first number in a parameter's name is the branch.
 Left out: how it was trained.
 
         lq -> conv -> blocks at width 64 -> conv, stride 2 -> blocks at 128 -> mean over pixels -> MLP -> sigmoid

@@ -1,8 +1,7 @@
 """The judge of S3Diff, in training only: is this picture real or made?  A frozen DINO looks, three small heads decide.
 
 Papers:  Vision-aided GAN 2112.09130, DiffAugment 2006.10738, spectral normalisation 1802.05957.
-Weights: dino_vitbase16_pretrain.pth for the backbone (vit.py). The heads are trained from scratch, with the names of
-         vision_aided_loss 0.1.0.
+Weights: dino_vitbase16_pretrain.pth for the backbone. The heads, named as in vision_aided_loss 0.1.0, have none.
 Left out: its other backbones and losses, class conditions.
 
         picture -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 ---> map head -> 3 x 3 logits
@@ -127,7 +126,7 @@ class Heads(nn.Module):
 # ---- the discriminator
 
 def multilevel_loss(logits, target):
-    """Cross entropy with logits of any shapes (B, ...), mean within a level, SUM over levels -> (B, 1)."""
+    """Cross entropy with logits (B, ...), mean within a level, SUM over levels -> (B, 1)."""
     losses = [F.binary_cross_entropy_with_logits(level, torch.full_like(level, TARGETS[target]), reduction="none")
               for level in logits]
     return sum(loss.flatten(1).mean(1, keepdim=True) for loss in losses)  # Eq. S3Diff (7)

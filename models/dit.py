@@ -1,7 +1,7 @@
 """VOSR's diffusion transformer: predicts the velocity of a latent picture from the low-quality one.
 
 Paper:   VOSR, arXiv 2604.03225; the backbone is LightningDiT (arXiv 2501.01423) with cross-attention added.
-Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR; parameter names are theirs.
+Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR.
 Left out: options that no public checkpoint uses. Ours: any rectangle, and two switches that only the tiny model flips.
 """
 
@@ -266,7 +266,7 @@ class DiT(nn.Module):
         return self.mlp_ca(self.layer_norm(feat))
 
     def unpatchify(self, x, h, w):
-        """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token's outputs are ordered (row, column, channel)."""
+        """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token holds (row, column, channel)."""
         p = self.cfg.patch_size
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                             # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -133,8 +133,8 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
 def kaiming(c_in, c_out, scale=1e-5):
     """A Linear that starts almost at zero, so that C does, about 1e-10 after two of them.
 
-    Trap: B starts at zero too, and B C A has no gradient where two of its factors vanish. The adapters leave this
-    saddle because Adam divides tiny gradients by their own size, which half precision would round away.
+    Trap: B starts at zero, too, and B C A has no gradient where two factors vanish. The adapters leave this saddle
+    because Adam divides tiny gradients by their own size, which half precision would round away.
     """
     layer = nn.Linear(c_in, c_out)
     nn.init.kaiming_normal_(layer.weight)
@@ -144,10 +144,7 @@ def kaiming(c_in, c_out, scale=1e-5):
 
 
 class Modulation(nn.Module):
-    """From two degradation scores to a matrix C for every block of the VAE's encoder and of the UNet.
-
-    The names are those of s3diff.pkl, less its prefix state_dict_.
-    """
+    """From two degradation scores to a matrix C for every block of the VAE's encoder and of the UNet."""
 
     def __init__(self, r_vae=16, r_unet=32, vae_blocks=6, unet_blocks=10, fourier=64, D=64):
         super().__init__()

@@ -2,7 +2,7 @@
 
 Paper:   "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 1801.03924; version 0.1.
 Weights: a trunk and five small heads: vgg16-397923af.pth, lpips_vgg.pth, or alexnet-owt-7be5be79.pth, lpips_alex.pth.
-         Parameter names are theirs. VGG is what S3Diff and GramSR learn with, AlexNet what papers report.
+         VGG is what S3Diff and GramSR learn with, AlexNet what papers report.
 Left out: SqueezeNet, maps instead of numbers, training the heads, version 0.0.
 
     x, y -> trunk -> features of five depths, unit length at each pixel -> squared difference -> mean -> weighted sum

@@ -1,8 +1,8 @@
 """The autoencoder of Qwen-Image for single pictures; VOSR-1.4B works on its latents.
 
 Papers:  Qwen-Image, 2508.02324; Wan, 2503.20314 (the architecture, for video).
-Weights: Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors of VOSR; or Qwen-Image's own file, the video form, which
-         load hooks cut down. Parameter names are the public ones.
+Weights: Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors of VOSR; or Qwen-Image's own, the video form, which load
+         hooks cut down.
 Left out: time (a picture is a video's first frame, which sees no other), training losses, attn_scales (always empty).
 """
 

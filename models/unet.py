@@ -1,8 +1,7 @@
 """The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, told by tokens what is in the picture.
 
 Papers:  Latent Diffusion, 2112.10752; SD-Turbo, 2311.17042.
-Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR); parameter
-         names are diffusers'.
+Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR).
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
 Every map of the way down is kept for the way up at the same resolution (skips). C, in every forward, are the matrices
@@ -68,7 +67,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens look at each other, or at the context.  x: (B, N, D), context: (B, M, D') -> (B, N, D)"""
+    """Tokens look at the context, or at each other.  x: (B, N, D), context: (B, M, D') -> (B, N, D)"""
 
     def __init__(self, D, context_dim, nh):
         super().__init__()
@@ -76,7 +75,7 @@ class Attention(nn.Module):
         self.to_q = Linear(D, D, bias=False)
         self.to_k = Linear(context_dim, D, bias=False)
         self.to_v = Linear(context_dim, D, bias=False)
-        self.to_out = nn.ModuleList([Linear(D, D)])     # a list of one, for the public name to_out.0
+        self.to_out = nn.ModuleList([Linear(D, D)])
 
     def forward(self, x, context, C):
         q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)       # (B, nh, N, hd)
@@ -132,8 +131,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = Linear(D, D)
 
     def forward(self, x, context, C):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, D)
-        tokens = self.proj_in(tokens, C).type_as(x)                 # a residual stream, too
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                # (B, N, D)
+        tokens = self.proj_in(tokens, C).type_as(x)
         tokens = self.proj_out(self.transformer_blocks[0](tokens, context, C), C)
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -161,7 +160,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Resnets of one resolution, a transformer after each unless nh is 0, then half the resolution if asked for."""
+    """Resnets of one resolution, a transformer after each unless nh is 0, then maybe half the resolution."""
 
     def __init__(self, cfg, c_in, c_out, nh, downsample):
         super().__init__()
@@ -172,7 +171,7 @@ class DownBlock(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
 
     def forward(self, x, temb, context, C):
-        """-> the map, and a list of all maps on the way to it"""
+        """-> the map, all maps on the way to it"""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb, C)

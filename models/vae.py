@@ -1,8 +1,7 @@
 """The autoencoder of Stable Diffusion, VOSR's light decoder for it, and the tiny models' autoencoder.
 
 Papers:  Latent Diffusion, 2112.10752 (the KL autoencoder, f = 8); VOSR, 2604.03225 (a small decoder for its latents).
-Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout (VAE);
-         sd21_lwdecoder.pth of VOSR (LightDecoder). Parameter names are the public ones.
+Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout; sd21_lwdecoder.pth of VOSR.
 Left out: training losses, LDM's own key names.
 
 Large pictures are computed exactly, in strips (strips.py). C: the matrices of an encoder layer's adapters (lora.py).
@@ -58,7 +57,7 @@ class ResnetBlock(nn.Module):
 
 
 def rename_old_attention(module, state_dict, prefix, *_):
-    """Load hook: names and shapes (1x1 convolutions) of older files."""
+    """Load hook: names and shapes of older files."""
     for old, new in [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")]:
         for kind in ("weight", "bias"):
             if f"{prefix}{old}.{kind}" in state_dict:
@@ -75,7 +74,7 @@ class Attention(nn.Module):
         self.to_q = Linear(channels, channels)
         self.to_k = Linear(channels, channels)
         self.to_v = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list of one, for the public name to_out.0
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
     def forward(self, x, C=None):
@@ -103,7 +102,7 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x, C=None):
-        pad = (0, 1, 0, 1)  # trap: zeros on the right and at the bottom only, not padding=1
+        pad = (0, 1, 0, 1)  # trap: right and bottom only
         return in_strips(lambda x: self.conv(F.pad(x, pad), C), x, rate=0.5)
 
 
@@ -224,7 +223,7 @@ class VAE(nn.Module):
         return mean_and_deviation(self.quant_conv(self.encoder(x, C=C)))
 
     def encode(self, x, generator=None, C=None):
-        """q's mode, or a sample of it if there is a generator.  x: (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
+        """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
         return draw(*self.moments(x, C), generator) * self.config.scaling_factor
 
     def decode(self, z):
@@ -299,7 +298,7 @@ def autoencoder_config(d):
 
 
 class TinyVAE(nn.Module):
-    """A learned lapped transform: one strided convolution, and its transpose back.  Ours; there is no paper.
+    """A learned lapped transform: one strided convolution, and its transpose back.
 
     Like PCA it is linear, and tied weights make it (nearly) orthonormal; unlike blocks, its 16x16 windows overlap by
     half. A transformer's errors, one token each, still show as a faint grid, which `finish` takes away.
