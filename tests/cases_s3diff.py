@@ -3,6 +3,7 @@
 Each function takes the case as stored and `get(name)`, which builds an input by its recipe, and returns {output name: array}.
 """
 
+from functools import cache
 from pathlib import Path
 
 import fill
@@ -102,6 +103,7 @@ def clip_file(name):
     return path
 
 
+@cache
 def tokenizer(length=77):
     return Tokenizer(clip_file("vocab.json"), clip_file("merges.txt"), length)
 
