@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -62,10 +63,12 @@ def here(path, *words):
 
 
 def server():
-    """-> multiprocessing's context"""
+    """multiprocessing's context, whose server has begun and imports the trainers and their tests."""
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)        # before Python 3.13 its server does not take over sys.path
-    context.set_forkserver_preload(["test_survival"])           # which imports the trainers and their tests
+    context.set_forkserver_preload(["test_survival"])
+    with pytest.MonkeyPatch.context() as patch:     # before Python 3.13 the server does not take over sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     return context
 
 

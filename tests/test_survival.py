@@ -62,16 +62,17 @@ def work(name, *args):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@pytest.mark.parametrize("moments", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_killed_at_twenty_moments(name, photos, tmp_path):  # noqa: F811
+def test_killed_at_many_moments(name, moments, photos, tmp_path):  # noqa: F811
     """Wherever SIGKILL strikes, the end is that of an undisturbed run, to the last bit, optimizers and all."""
-    runs.fork(work, name, photos, tmp_path / "warm-up").join()
+    runs.fork(int).join()       # the server has begun
     began, process = time.time(), runs.fork(work, name, photos, tmp_path / "whole")
     process.join()
     seconds, luck, kills, tries = time.time() - began, random.Random(0), 0, 0
     assert process.exitcode == 0
     whole = flat(newest(tmp_path / "whole"))
-    while kills < 20:
+    while kills < moments:
         tries, out, patience = tries + 1, tmp_path / f"run{tries}", seconds
         while (process := runs.fork(work, name, photos, out)).join(luck.uniform(0, patience)) or process.is_alive():
             process.kill()
