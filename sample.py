@@ -33,7 +33,7 @@ from models.support.imaging import (GREY, chroma, contact_sheet, middle, read_pi
                                     write_picture)
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
-from models.support.weights import WeightError, list_weights, read_config
+from models.support.weights import EMBEDDED, WeightError, list_weights, read_config
 from models.vosr import VOSR
 from training import choose_device, choose_dtype, compile_all
 
@@ -222,7 +222,9 @@ class Failures(list):
 
 def load(args):
     """The models by their names, and in args what they may be measured with. Raises OSError, ValueError."""
-    names = TINY if args.model == "all" else [args.model]
+    names = [args.model]
+    if args.model == "all":
+        names = [name for name in TINY if EMBEDDED[name].is_file()]
     with noting_weights() as weights:
         models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,

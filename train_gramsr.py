@@ -90,12 +90,12 @@ TINY = GramSRConfig(
     unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3),
     prompt_tokens=S3DIFF_TINY.tokens, ranks={}, tile=1024,
 )
-at_128 = partial(Stage, batch_size=8, crop=128, schedule="cosine")
-looks = partial(at_128, 2000, lr=5e-4, lambda_lpips=0.1, lambda_csd=1.0, guidance=3.0)
+at_128 = partial(Stage, batch_size=8, crop=128, schedule="cosine", rank=16)
+looks = partial(at_128, 500, lr=5e-4, lambda_lpips=0.1, lambda_csd=1.0, guidance=3.0)
 TINY_STAGES = {
-    "pixel": at_128(4000, lr=1e-3, learn_vit=True),
-    "semantic": looks(before=4000),
-    "texture": looks(before=6000, lambda_gram=1.0, lambda_style=1.0),
+    "pixel": at_128(1500, lr=1e-3, warmup=50, learn_vit=True),
+    "semantic": looks(before=1500),
+    "texture": looks(before=2000, lambda_gram=1.0, lambda_style=1.0),
 }
 PRESETS = {"sd-2.1": (GramSRConfig(ranks={}), STAGES), "tiny": (TINY, TINY_STAGES)}
 
