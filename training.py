@@ -44,7 +44,7 @@ def one_line_errors(name):
                  "the same command goes on from the last checkpoint")
 
 
-# ---- set-up ---------------------------------------------------------------------------------------------------------
+# ---- set-up
 
 
 def choose_device(name):
