@@ -1,4 +1,4 @@
-"""What the three training scripts share: plain functions, nothing that hides a loop."""
+"""What the training scripts share. Each has its networks, losses and its `step`; `fit` below is the loop around it."""
 
 import argparse
 import math
@@ -7,14 +7,18 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from models.support.arguments import Stop, make_lenient  # noqa: F401: scripts say training.Stop, and so on
+from models.support.arguments import (SEED, Stop, between, make_lenient,  # noqa: F401: scripts say training.Stop
+                                      positive)
 from models.support.charts import Log, save_sheet  # noqa: F401
 from models.support.photos import batches, photos_for  # noqa: F401
 from models.support.weights import sha256_of
@@ -45,6 +49,28 @@ def one_line_errors(name):
 
 
 # ---- set-up
+
+
+def add_arguments(p):
+    """The flags that all three scripts have."""
+    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar, or a .txt list")
+    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
+    p.add_argument("--out", required=True, help="folder for everything this run writes")
+    # optimisation
+    p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
+    p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
+    p.add_argument("--micro-batch", type=positive, help="photos that a process computes at once (default: its share)")
+    p.add_argument("--lr", type=between(1e-9, 1), help="peak learning rate")
+    p.add_argument("--seed", type=SEED, default=0)
+    # machine
+    p.add_argument("--device", type=usable_device, default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="of autocast; trained weights stay float32")  # fmt: skip
+    p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
+    p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
+    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=positive, default=2, metavar="K", help="newest checkpoints that stay (default 2)")
 
 
 def choose_device(name):
@@ -322,3 +348,101 @@ def load_optimizer(optimizer, state):
     for i, tensors in state["state"].items():
         tensors |= {k: scatter(v, params[i]) for k, v in tensors.items() if v.shape == params[i].shape}
     optimizer.load_state_dict(state)
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def begin(args, recipe):
+    """What all parts of a run share: the arguments, the recipe with what they override, device, type, processes, the folder."""
+    given = {k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)}
+    recipe = replace(recipe, **given)
+    run = SimpleNamespace(args=args, recipe=recipe, out=Path(args.out), step=0, over=False, photos=None)
+    run.device, run.dtype = args.device, choose_dtype(args.dtype, args.device)
+    run.rank, run.world = join(run.device)
+    run.share, run.micro, run.parts = divide(recipe.batch_size, args.micro_batch, run.world)    # photos: mine, at once, how often
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    run.health = Health()
+    run.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)        # the initial weights; everything later has generators of its own
+    return run
+
+
+def resume(run, settings):
+    """Go on where the newest checkpoint in --out stopped, if there is one; say what is trained, where and how.
+
+    settings: names of arguments that must then be the same; run.state: {name: module, optimizer or scaler}, what `save_state` keeps
+    """
+    run.settings = {k: getattr(run.args, k) for k in settings} | {"batch_size": run.recipe.batch_size}
+    checkpoint = load_checkpoint(run.out, run.settings, run.args.moved)
+    if checkpoint:
+        run.step, run.photos = checkpoint["step"], checkpoint["photos"]
+        run.origin = f"resumed from {run.out} at step {run.step}"
+        for name, part in run.state.items():
+            if isinstance(part, torch.nn.Module):
+                load_tensors(part, checkpoint[name])
+            elif isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, checkpoint[name])
+            else:
+                part.load_state_dict(checkpoint[name] or part.state_dict())     # a scaler's is {} in another type
+    print(f"{run.origin}, on {run.device} in {str(run.dtype)[6:]}, {run.world} process{'es' * (run.world > 1)}")
+    print(f"{count(run.params):,} parameters learn; batch {run.recipe.batch_size} = {run.world} x {run.parts} x {run.micro}; {run.recipe}")
+    return checkpoint
+
+
+def save_state(run, **more):
+    """Write a checkpoint: run.state, of the model only what learns. Every process helps to gather what is sharded, the first one writes."""
+    state = {name: part.state_dict() for name, part in run.state.items()}
+    for name in {"model", "ema"} & state.keys():
+        state[name] = {k: v for k, v in state[name].items() if run.learns(k)}
+    state = gather(state)
+    if run.rank == 0:
+        save_checkpoint(run.out, run.step, run.args.keep, settings=run.settings, photos=run.photos, **state, **more)
+
+
+def fit(run, terms, step, evaluate, save, title):
+    """Steps until the end or a stop; a row of log.csv every 50, where it is due also evaluate, save and draw.
+
+    terms: names of the losses, which step(run) adds to run.sums; evaluate(run) -> {column: value}, {title: pictures}
+    """
+    recipe, columns = run.recipe, ["step", *terms, "grad_norm", "lr", "seconds", "held_out", "psnr", *run.columns]
+    table = Log(run.out / "log.csv", columns, run.step or -1) if run.rank == 0 else None
+    if run.step == 0:
+        with autocast(run.device, run.dtype):
+            seen, _ = evaluate(run)
+        if run.rank == 0:
+            table.write(step=0, **seen)
+    stop, clock, since = Stop(), time.time(), 0
+    run.sums = dict.fromkeys(terms, 0.0)
+    bar = tqdm(total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=run.rank > 0)
+    run.model.train()
+    while run.step < recipe.steps and not mean_of_all(bool(stop) or run.over, run.device):
+        run.lr = learning_rate(run.step, recipe.steps, recipe.lr, recipe.schedule, recipe.warmup)
+        step(run)
+        run.step, since = run.step + 1, since + 1
+        bar.update()
+        bar.set_postfix({name: f"{x / since:.3f}" for name, x in run.sums.items()}, refresh=False)
+        due = run.step % recipe.save_every == 0 or run.step == recipe.steps
+        if not due and run.step % 50:
+            continue
+        row = {"step": run.step, "grad_norm": run.grad_norm, "lr": run.lr, "seconds": time.time() - clock}
+        row |= {name: mean_of_all(x / since, run.device) for name, x in run.sums.items()}
+        run.sums, since, clock = dict.fromkeys(terms, 0.0), 0, time.time()
+        if due:
+            with autocast(run.device, run.dtype):
+                run.seen, pictures = evaluate(run)
+            save(run)
+            row |= run.seen
+        if run.rank == 0:
+            table.write(**row)
+        if run.rank == 0 and due:
+            tqdm.write(f"step {run.step}: " + ", ".join(f"{name} {x:.4f}" for name, x in run.seen.items()))
+            table.draw(run.out / "loss.png", [*terms, "held_out"], title)
+            if pictures:
+                save_sheet(run.out / "sheet.png", {name: x[:6] for name, x in pictures.items()})
+    bar.close()
+    if run.step < recipe.steps and not run.over:
+        run.seen = None
+        save(run)
+        print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
+    leave()

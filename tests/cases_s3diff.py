@@ -6,7 +6,7 @@ Each function takes the case as stored and `get(name)`, which builds an input by
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -108,6 +108,7 @@ def clip_file(name):
     return path
 
 
+@cache
 def tokenizer(length=77):
     return Tokenizer(clip_file("vocab.json"), clip_file("merges.txt"), length)
 
