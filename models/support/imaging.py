@@ -175,7 +175,7 @@ def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
     return torch.cat([from_pil(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
 
 
-def mirror(length, before, after, device=None):
+def mirror(length, before, after, device):
     """Indices that extend 0 .. length-1 by reflection, as often as needed.  -> (before+length+after,)"""
     period = max(2 * (length - 1), 1)
     i = torch.arange(-before, length + after, device=device) % period
@@ -204,14 +204,14 @@ def tile_starts(length, tile, overlap):
     return starts if starts[-1] + tile == length else [*starts, length - tile]
 
 
-def tile_weight(height, width=None, down=0.0):
-    """Gaussian window that fades a tile towards its edges.  -> (1, 1, height, width or height) in (0, 1]
+def tile_weight(height, width, down=0.0):
+    """Gaussian window that fades a tile towards its edges.  -> (1, 1, height, width) in (0, 1]
 
     down: rows by which its centre lies below the tile's
     """
     def window(n, shift=0.0):
         return torch.exp(-((torch.arange(n) - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
-    return (window(height, down)[:, None] * window(width or height))[None, None]
+    return (window(height, down)[:, None] * window(width))[None, None]
 
 
 def tile_boxes(height, width, tile, overlap):
