@@ -119,7 +119,7 @@ def compile_all(networks, device):
 
 
 def join(device):
-    """Join the processes that torchrun started; all but the first fall silent -> rank, their number (else 0, 1)."""
+    """Join the processes that torchrun started, of which only the first speaks -> rank, their number (else 0, 1)."""
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
@@ -306,7 +306,7 @@ def save_checkpoint(folder, step, keep, **state):
 
 
 def load_checkpoint(folder, must_match, moved=False):
-    """The newest checkpoint that is whole, or None if there is none at all; what is damaged is named and passed over.
+    """The newest whole checkpoint, or None if there is none at all; damaged ones are named and passed over.
 
     must_match: settings that may not differ from the interrupted run's, except paths if they moved. Raises Quit.
     """
@@ -335,7 +335,7 @@ def load_checkpoint(folder, must_match, moved=False):
 
 
 def load_tensors(module, tensors):
-    """Put a checkpoint's tensors into a module, of which it may hold a part, whatever the number of processes."""
+    """Put a checkpoint's tensors, maybe a part, into a module, whatever the number of processes."""
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -154,8 +154,7 @@ def protocol(rows, seed, scale, absent):
             f"whole pictures, no crop, 8-bit RGB; bicubic (Pillow) in brackets; {metrics}")
 
 
-# -----------------------------------------------------------------------------
-# what a later reader needs in order to trust the figures
+# ---- what a later reader needs in order to trust the figures
 
 @contextmanager
 def noting_weights():
