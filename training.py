@@ -48,7 +48,7 @@ def one_line_errors(name):
                  "the same command goes on from the last checkpoint")
 
 
-# ---- set-up ---------------------------------------------------------------------------------------------------------
+# ---- set-up
 
 
 def add_arguments(p):
@@ -119,7 +119,7 @@ def compile_all(networks, device):
 
 
 def join(device):
-    """Join the processes that torchrun started; all but the first fall silent -> rank, their number (else 0, 1)."""
+    """Join the processes that torchrun started, of which only the first speaks -> rank, their number (else 0, 1)."""
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
@@ -306,7 +306,7 @@ def save_checkpoint(folder, step, keep, **state):
 
 
 def load_checkpoint(folder, must_match, moved=False):
-    """The newest checkpoint that is whole, or None if there is none at all; what is damaged is named and passed over.
+    """The newest whole checkpoint, or None if there is none at all; damaged ones are named and passed over.
 
     must_match: settings that may not differ from the interrupted run's, except paths if they moved. Raises Quit.
     """
@@ -335,7 +335,7 @@ def load_checkpoint(folder, must_match, moved=False):
 
 
 def load_tensors(module, tensors):
-    """Put a checkpoint's tensors into a module, of which it may hold a part, whatever the number of processes."""
+    """Put a checkpoint's tensors, maybe a part, into a module, whatever the number of processes."""
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -350,17 +350,17 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
 
 
-# ---- a run ----------------------------------------------------------------------------------------------------------
+# ---- a run
 
 
 def begin(args, recipe):
-    """What all parts of a run share: the arguments, the recipe with what they override, device, type, processes, the folder."""
+    """What all parts of a run share: arguments, the recipe with what they override, device, type, processes, folder."""
     given = {k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)}
     recipe = replace(recipe, **given)
     run = SimpleNamespace(args=args, recipe=recipe, out=Path(args.out), step=0, over=False, photos=None)
     run.device, run.dtype = args.device, choose_dtype(args.dtype, args.device)
     run.rank, run.world = join(run.device)
-    run.share, run.micro, run.parts = divide(recipe.batch_size, args.micro_batch, run.world)    # photos: mine, at once, how often
+    run.share, run.micro, run.parts = divide(recipe.batch_size, args.micro_batch, run.world)
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     run.health = Health()
     run.out.mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ def begin(args, recipe):
 def resume(run, settings):
     """Go on where the newest checkpoint in --out stopped, if there is one; say what is trained, where and how.
 
-    settings: names of arguments that must then be the same; run.state: {name: module, optimizer or scaler}, what `save_state` keeps
+    settings: names of arguments that must then be the same; run.state: {name: module, optimizer or scaler} to be kept
     """
     run.settings = {k: getattr(run.args, k) for k in settings} | {"batch_size": run.recipe.batch_size}
     checkpoint = load_checkpoint(run.out, run.settings, run.args.moved)
@@ -386,12 +386,13 @@ def resume(run, settings):
             else:
                 part.load_state_dict(checkpoint[name] or part.state_dict())     # a scaler's is {} in another type
     print(f"{run.origin}, on {run.device} in {str(run.dtype)[6:]}, {run.world} process{'es' * (run.world > 1)}")
-    print(f"{count(run.params):,} parameters learn; batch {run.recipe.batch_size} = {run.world} x {run.parts} x {run.micro}; {run.recipe}")
+    batch = f"batch {run.recipe.batch_size} = {run.world} x {run.parts} x {run.micro}"
+    print(f"{count(run.params):,} parameters learn; {batch}; {run.recipe}")
     return checkpoint
 
 
 def save_state(run, **more):
-    """Write a checkpoint: run.state, of the model only what learns. Every process helps to gather what is sharded, the first one writes."""
+    """Write a checkpoint: run.state, of the model what learns, which all processes gather and the first one writes."""
     state = {name: part.state_dict() for name, part in run.state.items()}
     for name in {"model", "ema"} & state.keys():
         state[name] = {k: v for k, v in state[name].items() if run.learns(k)}

@@ -154,8 +154,7 @@ def protocol(rows, seed, scale, absent):
             f"whole pictures, no crop, 8-bit RGB; bicubic (Pillow) in brackets; {metrics}")
 
 
-# -----------------------------------------------------------------------------
-# what a later reader needs in order to trust the figures
+# ---- what a later reader needs in order to trust the figures
 
 @contextmanager
 def noting_weights():
@@ -192,16 +191,6 @@ def record_of(rows, command, flags, absent, files):
     }
 
 
-def json_of(x):
-    """x in what JSON knows: PSNR may be infinite, a path or a dtype becomes text."""
-    if isinstance(x, dict):
-        return {str(k): json_of(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [json_of(v) for v in x]
-    known = x is None or isinstance(x, (str, int)) or isinstance(x, float) and math.isfinite(x)
-    return x if known else printable(x)
-
-
 def write_text(path, text):
     """Under a temporary name, then renamed; bytes of a name that are no UTF-8 as JSON writes them."""
     part = path.with_name(f".{os.getpid()}.part")
@@ -218,4 +207,6 @@ def write_metrics(record, folder):
         why = "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())
         table.writerow(row | {"not_measured": why})
     write_text(folder / "metrics.csv", text.getvalue())
-    write_text(folder / "metrics.json", json.dumps(json_of(record), indent=2, ensure_ascii=False) + "\n")
+    plain = json.dumps(record, default=printable)       # a path, a dtype becomes text, and so does PSNR's infinity
+    record = json.loads(plain, parse_constant=lambda x: str(float(x)))
+    write_text(folder / "metrics.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -24,8 +24,7 @@ GREY = 1.5 / 255    # less chroma than this is rounding
 MARK = PngInfo()
 MARK.add_text("Software", "nanoSR")     # by which a later run knows what it may overwrite
 
-# -----------------------------------------------------------------------------
-# between tensors and bytes
+# ---- between tensors and bytes
 
 def to_uint8(x):
     """Float picture to bytes, rounded.  x: (C, H, W) in [0, 1] -> (H, W, C) uint8 array"""
@@ -53,8 +52,7 @@ def from_pil(img):
     return from_uint8(np.atleast_3d(np.asarray(img)))
 
 
-# -----------------------------------------------------------------------------
-# files
+# ---- files
 
 ONE_AT_A_TIME = threading.RLock()   # what is done about warnings holds for all threads
 
@@ -161,8 +159,7 @@ def write_picture(path, rgb, alpha=None):
     save_png(to_pil(rgb[0] if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)[0]), path)
 
 
-# -----------------------------------------------------------------------------
-# sizes
+# ---- sizes
 
 def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
     """Resize as the official scripts do, with Pillow on 8-bit pictures (antialiased when shrinking).
@@ -175,7 +172,7 @@ def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
     return torch.cat([from_pil(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
 
 
-def mirror(length, before, after, device=None):
+def mirror(length, before, after, device):
     """Indices that extend 0 .. length-1 by reflection, as often as needed.  -> (before+length+after,)"""
     period = max(2 * (length - 1), 1)
     i = torch.arange(-before, length + after, device=device) % period
@@ -194,8 +191,7 @@ def pad_to_multiple(x, multiple):
     return mirror_pad(x, 0, -W % multiple, 0, -H % multiple)
 
 
-# -----------------------------------------------------------------------------
-# tiles
+# ---- tiles
 
 def tile_starts(length, tile, overlap):
     """First positions of tiles that cover `length` with at least `overlap` in common; the last one ends flush."""
@@ -204,14 +200,14 @@ def tile_starts(length, tile, overlap):
     return starts if starts[-1] + tile == length else [*starts, length - tile]
 
 
-def tile_weight(height, width=None, down=0.0):
-    """Gaussian window that fades a tile towards its edges.  -> (1, 1, height, width or height) in (0, 1]
+def tile_weight(height, width, down=0.0):
+    """Gaussian window that fades a tile towards its edges.  -> (1, 1, height, width) in (0, 1]
 
     down: rows by which its centre lies below the tile's
     """
     def window(n, shift=0.0):
         return torch.exp(-((torch.arange(n) - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
-    return (window(height, down)[:, None] * window(width or height))[None, None]
+    return (window(height, down)[:, None] * window(width))[None, None]
 
 
 def tile_boxes(height, width, tile, overlap):
@@ -238,8 +234,7 @@ def blend_tiles(function, x, boxes, at_once=8, down=0.0):
     return (total / weights).to(x)
 
 
-# -----------------------------------------------------------------------------
-# colour fixes: give the result x the colours of the enlarged input ref
+# ---- colour fixes: give the result x the colours of the enlarged input ref
 # official: both are truncated to 8 bits before and the result after; here all stays float until write_picture rounds
 
 def adain(x, ref, stablesr=False):
@@ -316,8 +311,7 @@ def color_fix(x, ref, kind, stablesr=False):
     return torch.where(grey, y.mean(1, keepdim=True), y) if grey.any() else y
 
 
-# -----------------------------------------------------------------------------
-# to look at
+# ---- to look at
 
 def middle(x, side):
     """(1, 3, H, W) -> at most side pixels of its middle either way"""

@@ -76,8 +76,7 @@ def ssim_y(x, y, border=0, luma=YCBCR, pyiqa=False):
     return ((2 * mx * my + c1) / (mx * mx + my * my + c1) * contrast).mean().item()
 
 
-# -----------------------------------------------------------------------------
-# NIQE
+# ---- NIQE
 
 BLOCK = 96  # pixels; half of it at the second scale
 

@@ -163,19 +163,15 @@ def text(x):
 
 def embed(x, pictures):
     """A picture (1, 3, H, W) in [0, 1], of which the page has so many -> data URI, what was lost on the way or "" """
-    img, note, data = to_pil(x[0]), "", io.BytesIO()
-    size = img.size
-    if size[0] * size[1] <= EXACT / pictures:
-        img.save(data, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}", ""
-    most = min(MOST / pictures, LARGEST)
-    scale = min((most / (size[0] * size[1])) ** 0.5, 16384 / max(size))
-    if scale < 1:
-        img = img.resize([max(round(side * scale), 1) for side in size], Image.Resampling.LANCZOS)
-        note = f" at {img.width / size[0]:.0%} of its size"
-    img.save(data, "JPEG", quality=92, subsampling=0)
-    uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return uri, f"shown here as JPEG{note}, measured as PNG"
+    img, kind, note, data = to_pil(x[0]), "png", "", io.BytesIO()
+    width, height = img.size
+    if width * height > EXACT / pictures:
+        scale = min((min(MOST / pictures, LARGEST) / (width * height)) ** 0.5, 16384 / max(img.size), 1)
+        size = [max(round(side * scale), 1) for side in img.size]
+        kind, note = "jpeg", f"shown here as JPEG{f' at {scale:.0%} of its size' * (scale < 1)}, measured as PNG"
+        img = img.resize(size, Image.Resampling.LANCZOS)        # which copies it where the size is the same
+    img.save(data, kind, quality=92, subsampling=0)             # PNG has neither
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", note
 
 
 def table(rows, names):

@@ -183,9 +183,8 @@ class Photos(torch.utils.data.Dataset):
 def photos_for(data, crop, seed, names=None, **options):
     """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the good ones that are held out, one of every 30.
 
-    names: of each file when the run began, seen from the source, which may have another place by now: what came later
-    is not seen, so that a resumed run is the same run; None = it begins now
-    -> Photos, crops, names. Raises ValueError.
+    names: of the files when the run began, seen from the source; what came later is not seen, so that a resumed run is
+    the same run; None = it begins now -> Photos, crops, names. Raises ValueError.
     """
     root, files = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data)
     seen = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
@@ -204,7 +203,7 @@ def photos_for(data, crop, seed, names=None, **options):
     unique, held_out = list(dict.fromkeys(files)), set()            # of photos that a list repeats, all copies
     for i in range(0, len(unique), 30):
         good = (f for f in unique[i : i + 30] if f not in photos.skipped)
-        if i < 16 * 30:             # a header may be good and the rest not: enough are looked at to be sure of some
+        if i < 16 * 30:             # a header may be good and the rest not
             good = (f for f in good if photos.pixels(f) is not None)
         held_out.update(islice(good, 1))
     photos.files = [f for f in files if f not in held_out]
@@ -216,10 +215,7 @@ def photos_for(data, crop, seed, names=None, **options):
 
 
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):
-    """This process's photos of the steps in a range, as many at a time as it computes at once.
-
-    -> iterator of (micro, 3, crop, crop)
-    """
+    """This process's photos of the steps in a range -> iterator of (micro, 3, crop, crop), what it computes at once"""
     mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
-    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers,
-                           pin_memory=device.type == "cuda"))
+    cuda = device.type == "cuda"
+    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers, pin_memory=cuda))

@@ -2,8 +2,8 @@
 
 A matrix product or a convolution in half precision takes half the memory and a fraction of the time, and rounds its
 result once. What is added to again and again must not be rounded each time: residual streams, what norms and softmax
-count, latents, the schedule, tiles. (Steps of bfloat16 are 1/128 of a number's size: a stream that has reached 100 would
-not feel a block's 0.3 any more.)
+count, latents, the schedule, tiles. (Steps of bfloat16 are 1/128 of a number's size: a stream that has reached 100
+would not feel a block's 0.3 any more.)
 
 So a layer computes in the precision of its own weight, and two places decide it: `in_half` stores the weights of large
 products in half, and `Exact` layers, at the ends of the networks, are none of them. Sums with a float32 number are
