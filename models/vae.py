@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion, VOSR's light decoder for it, and the tiny models' autoencoder.
 
 Papers:  Latent Diffusion, 2112.10752 (the KL autoencoder, f = 8); VOSR, 2604.03225 (a small decoder for its latents).
-Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout; sd21_lwdecoder.pth of VOSR.
+Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion; sd21_lwdecoder.pth of VOSR.
 Left out: training losses, LDM's own key names.
 
 Large pictures are computed exactly, in strips (strips.py). C: the matrices of an encoder layer's adapters (lora.py).
@@ -208,7 +208,7 @@ def draw(mean, std, generator=None):
 
 
 class VAE(nn.Module):
-    """Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, h, w), h = H/8, of about unit variance.
+    """Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance.
     tiles: None, or (1024, 224) to cut large pictures, and latents, as S3Diff's released code does, with seams.
     """
 

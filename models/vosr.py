@@ -10,7 +10,6 @@ clean latent, conditioned on both (DiT, and flow.py for the mathematics); clean 
 """
 
 from dataclasses import dataclass, field, fields, replace
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -19,14 +18,14 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
-from models.support.authors import believe, dit_config, weak_of
+from models.support.authors import read_light_decoder, release_config
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
 from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
-                                    load_strictly, nearby, on_paper, read_config, read_json, read_tensors)
+                                    load_strictly, nearby, on_paper, read_config, read_tensors)
 
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
 TILES_AT_ONCE = 4
@@ -71,15 +70,6 @@ PUBLIC = {      # name: size, folder of the release
     "vosr-0.5b": ("0.5b", "VOSR_0.5B_ms"), "vosr-0.5b-1step": ("0.5b", "VOSR_0.5B_os"),
     "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"), "vosr-2": ("1.4b", "VOSR2"),
 }
-
-
-def light_settings(content, path):
-    """LightDecoder's arguments among the settings in the authors' file -> dict. Raises WeightError."""
-    with on_paper(path, "a light decoder"):
-        config = content.get("config", {})
-        settings = {k: config[k] for k in signature(LightDecoder).parameters if k in config}
-        LightDecoder(**settings)
-    return settings
 
 
 class VOSR(nn.Module):
@@ -190,25 +180,12 @@ class VOSR(nn.Module):
 
         args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError.
         """
-        tensors, settings, custom = read_tensors(weights), read_json(args) if args else {}, size is None
-        dit = dit_config(DiTConfig, tensors, weights, settings if custom else {})
-        if custom:
-            around = {(c.dit.out_channels, c.dit.z_dims): size for size, c in SIZES.items()}
-            size = around.get((dit.out_channels, dit.z_dims))
-        elif dit != replace(SIZES[size].dit, auxiliary_time_cond=dit.auxiliary_time_cond):
-            raise WeightError(f"{weights}: is not the public {size} model but {dit}; "
-                              "delete it, then it is downloaded again")
-        if size is None:
-            raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} "
-                              "are no public combination")
+        tensors = read_tensors(weights)
+        cfg = release_config(SIZES, size, DiTConfig, tensors, weights, args)
         # official: wavelet colours since 2026, adain before; the multi-step script still has adain
-        cfg = replace(SIZES[size], dit=dit, weak=weak_of(settings, SIZES[size].weak, args), color="wavelet")
-        if custom:
-            cfg = replace(cfg, **believe(cfg, settings, args))
-        if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time
-            cfg = replace(cfg, steps=1, guidance=1.0)
+        cfg = replace(cfg, color="wavelet")
         with on_paper(weights, "VOSR"):
-            DiT(checked(dit))                   # before gigabytes are fetched for it
+            DiT(checked(cfg.dit))               # before gigabytes are fetched for it
         model = cls.with_frozen(cfg, args and args.parent.parent)
         load_strictly(model.dit, tensors, weights, may_miss=("freqs_cos", "freqs_sin"))
         return model
@@ -220,9 +197,8 @@ class VOSR(nn.Module):
         release: the authors' folder; what is not there is fetched. Raises WeightError.
         """
         if cfg.light_decoder is not None:
-            light_file = nearby("sd21_lwdecoder.pth", release)
-            light = read_tensors(light_file)
-            cfg = replace(cfg, light_decoder=light_settings(light, light_file))
+            settings, light, light_file = read_light_decoder(LightDecoder, release)
+            cfg = replace(cfg, light_decoder=settings)
         with torch.device("meta"):
             model = cls(cfg)
         qwen = isinstance(cfg.vae, QwenVAEConfig)
@@ -230,7 +206,7 @@ class VOSR(nn.Module):
         vae_file = nearby(f"{folder}/diffusion_pytorch_model.safetensors", release)
         vae = read_tensors(vae_file)
         if cfg.light_decoder is not None:
-            load_strictly(model.light_decoder, light.get("model_state_dict", light), light_file)
+            load_strictly(model.light_decoder, light, light_file)
             vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
         load_strictly(model.vae, vae, vae_file)
         vit_file = nearby(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth", release)
