@@ -75,7 +75,11 @@ VOSR = Recipe(
     Ranges((0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
     Ranges((0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95), blur=0.8),
     generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), kernels_per="batch")
-RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR}
+WIDE = Recipe(      # ours: mostly one damage, from none to much, for those who shall tell how much
+    Ranges((0.2, 8.0), (0.1, 0.2, 0.7), (0.5, 1.5), (0, 60), (0.0, 5.0), (70, 100), blur=0.8),
+    Ranges((0.2, 2.0), (0.1, 0.2, 0.7), (0.7, 1.2), (0, 15), (0.0, 1.0), (80, 100), blur=0.2),
+    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image")
+RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE}
 
 # ---- plans: what was drawn
 
@@ -300,17 +304,18 @@ def apply(plan, hq, scale=4, fields=None, steps=None):
 def severity(plan, hq, lq):
     """How much a plan blurs and how noisy it is, as far as lq shows it: what a degradation estimator is to say.
 
-    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), what `apply` made of it -> (B, 2) in [0, 1]: blur, the share of even
-    grain's deviation that is lost beyond shrinking; noise, the deviation in lq over 0.1
+    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), what `apply` made of it -> (B, 2) in [0, 1]
+    blur: the contrast that grain as fine as lq can show loses, beyond shrinking; noise: the deviation in lq over 0.1
     """
-    n, scale = len(plan.first.strength), hq.shape[2] // lq.shape[2]
+    n, scale = len(hq), hq.shape[2] // lq.shape[2]
 
     def made(x, **changes):
         first, second = (replace(stage, strength=[0.0] * n, **changes) for stage in (plan.first, plan.second))
         return apply(replace(plan, first=first, second=second), x, scale)[0]
 
     noise = (lq - made(hq)).std((1, 2, 3)) / 0.1
-    grain = 0.5 + 0.1 * torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(hq)
+    grain = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(hq)
+    grain = 0.5 + 0.1 * resize(grain, "bicubic", scale=scale)     # finer grain would tell of aliasing, not of blur
     kept = made(grain, jpeg=[100.0] * n).std((1, 2, 3)) / F.avg_pool2d(grain, scale).std((1, 2, 3))
     return torch.stack([1 - kept, noise], dim=1).clamp(0, 1)
 

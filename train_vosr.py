@@ -17,16 +17,12 @@ of held-out photos; of an autoencoder HQ | HQ decoded).
 
 import argparse
 import copy
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import training
 from degrade import RECIPES, degrade
@@ -210,177 +206,103 @@ def evaluate(name, stage, model, teacher, hq, lq):
 # ---- a run, part by part; `run` holds what the parts share
 
 
-def build(args):
+def prepare(args):
     """Networks, what is to be learned, optimizer.  -> run"""
     cfg, stages = PRESETS[args.preset]
-    given = {k: getattr(args, k) for k in ("steps", "batch_size", "lr", "save_every", "distill")}
-    stage = replace(stages[args.stage], **{k: v for k, v in given.items() if v is not None})
-    stage = replace(stage, warmup=min(stage.warmup, stage.steps // 8))
-    run = SimpleNamespace(args=args, stage=stage, out=Path(args.out), step=0)
-    run.device, run.dtype = args.device, training.choose_dtype(args.dtype, args.device)
-    run.rank, run.world = training.join(run.device)
+    run = training.begin(args, stages[args.stage])
+    stage = run.recipe = replace(run.recipe, warmup=min(run.recipe.warmup, run.recipe.steps // 8))
     if args.fsdp and not training.several():
         raise training.Quit("--fsdp needs several processes: torchrun --nproc_per_node=N train_vosr.py ...")
-    # photos of a step: mine, at once, how often
-    run.share, run.micro, run.parts = training.divide(stage.batch_size, args.micro_batch, run.world)
-    run.out.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(args.seed)                # the initial weights; everything later has generators of its own
-    model, teacher, run.learns, run.origin = networks(args, cfg)
+    model, teacher, names, origin = networks(args, cfg)
+    run.origin = f"train_vosr: {args.preset} {args.stage}, {origin}"
     model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
-    frozen = {k: m for k, m in model.named_children() if k not in {name.split(".")[0] for name in run.learns}}
+    frozen = {k: m for k, m in model.named_children() if k not in {name.split(".")[0] for name in names}}
     if run.dtype == torch.bfloat16 and "vae" in frozen and not args.tiny:
         for m in frozen.values():               # official: the autoencoder stays in float32
             in_half(m, run.dtype)
     run.model, run.teacher = model.to(run.device), teacher and teacher.to(run.device)
     run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
-    learning = [model.get_submodule(name) for name in run.learns]
+    learning = [model.get_submodule(name) for name in names]
     if args.fsdp:
-        for m in filter(None, (teacher, *learning, *(run.ema.get_submodule(name) for name in run.learns))):
+        for m in filter(None, (teacher, *learning, *(run.ema.get_submodule(name) for name in names))):
             training.shard(m, run.device)
     run.params = [p for m in learning for k, p in m.named_parameters() if k != "mask_token"]
     training.freeze_all_but(model, run.params)
     run.optimizer = torch.optim.AdamW(run.params, stage.lr, stage.betas, weight_decay=stage.weight_decay, fused=True)
-    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    run.health = training.Health()
+    run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
+    run.learns, run.columns = lambda name: name.startswith(tuple(f"{module}." for module in names)), []
+    run.ddp = run.world > 1 and not args.fsdp
     return run
 
 
-def resume(run):
-    """Go on where the newest checkpoint in --out stopped, if there is one."""
-    args = run.args
-    run.settings = {k: getattr(args, k) for k in ("stage", "preset", "ablate", "distill", "data", "init", "seed")}
-    run.settings["batch_size"] = run.stage.batch_size
-    checkpoint = training.load_checkpoint(run.out, run.settings, args.moved)
-    run.names_of_photos = checkpoint and checkpoint["photos"]
-    if checkpoint:
-        run.step, run.origin = checkpoint["step"], f"resumed from {run.out} at step {checkpoint['step']}"
-        training.load_tensors(run.model, checkpoint["model"])
-        training.load_tensors(run.ema, checkpoint["ema"])
-        training.load_optimizer(run.optimizer, checkpoint["optimizer"])
-        run.scaler.load_state_dict(checkpoint["scaler"] or run.scaler.state_dict())     # {} of a run in another type
-    print(f"train_vosr: {args.preset} {args.stage}, {run.origin}, on {run.device} in {str(run.dtype)[6:]}, "
-          f"{run.world} process{'es' * (run.world > 1)}")
-    print(f"{training.count(run.params):,} trained of {training.count(run.model.parameters()):,} parameters; "
-          f"batch {run.stage.batch_size} = {run.world} x {run.parts} x {run.micro}; {run.stage}")
-
-
 def open_data(run):
-    """Photos to learn from, held-out pairs."""
-    args, stage = run.args, run.stage
-    photos, hq, run.names_of_photos = training.photos_for(args.data, stage.crop, args.seed, run.names_of_photos,
-                                                          flip=stage.flip, shrink=stage.shrink)
-    run.recipes, hq = [replace(RECIPES[k], branches_per=stage.branches_per) for k in stage.recipes], hq.to(run.device)
+    """Photos to learn from and held-out ones, and their degradation."""
+    args, stage = run.args, run.recipe
+    photos, hq, run.photos = training.photos_for(args.data, stage.crop, args.seed, run.photos, flip=stage.flip,
+                                                 shrink=stage.shrink)
+    run.recipes = [replace(RECIPES[k], branches_per=stage.branches_per) for k in stage.recipes]
+    hq = hq.to(run.device)
     lq = torch.cat([degrade(some, replace(recipe, branches_per="image"), training.generator(0))[1]
                     for some, recipe in zip(hq.chunk(len(run.recipes)), run.recipes)])
-    run.test_hq, run.test_lq = 2 * hq - 1, 2 * lq - 1
+    run.test = 2 * hq - 1, 2 * lq - 1
     run.batches = training.batches(photos, range(run.step, stage.steps), stage.batch_size, run.rank, run.share,
                                    run.micro, args.workers, run.device)
 
 
 def step(run):
     """One optimizer step; parts of a batch are computed one after another."""
-    stage, seed = run.stage, run.args.seed
-    run.lr = training.learning_rate(run.step, stage.steps, stage.lr, stage.schedule, stage.warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
     for i in range(run.parts):
         hq = next(run.batches).to(run.device, non_blocking=True)
-        g = training.generator(seed, run.step, run.rank * run.parts + i)    # the same, whoever computes this part
+        # the same draws, whoever computes this part
+        g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
         lq = hq if run.args.stage == "autoencoder" else degrade(hq, run.recipes[run.step % len(run.recipes)], g)[1]
         alone = run.ddp and i < run.parts - 1                               # gradients are averaged with the last part
         with run.losses.no_sync() if alone else nullcontext():
             with training.autocast(run.device, run.dtype):
                 loss = sum(run.losses(2 * hq - 1, 2 * lq - 1, g).values()) / run.parts
             run.scaler.scale(loss).backward()
-        run.loss += loss.detach()
+        run.sums["loss"] += loss.detach()
     run.grad_norm = run.health.step(run.optimizer, run.scaler)
-    training.ema_update(run.ema, run.model, stage.ema)
-    run.step, run.since = run.step + 1, run.since + 1
+    training.ema_update(run.ema, run.model, run.recipe.ema)
 
 
 def save(run):
-    """Model and checkpoint. All processes gather what is sharded, the first one writes."""
-    prefixes = tuple(f"{name}." for name in run.learns)
-    learned = {k: v for k, v in run.model.state_dict().items() if k.startswith(prefixes)}
+    """Model and checkpoint. Every process helps to gather what is sharded, the first one writes."""
     averaged = training.gather(run.ema.state_dict())
-    state = {"model": learned, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    state = training.gather(state)
-    if run.rank > 0:
-        return
-    if run.args.tiny:        # the checkpoint last: if it says that the run is over, all is there
+    if run.rank == 0 and run.args.tiny:         # the checkpoint last: if it says that the run is over, all is there
         note = f"{run.args.preset} {run.args.stage}, step {run.step}"
         save_model(run.out / "model.safetensors", run.model.cfg, averaged, note=note)
-    else:
+    elif run.rank == 0:
         dit = {k.removeprefix("dit."): v for k, v in averaged.items() if k.startswith("dit.")}
         settings = {"stage": run.args.stage, "steps": run.step, "weak_cond_strength_aelq_list": [0.05, 0.25]}
         save_release(run.out, dit, asdict(run.model.cfg.dit) | settings)
-    training.save_checkpoint(run.out, run.step, run.args.keep, settings=run.settings, photos=run.names_of_photos,
-                             ema={k: averaged[k] for k in learned}, **state)
+    training.save_state(run)
 
 
-def log(run, due):
-    """A row of log.csv on the steps since the last one; where it is due also evaluate, save and draw."""
-    row = {"step": run.step, "loss": training.mean_of_all(run.loss / run.since, run.device),
-           "grad_norm": run.grad_norm, "lr": run.lr, "seconds": time.time() - run.clock}
-    run.loss, run.since, run.clock = 0.0, 0, time.time()
-    if due:
-        row["held_out"], row["psnr"], sr = held_out(run)
-        save(run)
-    if run.rank == 0:
-        run.table.write(**row)
-    if run.rank == 0 and due:
-        columns = {"LQ": run.test_lq, f"result, step {run.step}": sr, "HQ": run.test_hq}
-        if run.args.stage == "autoencoder":
-            columns = {"HQ": run.test_hq, f"HQ decoded, step {run.step}": sr}
-        training.save_sheet(run.out / "sheet.png", {title: x[:6] for title, x in columns.items()})
-        tqdm.write(f"step {run.step}: held-out loss {row['held_out']:.4f}, PSNR {row['psnr']:.2f} dB")
-        run.table.draw(run.out / "loss.png", ["loss", "held_out"], f"VOSR {run.args.preset}, stage {run.args.stage}")
-
-
-def held_out(run):
-    """`evaluate` of the averaged weights."""
-    with training.autocast(run.device, run.dtype):
-        return evaluate(run.args.stage, run.stage, run.ema, run.teacher, run.test_hq, run.test_lq)
+def look(run):
+    """`evaluate` of the averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
+    hq, lq = run.test
+    loss, psnr, sr = evaluate(run.args.stage, run.recipe, run.ema, run.teacher, hq, lq)
+    sheet = {"LQ": lq, f"result, step {run.step}": sr, "HQ": hq}
+    if run.args.stage == "autoencoder":
+        sheet = {"HQ": hq, f"HQ decoded, step {run.step}": sr}
+    return {"held_out": loss, "psnr": psnr}, sheet
 
 
 def main():
     args = parse_args()
-    run = build(args)
-    resume(run)
+    run = prepare(args)
+    training.resume(run, ("stage", "preset", "ablate", "distill", "data", "init", "seed"))
     run.model.dit.checkpointing = args.checkpointing
     if args.compile:
-        training.compile_all(run.model.dit.blocks, run.device)
-    run.losses = partial(losses, args.stage, run.stage, run.model, run.teacher)
-    run.ddp = run.world > 1 and not args.fsdp
+        training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
+    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher)
     if run.ddp:
         run.losses = training.replicate(run.model, run.losses, run.device)
     open_data(run)
-
-    if run.rank == 0:
-        columns = ["step", "loss", "grad_norm", "lr", "seconds", "held_out", "psnr"]
-        run.table = training.Log(run.out / "log.csv", columns, run.step or -1)
-    if run.step == 0:
-        loss = held_out(run)[0]
-        if run.rank == 0:
-            run.table.write(step=0, held_out=loss)
-    stop, steps = training.Stop(), run.stage.steps
-    bar = tqdm(total=steps, initial=run.step, unit="step", dynamic_ncols=True, disable=run.rank > 0)
-    run.loss, run.since, run.clock = 0.0, 0, time.time()        # since the last row of the log
-    run.model.train()
-    while run.step < steps and not training.mean_of_all(bool(stop), run.device):
-        step(run)
-        speed = run.since * run.stage.batch_size / (time.time() - run.clock)
-        bar.set_postfix(loss=f"{run.loss / run.since:.4f}", img_s=f"{speed:.1f}", refresh=False)
-        bar.update()
-        due = run.step % run.stage.save_every == 0 or run.step == steps
-        if due or run.step % 50 == 0:                           # once in a while
-            log(run, due)
-    bar.close()
-    if run.step < steps:
-        save(run)
-        print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
-    training.leave()
+    training.fit(run, ["loss"], step, look, save, f"VOSR {args.preset}, stage {args.stage}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from models.lora import Conv2d, ExactConv2d, Linear
 from models.support import precision
-from models.support.strips import Checkpointing, attention, fixed, in_strips, in_tiles, norm_silu_conv
+from models.support.strips import Checkpointing, attention, fixed, in_strips, norm_silu_conv
 from models.support.winograd import conv3x3_pays, conv_of_nearest, pair_kernels
 
 SD_VAE_SCALE = 0.18215  # one over the deviation of SD's latents; diffusion happens on latents times this
@@ -78,15 +78,10 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
     def forward(self, x, C=None):
-        norm = fixed(self.group_norm, x)
-
-        def attend(x):
-            h = norm(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
-            q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
-            h = self.to_out[0](attention(q, k, v).squeeze(1), C)
-            return x + h.transpose(1, 2).reshape(x.shape)
-
-        return [attend(tile) for tile in x] if isinstance(x, list) else attend(x)
+        h = fixed(self.group_norm, x)(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
+        q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, H*W, c)
+        h = self.to_out[0](attention(q, k, v).squeeze(1), C)
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
@@ -119,7 +114,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or conv3x3_pays(x[0] if isinstance(x, list) else x, self.conv.weight):
+        if torch.is_grad_enabled() or conv3x3_pays(x, self.conv.weight):
             return in_strips(lambda x: self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), x, rate=2)
         kernels = pair_kernels(self.conv.fuse())  # 1.8 times as fast as all products, and 0.8 times as conv3x3
         return in_strips(lambda x: conv_of_nearest(x, kernels, self.conv.bias), x, rate=2)
@@ -208,11 +203,7 @@ def draw(mean, std, generator=None):
 
 
 class VAE(nn.Module):
-    """Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance.
-    tiles: None, or (1024, 224) to cut large pictures, and latents, as S3Diff's released code does, with seams.
-    """
-
-    tiles = None
+    """Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance."""
 
     def __init__(self, config=None):
         super().__init__()
@@ -226,9 +217,7 @@ class VAE(nn.Module):
 
     def moments(self, x, C=None):
         """Mean and deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 4, h, w), unscaled"""
-        encoder = partial(self.encoder, C=C)
-        h = in_tiles(encoder, x, self.tiles[0], 32, 1 / self.factor) if self.tiles else encoder(x)
-        return mean_and_deviation(self.quant_conv(h))
+        return mean_and_deviation(self.quant_conv(self.encoder(x, C=C)))
 
     def encode(self, x, generator=None, C=None):
         """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
@@ -236,8 +225,7 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
-        z = self.post_quant_conv(z / self.config.scaling_factor)
-        return in_tiles(self.decoder, z, self.tiles[1], 11, self.factor) if self.tiles else self.decoder(z)
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
 
 
 class LightDecoder(Decoder):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     for name in ("NANOSR_CACHE", "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, str(folder))
-    monkeypatch.setattr(weights.requests, "get", lambda *_, **__: pytest.fail("a download"))
+    monkeypatch.setattr(requests, "get", lambda *_, **__: pytest.fail("a download"))
     folder.mkdir()
     return folder
 

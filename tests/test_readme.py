@@ -1,5 +1,6 @@
-"""README's first command in a subprocess, as a new user runs it. Its second command is what .ci/run runs. Run: python -m pytest tests/test_readme.py"""
+"""README: its commands have the flags they name, its first one runs, its exercises print what it says. Run: python -m pytest tests/test_readme.py"""
 
+import ast
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -15,12 +17,16 @@ from models.support.metrics import psnr_y
 from models.vosr import VOSR
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / file).read_text() for file in ("README.md", "tests/RESULTS.md"))
+EXERCISES = dict(re.findall(r"^\*\*(\d)\..*?```python\n(.*?)```", README[README.index("## 10."):], re.M | re.S))
+EXERCISES["3"] = EXERCISES["2"] + EXERCISES["3"]        # which says so
+FIRST = re.search(r"^## 10\..*?```python\n(.*?)```", README, re.M | re.S)[1]      # what every exercise begins with
 
 
 def commands(*starts):
-    """Shell lines of README's code blocks that begin with one of these words."""
-    lines = [line.split("#")[0].strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
+    """Shell lines of code blocks that begin with one of these words."""
+    blocks = re.findall(r"```\w*\n(.*?)```", README + RESULTS, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(starts)]
 
 
@@ -42,14 +48,16 @@ def test_embedded_model_beats_bicubic_on_the_example():
     sr = model.upscale(lq)
     bicubic = torch.nn.functional.interpolate(lq, scale_factor=4, mode="bicubic", antialias=True).clamp(0, 1)
     assert psnr_y(sr, hq, 4) > psnr_y(bicubic, hq, 4) + 0.2
-    assert torch.equal(sr, model.upscale(lq)) and not torch.equal(sr, model.upscale(lq, seed=1))
+    corner = lq[..., :32, :40]
+    first, again, other = (model.upscale(corner, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @cache
 def usage(script):
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    return done.stdout
+    status, said, _ = runs.here(ROOT / script, "--help")
+    assert status == 0
+    return said
 
 
 @pytest.mark.parametrize("command", commands("python sample.py", "python degrade.py", "python train_", "torchrun"))
@@ -57,3 +65,46 @@ def test_flags_of_every_command_exist(command):
     _, script, command = re.split(r"(\w+\.py)", command, maxsplit=1)
     for flag in re.findall(r"--[\w-]+", command):
         assert re.search(rf"{flag}\b", usage(script)), f"{script} has no {flag}"
+
+
+def printed(exercise):
+    """Run an exercise as a reader would.  -> the numbers of each line it prints"""
+    done = subprocess.run([sys.executable, "-c", FIRST + EXERCISES[exercise]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [[float(x) for x in re.findall(r"-?\d+\.?\d*(?:e[+-]\d+)?", line.split(":")[-1])] for line in done.stdout.splitlines()]
+
+
+def said(exercise):
+    """The numbers in what README says about an exercise's outcome, in order; whole ones are words."""
+    after = README[README.index(f"**{exercise}. "):].split("```")[2].split("\n\n")[0]
+    return [float(x) for x in re.findall(r"-?\d+\.\d+", after)]
+
+
+@pytest.mark.parametrize("exercise, within", [("1", 0.11), ("2", 0.011), ("3", 0.11), ("5", 0.015), ("6", 0.11)])
+def test_exercise_prints_what_readme_says(exercise, within):
+    """Another processor rounds differently, so the last digit may be another one."""
+    lines, expected = printed(exercise), said(exercise)
+    if exercise == "3":
+        lines = lines[-4:]
+    if exercise == "5":
+        lines = [*zip(*lines)]      # README goes matrix by matrix
+    numbers = [x for line in lines for x in line]
+    assert expected[: len(numbers)] == pytest.approx(numbers, abs=within, rel=0.005)
+
+
+def test_exercise_with_adapters():
+    plain, bent = (lambda rows: (rows[:3], rows[3:]))(printed("4"))
+    start, end, better = said("4")[:3]
+    assert [plain[0], bent[0]] == [pytest.approx([start, 0], abs=2e-3)] * 2       # B is zero, so A has no gradient
+    assert plain[1][1] > 1e-3 and bent[1][1] > 1e-3
+    assert plain[2][0] == pytest.approx(end, abs=2e-3) and bent[2][0] == pytest.approx(better, abs=2e-3)
+
+
+def test_lecture_is_one_evening():
+    """Its length, and the size of its pictures, each of which is drawn by figures.py."""
+    lines = README.splitlines()
+    assert len(lines) <= 330 and len(README.encode()) <= 24_000 and max(map(len, lines)) <= 150
+    pictures = set(re.findall(r"\]\(assets/([^)]+)\)", README))
+    functions = {f.name: f.end_lineno - f.lineno for f in ast.parse((ROOT / "tests/figures.py").read_text()).body if isinstance(f, ast.FunctionDef)}
+    assert pictures and {Path(name).stem for name in pictures} <= functions.keys() and max(functions.values()) < 60
+    assert max((ROOT / "assets" / name).stat().st_size for name in pictures) < 150_000

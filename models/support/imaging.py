@@ -72,8 +72,7 @@ def open_image(file):
 def read_picture(path, file=None, note=lambda line: None):
     """Any picture file as sRGB and, if it has transparency, alpha; turned as its EXIF orientation says.
 
-    file: open binary file to read instead, path is then its name for messages; note: is told what is not read
-    Colours that alpha hides are replaced by visible ones nearby, which blend in when the picture is resized.
+    file: open binary file to read instead, path is then its name; note: is told what is not read
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
     if file is None:
@@ -128,7 +127,7 @@ def decode(img):
 
 
 def bleed(x, alpha, rgb):
-    """Colours where alpha is below 1 % from the visible ones around: from a picture of half the size, and so on.
+    """Colours where alpha is below 1 %, which blend in when the picture is resized, from the visible ones around.
 
     x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W); rgb: (1, 3, H, W), kept where visible -> like rgb
     """
@@ -141,7 +140,7 @@ def bleed(x, alpha, rgb):
 
 
 def save_png(img, path):
-    """Write a Pillow image under a temporary name, then rename it: `path` is never half a file. Raises PictureError."""
+    """Write a Pillow image; `path` is never half a file. Raises PictureError."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise PictureError(f"{path}: results are PNG; give it the suffix .png")
@@ -158,10 +157,7 @@ def save_png(img, path):
 
 
 def write_picture(path, rgb, alpha=None):
-    """Write a PNG of 8 bits per channel; makes the folder. Raises PictureError.
-
-    rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None
-    """
+    """Write a PNG.  rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None. Raises PictureError."""
     save_png(to_pil(rgb[0] if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)[0]), path)
 
 
@@ -171,7 +167,7 @@ def write_picture(path, rgb, alpha=None):
 def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
     """Resize as the official scripts do, with Pillow on 8-bit pictures (antialiased when shrinking).
 
-    x: (B, C, H, W) in [0, 1], C 1 or 3; size_or_scale: (h, w) or a factor -> (B, C, h, w), multiples of 1/255
+    x: (B, 1 or 3, H, W) in [0, 1]; size_or_scale: (h, w) or a factor -> (B, C, h, w), multiples of 1/255
     """
     if isinstance(size_or_scale, (int, float)):
         size_or_scale = [max(round(side * size_or_scale), 1) for side in x.shape[-2:]]
@@ -225,10 +221,9 @@ def tile_boxes(height, width, tile, overlap):
 
 
 def blend_tiles(function, x, boxes, at_once=8, down=0.0):
-    """Apply a function tile by tile and blend what overlaps with Gaussian weights.
+    """Apply a function tile by tile and blend what overlaps by `tile_weight`.
 
-    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles; x: (1, C, H, W); boxes: of `tile_boxes`;
-    down: of `tile_weight` -> like x
+    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles; x: (1, C, H, W) -> like x
     """
     # float32: in half precision the window's corners are 0
     total, weights = (torch.zeros_like(y, dtype=torch.float32) for y in (x, x[:, :1]))
@@ -305,8 +300,7 @@ def in_blocks(mask):
 def color_fix(x, ref, kind, stablesr=False):
     """The colour fix of that name: adain, wavelet or none. What is grey in ref stays grey, black and white areas too.
 
-    x, ref: (B, 3, H, W) in [0, 1]; stablesr: the two as StableSR, and so S3Diff and GramSR, compute them; else VOSR's
-    -> (B, 3, H, W) in [0, 1]. Raises ValueError.
+    x, ref: (B, 3, H, W) in [0, 1]; stablesr: as StableSR (S3Diff, GramSR), else as VOSR -> like x. Raises ValueError.
     """
     if kind not in ("adain", "wavelet", "none"):
         raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")

@@ -7,7 +7,9 @@ The divider is a pair of clip-paths, one on the layer of each version that is co
 
 import base64
 import io
+import math
 from html import escape
+from itertools import combinations
 
 from PIL import Image
 
@@ -55,7 +57,7 @@ SCRIPT = """
 'use strict'
 const root = document.documentElement, views = [...document.querySelectorAll('.view')]
 const find = id => document.getElementById(id), clamp = (x, low, high) => Math.min(Math.max(x, low), high)
-let zoom = 1, x = .5, y = .5                        // the point of every picture, 0 to 1, that is in the middle of its view
+let zoom = 1, x = .5, y = .5     // the point of every picture, 0 to 1, in the middle of its view
 
 function move(newX, newY, newZoom = zoom) {         // shared by all pictures
   zoom = newZoom
@@ -176,24 +178,28 @@ def embed(x, pictures):
     return uri, f"shown here as JPEG{note}, measured as PNG"
 
 
-def table(found, names):
-    """{metric: (ours, bicubic's)} as a table, the better figure in bold."""
-    head, rows = "", [f"<th>{text(names[1])}</th>", f"<th>{text(names[0])}</th>"]
-    for m, pair in found.items():
-        name, digits, better = METRICS[m]
+def table(rows, names):
+    """Figures of each model, {metric: ours, metric_bicubic: its}, as a table; the best are bold."""
+    lines = [f"<th>{text(name)}</th>" for name in names]
+    head = ""
+    for m, (name, digits, better) in METRICS.items():
+        if m not in rows[0]:
+            continue
+        figures = [rows[0][f"{m}_bicubic"], *(row.get(m, math.nan) for row in rows)]
+        best = (max if better == "higher" else min)(figures)
         head += f"<th>{name} {'↑' if better == 'higher' else '↓'}</th>"
-        best = max(pair) if better == "higher" else min(pair)
-        for i, figure in enumerate(pair):
-            rows[i] += f"<td>{'<b>' * (figure == best)}{figure:.{digits}f}{'</b>' * (figure == best)}</td>"
-    return found and f"<table><tr><td></td>{head}</tr><tr>{'</tr><tr>'.join(rows)}</tr></table>" or ""
+        for i, figure in enumerate(figures):
+            lines[i] += f"<td>{'<b>' * (figure == best)}{figure:.{digits}f}{'</b>' * (figure == best)}</td>"
+    return head and f"<table><tr><td></td>{head}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
-def figure_of(row, versions, names, pictures):
+def figure_of(rows, versions, names, pictures):
     """One picture.
 
-    row: of `row_of`; versions: (1, 3, H, W) each, fewer than names if one is missing; pictures: on the whole page
-    -> HTML
+    rows: of `row_of`, of each model; versions: (1, 3, H, W) each, fewer than names if one is missing
+    names: bicubic, models, reference if any; pictures: on the whole page -> HTML
     """
+    row, models = rows[0], names[1 : len(rows) + 1]
     picture, layers, notes = text(row["picture"]), "", {}
     for i, name in enumerate(map(text, names)):
         inside = f"<p>no {name}</p>"
@@ -203,25 +209,30 @@ def figure_of(row, versions, names, pictures):
             notes[note] = None
         layers += f'<div class="layer" data-name="{name}">{inside}</div>'
     missing = ", ".join(f"{METRICS[m][0]} ({why})" for m, why in row["not_measured"].items())
-    seconds = "made earlier" if row["seconds"] is None else f"{row['seconds']:.2f} s"
-    lines = [f"{row['width']} × {row['height']}, {seconds}", *notes, missing and f"not measured: {missing}"]
+    seconds = ["made earlier" if row["seconds"] is None else f"{row['seconds']:.2f} s" for row in rows]
+    if len(rows) > 1:
+        seconds = [f"{name} {said}" for name, said in zip(models, seconds)]
+    lines = [f"{row['width']} × {row['height']}, {', '.join(seconds)}", *notes, missing and f"not measured: {missing}"]
     aspect = min(max(row["width"] / row["height"], 0.4), 4)
-    found = {m: (row[m], row[f"{m}_bicubic"]) for m in METRICS if m in row}
     return f"""<figure>
-<div class="view" style="--split: 50%; --aspect: {aspect:.4f}">{layers}<span class="tag"></span><span class="tag"></span>
+<div class="view" style="--split: 50%; --aspect: {aspect:.4f}">{layers}
+<span class="tag"></span><span class="tag"></span>
 <div class="grip" role="slider" tabindex="0" aria-label="Divider of {picture}"></div></div>
 <figcaption><div><h2>{picture}</h2>{"".join(f"<p>{text(line)}</p>" for line in lines if line)}</div>
-{table(found, names)}</figcaption></figure>
+{table(rows, names[: len(rows) + 1])}</figcaption></figure>
 """
 
 
-def page_of(figures, names, record):
-    """The page.  figures: of `figure_of`; names: of the versions; record: of `record_of` -> HTML"""
-    pairs = [(0, 1)] if len(names) < 3 else [(0, 1), (1, 2), (0, 2)]
+def page_of(figures, names, records):
+    """The page.  figures: of `figure_of`; names: of the versions; records: of `record_of`, of each model -> HTML"""
+    record, models = records[0], names[1 : len(records) + 1]
+    pairs = sorted(combinations(range(len(names)), 2), key=lambda pair: pair[1] - pair[0])
     choices = "".join(f'<label><input type="radio" name="pair" value="[{a}, {b}]"{" checked" * (b == a + 1 == 1)}>'
                       f"{text(names[a])} | {text(names[b])}</label> " for a, b in pairs)
-    means = {m: (mean["ours"], mean["bicubic"]) for m, mean in record["average"].items()}
-    averages = f"<p>Averages:</p>{table(means, names)}" if len(figures) > 1 and means else ""
+    means = [{f"{m}{end}": mean[key] for m, mean in each["average"].items()
+              for key, end in (("ours", ""), ("bicubic", "_bicubic"))} for each in records]
+    averages = f"<p>Averages:</p>{table(means, names[: len(records) + 1])}" if len(figures) > 1 and means[0] else ""
+    title = text(", ".join(models))
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = "\n".join(f"{sha}  {text(name)}" for name, sha in record["weights"].items())
     return f"""<!DOCTYPE html>
@@ -233,11 +244,11 @@ def page_of(figures, names, record):
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
-<title>{text(names[1])}, before and after</title>
+<title>{title}, before and after</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{text(names[1])}, before and after</h1>
+<h1>{title}, before and after</h1>
 <p>{len(figures)} pictures by nanoSR. <a href="#how">How it was made</a></p>
 {averages}
 <p>Divider: drag, or ← →. Zoom: + −, pinch, Ctrl + wheel, double click. Pan: drag, or Shift + arrows. Fit: 0.</p>

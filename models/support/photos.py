@@ -46,8 +46,7 @@ class Member:
 def list_photos(source):
     """All photos of a source, each as often as its weight says: list of Path and Member.
 
-    source: a folder (pictures and .tar files anywhere below it), a picture, a .tar of pictures, or a .txt list
-    Raises FileNotFoundError, ValueError.
+    source: a folder, a picture, a .tar of pictures, or a .txt list. Raises FileNotFoundError, ValueError.
     """
     photos = list(expand(Path(source)))
     if not photos:

@@ -4,7 +4,6 @@ A public file has one name, in code and below our cache folder ($NANOSR_CACHE or
 put by hand. Names of VOSR are the paths of the authors' own release folder.
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -16,26 +15,18 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import count
 from pathlib import Path
 
-import requests
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from tqdm import tqdm
 
-TRIES = 4               # of one source, without a byte gained
-TIMEOUT = 10, 60        # seconds to connect, and between two chunks
-LONGEST_WAIT = 60       # seconds, whatever Retry-After says
-BUSY = 408, 429, 500, 502, 503, 504
+from models.support.download import WeightError, address, download, sha256_of  # noqa: F401: asked for here too
+
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
-MOST, LARGEST = 5_000, 1_000_000    # tensors of a network, of which ours have up to 2,700; a number in a config
+MOST, LARGEST = 5_000, 1_000_000    # tensors of a network (ours have up to 2,700), a number in a config
 MODELS = Path(__file__).parents[1]
 EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
-
-
-class WeightError(ValueError):
-    """A weight file that cannot be had or read; the message is one line."""
 
 
 # ---- the public files
@@ -44,13 +35,13 @@ class WeightError(ValueError):
 @dataclass(frozen=True)
 class PublicFile:
     name: str                   # also its path below our cache folder
-    sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs; () = by hand only
-    users: str                  # who needs it
+    sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs
+    users: str
     licence: str                # of the weights, as their authors state it
-    size: int | None = None     # bytes
+    size: int | None = None
     sha256: str | None = None
     gated: bool = False         # the hub wants an account that has accepted the licence
-    note: str = ""              # where to look for what is by hand only
+    note: str = ""              # where to look for what has no source
 
 
 def vosr(name, users, *mirrors, **facts):
@@ -59,7 +50,7 @@ def vosr(name, users, *mirrors, **facts):
 
 
 def sd21(path, users, **facts):
-    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI took its own down in 2025; old caches still hold it
+    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI's own went in 2025; old caches still hold it
     sources = [f"{owner}/{name.replace('/', ':', 1)}" for owner in ("Manojb", "sd2-community", "stabilityai")]
     return PublicFile(name, (*sources, f"CSWRY/VOSR:{name}"), users, "CreativeML Open RAIL++-M", **facts)
 
@@ -124,12 +115,6 @@ def hub_folder():
     return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser().absolute()
 
 
-def address(source):
-    """A source of the table -> URL."""
-    hub, (repository, _, path) = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", source.partition(":")
-    return source if "://" in source else f"{hub.rstrip('/')}/{repository}/resolve/main/{path}"
-
-
 def locate(name):
     """A public file that is on this disk already -> Path or None. What has another size is not it."""
     file, paths = FILES[name], []
@@ -152,9 +137,6 @@ def list_weights():
           "vosr-tiny needs none of them")
 
 
-# ---- downloading
-
-
 def fetch(name, sleep=time.sleep):
     """A public file, from this disk or else downloaded -> Path. Raises WeightError: where to put it by hand."""
     if path := locate(name):
@@ -165,7 +147,7 @@ def fetch(name, sleep=time.sleep):
         with open(cache_folder() / ".lock", "w") as lock:
             with suppress(ImportError, OSError):    # Windows, or a file system without locks
                 import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a training run one downloads, the others wait here
+                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a run one downloads, the others wait
             if path := locate(name):
                 return path
             if target.exists():
@@ -187,94 +169,6 @@ def nearby(name, folder):
     return path if path and path.is_file() else fetch(name)
 
 
-def download(source, target, file, sleep):
-    """One source of file -> target, whole and checked. Raises WeightError, OSError.
-
-    target.part keeps what came before a cut, target.part.of the ETag or date of the file it began as: by If-Range the
-    server sends the rest, or everything if its file is another one by now.
-    """
-    part, tag = (target.with_name(target.name + end) for end in (".part", ".part.of"))
-    url, best, tries, reason = address(source), size_of(part), 0, ""
-    while tries < TRIES:
-        have, wait = size_of(part) if size_of(tag) else 0, 2**tries
-        headers = {"Accept-Encoding": "identity"}       # gzip would change the length
-        if have:
-            headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
-        if "://" not in source and (token := os.environ.get("HF_TOKEN", "").strip()):
-            headers["Authorization"] = f"Bearer {token}"        # dropped where the hub redirects to another host
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-                code = answer.status_code
-                if code in (200, 206, 416):
-                    receive(answer, part, tag, have, file)
-                    os.replace(part, target)
-                    tag.unlink(missing_ok=True)
-                    return target
-                if code in (401, 403) and file.gated:
-                    page = url.partition("/resolve/")[0]
-                    raise WeightError(f"{code}, gated: accept the licence at {page} and set HF_TOKEN to your token")
-                reason, asked = f"{code} {answer.reason}", answer.headers.get("Retry-After", "")
-                if code not in BUSY:
-                    raise WeightError(reason)
-                wait = min(int(asked), LONGEST_WAIT) if asked.isdecimal() else wait
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
-            reason = f"no connection, or it was cut: {type(e).__name__}"
-        except (requests.RequestException, UnicodeError) as e:
-            raise WeightError(f"{type(e).__name__}; look at HF_ENDPOINT and HF_TOKEN") from None
-        best, tries = (size_of(part), 0) if size_of(part) > best else (best, tries + 1)
-        if tries < TRIES:
-            sleep(wait)
-    raise WeightError(f"{reason}, {TRIES} times")
-
-
-def receive(answer, part, tag, have, file):
-    """Add an answer's body to the `have` bytes of part, or begin part anew, and check the whole.
-
-    Raises WeightError where it is not the public file, ConnectionError where another request may help.
-    """
-    start, total = 0, int(answer.headers.get("Content-Length", -1))
-    if answer.status_code != 200:
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", answer.headers.get("Content-Range", ""))
-        start, total = have, int(span[2]) if span else -1
-        if not span or int(span[1] or total) != have:   # 416 says * for the start: good if nothing is missing
-            tag.unlink(missing_ok=True)                 # so that the next request asks for everything
-            raise requests.ConnectionError("not the range that was asked for")
-    named = [r.headers.get("X-Linked-Etag", "").strip('"') for r in (*answer.history, answer)]
-    linked = next((hash for hash in named if re.fullmatch("[0-9a-f]{64}", hash)), None)     # of the hub's large files
-    length, wanted = file.size or total, file.sha256 or linked          # length -1: nobody says
-    if total not in (-1, length) or linked not in (None, wanted):
-        raise WeightError(f"the file there is another one, of {total} bytes")
-    if answer.status_code != 416:
-        if "text/html" in answer.headers.get("Content-Type", ""):
-            raise WeightError("a web page came instead of the file")
-        if length < 0 and not wanted and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
-            raise WeightError("the server does not say how long the file is, so a cut would not be noticed")
-        etag = answer.headers.get("ETag", "W/")         # If-Range takes no weak one
-        bar = tqdm(total=max(length, 0) or None, initial=start, unit="B", unit_scale=True, desc=file.name, disable=None)
-        with open(part, "ab" if start else "wb") as f, bar:
-            tag.write_text(answer.headers.get("Last-Modified", "") if etag.startswith("W/") else etag)
-            for chunk in answer.iter_content(1 << 16):
-                bar.update(f.write(chunk))
-    if length not in (-1, size_of(part)):
-        raise requests.ConnectionError("cut")
-    if wanted and sha256_of(part) != wanted:
-        part.unlink(), tag.unlink(missing_ok=True)
-        other = f"what came has another SHA-256 than {wanted}"
-        raise requests.ConnectionError(other) if have else WeightError(other)
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 # ---- files of any origin
 
 noted = []      # every weight file that was read
@@ -285,7 +179,7 @@ def read_json(path):
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, RecursionError, AttributeError) as e:
-        raise WeightError(f"{path}: cannot be read as settings in JSON ({e}); get it again") from None
+        raise WeightError(f"{path}: cannot be read as JSON ({e}); get it again") from None
 
 
 def is_plain(x):
@@ -323,7 +217,7 @@ def read_file(path):
 
 
 def read_tensors(path):
-    """`read_file` by the names of the bare model; what DDP, compile and averaging add is left out, said in a line."""
+    """`read_file` less what DDP, compile and averaging add to the bare model, which a line says."""
     tensors = unwrapped(read_file(path), path, left_out := set())
     if left_out:
         print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
@@ -331,7 +225,7 @@ def read_tensors(path):
 
 
 def unwrapped(tensors, path, left_out):
-    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS; the set left_out learns which."""
+    """A dict, maybe of dicts, without WRAPPERS in its names and COUNTERS; the set left_out learns which."""
     found = {}
     for name, x in tensors.items():
         *parts, last = str(name).split(".")
@@ -439,10 +333,7 @@ def on_paper(path, system):
 
 
 def checked(cfg):
-    """A config out of a file, a dataclass, if its values have the types of their fields and sizes that make sense.
-
-    Raises ValueError.
-    """
+    """A config out of a file, a dataclass, if its values have their fields' types and sane sizes. Raises ValueError."""
     for f in fields(cfg):
         value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
         if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:

@@ -36,7 +36,7 @@ def twice(M, x):
 
 
 def conv3x3(x, W, bias):
-    """F.conv2d(x, W, bias, padding=1) within 1e-4 of the numbers' size.  (B, C, H, W), (C', C, 3, 3) -> (B, C', H, W)"""
+    """F.conv2d(x, W, bias, padding=1), within 1e-4 of its size.  (B, C, H, W), (C', C, 3, 3) -> (B, C', H, W)"""
     (B, C, height, width), K = x.shape, len(W)
     rows, cols = -(-height // 4), -(-width // 4)            # of tiles
     U = twice(G, W.permute(2, 3, 0, 1)).view(36, K, C)

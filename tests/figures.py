@@ -1,0 +1,384 @@
+"""README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
+
+Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models on the example picture;
+`stages` needs the folder of README's ten minutes of training, --runs. Pillow's own font has only Latin letters, so captions are ASCII.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from degrade import RECIPES, apply, draw_plan  # noqa: E402
+from models.flow import guided, sample  # noqa: E402
+from models.gram import gram as gram_matrix  # noqa: E402
+from models.gram import loss_csd  # noqa: E402
+from models.support.imaging import read_picture, resize, to_pil  # noqa: E402
+from models.support.metrics import psnr_y  # noqa: E402
+from models.unet import alphas_cumprod  # noqa: E402
+from models.vosr import VOSR  # noqa: E402
+
+WIDTH, GAP = 1200, 12       # pixels of every picture, and between what it shows
+INK, DIM, PAPER = "#1f2933", "#5f6b7a", "#ffffff"
+BLUE, ORANGE, GREEN, GREY, RED = "#d6e6f7", "#fbe3c8", "#d5efdf", "#eceff2", "#c0392b"
+DEEP = {BLUE: "#2b6cb0", ORANGE: "#c26a1a", GREEN: "#2f855a", GREY: "#8794a3"}
+TINY = {"VOSR": "vosr", "S3Diff": "s3diff", "GramSR": "gramsr"}     # title: system; shown once their tiny weights lie in models/
+
+
+# ---- sheets of photographs ------------------------------------------------------------------------------------------
+
+
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def shown(x, width, height):
+    """(1, 3, H, W) in [0, 1] -> Pillow image of that size; what is enlarged keeps its visible pixels"""
+    kind = Image.Resampling.NEAREST if x.shape[-1] < width else Image.Resampling.LANCZOS
+    return to_pil(x[0].clamp(0, 1)).resize((width, height), kind)
+
+
+def sheet(rows, captions, sides=()):
+    """Pictures of equal size on white, each with its caption below it.
+
+    rows: lists of (1, 3, H, W) in [0, 1]; captions: nested as rows are, lines parted by a newline; sides: a word before each row
+    """
+    left, n, line = 90 if sides else 0, max(map(len, rows)), 22
+    width = (WIDTH - left - GAP * (n + 1)) // n
+    height = width * rows[0][0].shape[-2] // rows[0][0].shape[-1]
+    below = [line * max(c.count("\n") + 1 for c in row) + 8 if any(row) else 0 for row in captions]
+    img = Image.new("RGB", (WIDTH, GAP + sum(height + b + GAP for b in below)), PAPER)
+    draw, y = ImageDraw.Draw(img), GAP
+    start = left + (WIDTH - left - n * width - (n - 1) * GAP) // 2      # what division left over goes to both margins
+    for r, (row, words) in enumerate(zip(rows, captions)):
+        if sides:
+            draw.multiline_text((left // 2 + GAP // 2, y + height // 2), sides[r], DIM, font(18), anchor="mm", align="center")
+        for c, (x, text) in enumerate(zip(row, words)):
+            place = start + c * (width + GAP)
+            img.paste(shown(x, width, height), (place, y))
+            draw.multiline_text((place + width // 2, y + height + 6), text, INK, font(17), anchor="ma", align="center")
+        y += height + below[r] + GAP
+    return img
+
+
+def example(*crop):
+    """The example and its original; crop: top, left, height, width in pixels of the small one -> (1, 3, h, w), (1, 3, 4h, 4w)"""
+    lq, hq = (read_picture(ROOT / "assets" / file)[0] for file in ("example.png", "example_hq.png"))
+    if crop:
+        y, x, h, w = crop
+        lq, hq = lq[..., y : y + h, x : x + w], hq[..., 4 * y : 4 * (y + h), 4 * x : 4 * (x + w)]
+    return lq, hq
+
+
+def embedded():
+    """-> {title: model} of the tiny systems whose weights are in the repository"""
+    from models.gramsr import GramSR
+    from models.s3diff import S3Diff
+    classes = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
+    here = {title: system for title, system in TINY.items() if (ROOT / "models" / f"{system}_tiny.safetensors").exists()}
+    return {title: classes[system].from_pretrained(f"{system}-tiny") for title, system in here.items()}
+
+
+def teaser():
+    """The bad picture, bicubic, every tiny system there is, the original: a crop, with PSNR of the whole."""
+    lq, hq = example()
+    results = {"bicubic": resize(lq, 4)} | {title: model.upscale(lq) for title, model in embedded().items()}
+    crop = (..., slice(16, 384), slice(96, 448))
+    pictures = {"128 x 100 pixels": lq[..., 4:96, 24:112]}
+    pictures |= {f"{title}, {psnr_y(x, hq, 4):.2f} dB": x[crop] for title, x in results.items()} | {"original": hq[crop]}
+    return sheet([[*pictures.values()]], [[*pictures]])
+
+
+def told(plan, stage, name, size):
+    """A caption of one step of a plan."""
+    kernel = stage.kernels[0]
+    words = {"blur": f"blur: {kernel['type'].replace('_', ' ')}", "resize": f"resize: {stage.mode}",
+             "noise": f"noise: {stage.noise} {stage.strength[0]:.1f}", "jpeg": f"JPEG, quality {stage.jpeg[0]:.0f}"}
+    return f"{words[name]}\n{size[1]} x {size[0]}"
+
+
+def degradation(seed=84):
+    """One crop through every step of a harsh plan; this seed's shows each of them."""
+    hq = example()[1][..., 0:256, 112:368]
+    plan, steps = draw_plan(RECIPES["vosr"], 1, torch.Generator().manual_seed(seed)), []
+    apply(plan, hq, steps=steps)
+    captions, stage = [], plan.first
+    for n, (name, x) in enumerate(steps):
+        captions.append(told(plan, stage, name, x.shape[-2:]))
+        stage = plan.second if name == "jpeg" else stage
+    last = len(steps) - 1
+    sinc = max(n for n, (name, _) in enumerate(steps) if name == "blur")
+    captions[sinc] = f"ringing: sinc filter\n{steps[sinc][1].shape[-1]} x {steps[sinc][1].shape[-2]}"
+    captions[sinc - 1] = f"resize: {plan.mode}\na quarter, 64 x 64"
+    captions[last] = f"enlarged: {plan.enlarge}\nto 256 x 256 again"
+    pictures, captions = [hq, *(x for _, x in steps)], ["a good photo\n256 x 256", *captions]
+    return sheet([pictures[:6], pictures[6:]], [captions[:6], captions[6:]])
+
+
+@torch.no_grad()
+def trajectory():
+    """State and guess of the clean picture along ten steps from noise; the guess is where the present velocity would lead."""
+    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    x = 2 * F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1) - 1
+    z_lq, feat, seen = model.vae.encode(x), model.tokens(x), []
+
+    def velocity(z, t, r):
+        v = guided(model.dit, z, z_lq, feat, t, t)          # r = t: the flow's own velocity, no average of it
+        seen.append((t, z, z - t * v))
+        return v
+
+    z = sample(velocity, torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(0)), 10)
+    picked = [seen[k] for k in (0, 2, 4, 6, 8)] + [(0.0, z, z)]
+    rows = [[model.decode(s[k]) / 2 + 0.5 for s in picked] for k in (1, 2)]
+    return sheet(rows, [[""] * 6, [f"t = {t:.1f}" for t, *_ in picked]], ["state\nz_t", "guess\nz_t - t v"])
+
+
+CUP = 16, 30, 32, 32        # of the example, one tile of the embedded model
+
+
+def weak():
+    """What the weak branch alone makes of ever more of the picture."""
+    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    strengths = 0, 0.05, 0.15, 0.5, 1
+    pictures = [model.upscale(lq, guidance=0, weak=w, color="none") for w in strengths]
+    captions = [f"weak {w:g}\n{psnr_y(x, hq, 4):.1f} dB" for w, x in zip(strengths, pictures)]
+    plain = model.upscale(lq, color="none")
+    return sheet([[*pictures, plain]], [[*captions, f"all, and tokens\n{psnr_y(plain, hq, 4):.1f} dB"]])
+
+
+def guidance():
+    """The knob of VOSR, one step."""
+    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    scales = -1, -0.5, 0, 0.5, 1, 1.5
+    pictures = [model.upscale(lq, guidance=s) for s in scales]
+    return sheet([pictures], [[f"guidance {s:g}\n{psnr_y(x, hq, 4):.1f} dB" for s, x in zip(scales, pictures)]])
+
+
+def stages(runs):
+    """What each stage of a training of ten minutes has learned, on the example."""
+    lq, hq = example(*CUP)
+    ae = VOSR.from_pretrained(runs / "autoencoder").vae
+    with torch.no_grad():
+        pictures = {"autoencoder\nof the original": ae.decode(ae.encode(2 * hq - 1)) / 2 + 0.5}
+    for name, steps in (("flow", 10), ("refine", 10), ("distill", 1), ("decoder", 1)):
+        x = VOSR.from_pretrained(runs / name).upscale(lq, steps=steps)
+        pictures[f"{name}, {steps} step{'s' * (steps > 1)}\n{psnr_y(x, hq, 4):.1f} dB"] = x
+    bicubic = resize(lq, 4)
+    pictures[f"bicubic\n{psnr_y(bicubic, hq, 4):.1f} dB"] = bicubic
+    return sheet([[*pictures.values()]], [[*pictures]])
+
+
+# ---- diagrams, drawn at twice the size and halved, since Pillow's lines are jagged -----------------------------------
+
+
+class Board:
+    """Boxes and arrows; all coordinates in pixels of the finished picture."""
+
+    def __init__(self, height):
+        self.img = Image.new("RGB", (2 * WIDTH, 2 * height), PAPER)
+        self.draw = ImageDraw.Draw(self.img)
+
+    def box(self, x, y, w, h, text, fill=GREY, size=19):
+        """A box round the centre (x, y)."""
+        self.draw.rounded_rectangle([2 * x - w, 2 * y - h, 2 * x + w, 2 * y + h], 20, fill, DEEP[fill], 4)
+        self.text(x, y, text, size)
+
+    def text(self, x, y, text, size=17, fill=INK, anchor="mm"):
+        self.draw.multiline_text((2 * x, 2 * y), text, fill, font(2 * size), anchor=anchor, align="center", spacing=8)
+
+    def arrow(self, *points, head=True, fill=DIM):
+        """A line through the points (x, y), with a head at the last."""
+        self.draw.line([2 * v for p in points for v in p], fill, 5, joint="curve")
+        (x0, y0), (x, y) = points[-2:]
+        if head:
+            d = math.hypot(x - x0, y - y0)
+            u, v = (x - x0) / d, (y - y0) / d
+            self.draw.polygon([2 * k for k in (x, y, x - 12 * u - 6 * v, y - 12 * v + 6 * u, x - 12 * u + 6 * v, y - 12 * v - 6 * u)], fill)
+
+    def plus(self, x, y, sign="+"):
+        self.draw.ellipse([2 * x - 32, 2 * y - 32, 2 * x + 32, 2 * y + 32], PAPER, DIM, 5)
+        self.text(x, y, sign, 22)
+
+    def photo(self, x, y, picture, side, caption, below=True):
+        """A picture (1, 3, H, W) round the centre (x, y)."""
+        self.img.paste(shown(picture, 2 * side, 2 * side), (2 * x - side, 2 * y - side))
+        self.text(x, y + (side // 2 + 8 if below else -side // 2 - 8), caption, 17, INK, "ma" if below else "md")
+
+    def done(self):
+        return self.img.reduce(2)
+
+
+def vosr():
+    """Block diagram, with the model's own pictures in it."""
+    model, (lq, _) = VOSR.from_pretrained(), example(*CUP)
+    sr, b = model.upscale(lq), Board(500)
+    noise = 0.5 + 0.2 * torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    b.photo(100, 110, lq, 130, "bad picture, enlarged")
+    b.photo(100, 350, noise, 130, "noise: the state at t = 1")
+    b.box(340, 66, 170, 64, "vision\ntransformer", BLUE)
+    b.box(340, 190, 170, 64, "encoder", GREEN)
+    b.box(340, 350, 170, 64, "state z_t", GREY)
+    b.box(660, 215, 220, 350, "", ORANGE)
+    b.text(660, 70, "diffusion transformer", 19)
+    for y, text in ((130, "self-attention"), (215, "cross-attention"), (300, "MLP, told t")):
+        b.box(660, y, 176, 54, text, ORANGE, 17)
+    b.arrow((660, 157), (660, 187))
+    b.arrow((660, 242), (660, 272))
+    b.text(660, 356, "6 blocks, one after the other", 15, DIM)
+    b.box(900, 215, 150, 84, "a step\nz_t - (t - r) v", GREY)
+    b.box(1090, 66, 150, 64, "decoder", GREEN)
+    b.photo(1090, 190, sr, 130, "result")
+    b.arrow((166, 66), (254, 66))
+    b.arrow((166, 150), (210, 150), (210, 190), (254, 190))
+    b.arrow((166, 350), (254, 350))
+    b.arrow((426, 66), (526, 66), (526, 215), (570, 215))
+    b.arrow((426, 190), (480, 190), (480, 270), (549, 270))
+    b.arrow((426, 350), (480, 350), (480, 290), (549, 290))
+    b.arrow((771, 215), (824, 215))
+    b.arrow((900, 172), (900, 66), (1014, 66))
+    b.arrow((1090, 99), (1090, 123))
+    b.arrow((900, 258), (900, 440), (340, 440), (340, 384))
+    b.text(435, 42, "tokens: what", 16, DIM, "lm")
+    b.text(435, 170, "z_lq: where", 16, DIM, "lm")
+    b.text(797, 200, "v", 18, DIM)
+    b.text(660, 462, "again, 25 times; after distillation one step is all", 17, DIM)
+    b.text(912, 118, "at t = 0", 16, DIM, "lm")
+    return b.done()
+
+
+def s3diff():
+    """One layer of S3Diff: C stands between A and B and is made from what is wrong with the picture."""
+    b, (lq, _) = Board(470), example(*CUP)
+    b.photo(100, 330, lq, 130, "bad picture")
+    b.text(330, 115, "x", 22)
+    b.box(690, 52, 300, 60, "W, frozen", BLUE)
+    b.box(480, 178, 150, 70, "A\nnarrows to r", ORANGE)
+    b.box(690, 178, 150, 70, "C of block i\nr x r", GREEN)
+    b.box(900, 178, 150, 70, "B\nwidens again", ORANGE)
+    b.plus(1060, 115)
+    b.text(1150, 115, "y", 22)
+    b.arrow((345, 115), (375, 115), head=False)
+    b.arrow((375, 115), (375, 52), (539, 52))
+    b.arrow((375, 115), (375, 178), (404, 178))
+    b.arrow((556, 178), (614, 178))
+    b.arrow((766, 178), (824, 178))
+    b.arrow((841, 52), (1060, 52), (1060, 98))
+    b.arrow((976, 178), (1060, 178), (1060, 132))
+    b.text(1072, 160, "times 8 / r", 16, DIM, "lm")
+    b.arrow((1077, 115), (1136, 115))
+    b.box(265, 330, 140, 70, "estimator of\nthe damage", BLUE)
+    b.box(500, 330, 150, 70, "sines, cosines,\na small MLP", ORANGE)
+    b.box(690, 330, 130, 70, "MLP", ORANGE)
+    b.box(900, 330, 170, 70, "embedding of\nthe block's id i", ORANGE)
+    b.arrow((166, 330), (194, 330))
+    b.arrow((336, 330), (424, 330))
+    b.text(376, 313, "noise", 16, DIM)
+    b.text(376, 347, "blur", 16, DIM)
+    b.arrow((576, 330), (624, 330))
+    b.arrow((814, 330), (756, 330))
+    b.arrow((690, 294), (690, 214))
+    for x, fill, text in ((330, BLUE, "frozen"), (600, ORANGE, "trained"), (870, GREEN, "computed anew for every picture")):
+        b.box(x, 436, 24, 24, "", fill)
+        b.text(x + 22, 436, text, 17, DIM, "lm")
+    return b.done()
+
+
+def heat(m):
+    """Matrix (rows, columns) -> (1, 3, rows, columns): blue below zero, white at zero, red above; the far ends are cut off"""
+    m = (m / m.abs().quantile(0.98)).clamp(-1, 1)[None, None]
+    red, blue = torch.tensor([0.75, 0.22, 0.17]).view(1, 3, 1, 1), torch.tensor([0.17, 0.42, 0.69]).view(1, 3, 1, 1)
+    return 1 - m.clamp(min=0) * (1 - red) - (-m).clamp(min=0) * (1 - blue)
+
+
+@torch.no_grad()
+def gram():
+    """Both Gram matrices of the 64 cells of a latent: as they are, features rotated, places shuffled."""
+    model, (_, hq), g = VOSR.from_pretrained(), example(20, 34, 16, 16), torch.Generator().manual_seed(0)
+    X = model.vae.encode(2 * hq - 1).flatten(2).mT                     # (1, 64, 64): 8 x 8 places, 64 features
+    X = F.normalize(X - X.mean(1, keepdim=True), dim=-1)                # without their mean, all would be red
+    turn, places = torch.linalg.qr(torch.randn(64, 64, generator=g))[0], torch.randperm(64, generator=g)
+    shuffled = F.fold(F.unfold(hq, 8, stride=8)[..., places], hq.shape[-2:], 8, stride=8)
+    whole = [gram_matrix(X, channels=c) for c in (False, True)]
+    rows, captions = [], []
+    for picture, x, what in ((hq, X, "64 tokens, 64 features"), (None, X @ turn, "every token turned"),
+                             (shuffled, X[:, places], "in another order")):
+        grams = [gram_matrix(x, channels=c) for c in (False, True)]
+        same = [torch.allclose(G, W, atol=1e-5) for G, W in zip(grams, whole)]
+        rows.append([torch.ones_like(hq) if picture is None else picture, heat(x[0]), *(heat(G[0]) for G in grams)])
+        captions.append(["", what, *(["changed", "the same"][s] for s in same)])
+    captions[0] = ["the picture", captions[0][1], "who resembles whom", "which features go together"]
+    return sheet(rows, captions, ["as they\nare", "features\nrotated", "places\nshuffled"])
+
+
+def toy_prior(means, variance, z_t, t, allowed):
+    """The exact noise in z_t (B, 2, 1, 1) if clean points come from Gaussians round means (3, 2); allowed (B, 1, 3): odds of the classes"""
+    a = alphas_cumprod()[t].view(-1, 1)
+    away = z_t.flatten(1)[:, None] - a.sqrt()[..., None] * means
+    spread = a * variance + 1 - a
+    belongs = (allowed[:, 0].log() - away.square().sum(-1) / (2 * spread)).softmax(-1)
+    return ((1 - a).sqrt() * (belongs[..., None] * away).sum(1) / spread).view_as(z_t)
+
+
+def csd():
+    """Where CSD drives points that shall be of one of three classes: to it, then past it."""
+    means, g = 2 * torch.tensor([[0, 1], [-(3**0.5) / 2, -0.5], [3**0.5 / 2, -0.5]]), torch.Generator().manual_seed(0)
+    z, label = (0.3 * torch.randn(180, 2, 1, 1, generator=g)).requires_grad_(), torch.arange(180) % 3
+    wanted, any_class, seen = F.one_hot(label, 3).float()[:, None], torch.ones(180, 1, 3), {}
+    for step in range(101):
+        seen[step] = z.detach().flatten(1).clone()
+        t = torch.randint(20, 500, (180,), generator=g)
+        loss_csd(lambda *x: toy_prior(means, 0.1, *x), z, t, torch.randn(z.shape, generator=g), wanted, any_class).backward()
+        with torch.no_grad():
+            z -= 0.05 * z.numel() / 2 * z.grad
+            z.grad = None
+    b, unit, colors = Board(430), 44, (DEEP[BLUE], DEEP[ORANGE], DEEP[GREEN])
+    for panel, step in enumerate((0, 50, 100)):
+        cx, cy = 204 + 396 * panel, 224
+        for m, fill, color in zip(means.tolist(), (BLUE, ORANGE, GREEN), colors):
+            r, x, y = 2 * 0.1**0.5 * unit, cx + unit * m[0], cy - unit * m[1]
+            b.draw.ellipse([2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)], fill, color, 3)
+        for k, (u, v) in zip(label.tolist(), seen[step].tolist()):
+            x, y = cx + unit * u, cy - unit * v
+            b.draw.ellipse([2 * x - 5, 2 * y - 5, 2 * x + 5, 2 * y + 5], colors[k])
+        far = (seen[step] * means[label]).sum(1).mean() / 2
+        b.draw.rounded_rectangle([2 * cx - 372, 24, 2 * cx + 372, 764], 20, None, GREY, 4)
+        b.text(cx, 406, f"step {step}: {abs(far):.1f} from the middle, the class at 2.0")
+    return b.done()
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance, "stages": stages}
+DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*PHOTOS, *DRAWINGS])}")
+    p.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the pictures (default assets)")
+    p.add_argument("--runs", type=Path, help="folder of README's ten minutes of training, for stages")
+    args = p.parse_args()
+    unknown = set(args.names) - {*PHOTOS, *DRAWINGS}
+    if unknown or "stages" in args.names and not args.runs:
+        p.error(f"no picture {', '.join(unknown)}" if unknown else "stages needs --runs")
+    for name, draw in (PHOTOS | DRAWINGS).items():
+        if name not in args.names and (args.names or name == "stages" and not args.runs):
+            continue
+        img = draw(args.runs) if name == "stages" else draw()
+        path = args.out / f"{name}.{'jpg' if name in PHOTOS else 'png'}"
+        if name in PHOTOS:
+            img.save(path, quality=85, optimize=True)
+        else:
+            img.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        print(f"{path}: {img.width} x {img.height}, {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
