@@ -8,7 +8,7 @@ Left out: its other backbones and losses, class conditions.
                                              |-- block 8, patches ----------------> map head -> 3 x 3 logits
                                              `-- block 11, class token -----------> Linear   -> 1 logit
 
-    loss = Discriminator(vit)(x, "generator", draw_augment(x, torch.Generator().manual_seed(0)))    # or "real", "fake"
+    loss = Discriminator(vit)(x, "generator", draw_augment(x, torch.Generator().manual_seed(0)))  # or "real", "fake"
 """
 
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, vit, head_width=128):
         super().__init__()
-        self.__dict__["vit"] = vit.requires_grad_(False).eval()     # past nn.Module's register
+        self.__dict__["vit"] = vit.requires_grad_(False).eval()  # past nn.Module's register
         self.blocks = [vit.cfg.depth - back for back in (8, 4, 1)]  # 4, 8, 11 of the public model
         # A list, since the package can ask several backbones.
         self.decoder = nn.ModuleList([Heads(vit.cfg.embed_dim, head_width)])

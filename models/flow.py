@@ -36,7 +36,7 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
     if guidance == 1:
         return dit(z_t, z_lq, feat, t, r, cache)
     v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r, cache)
-    return v_weak + guidance * (v_cond - v_weak)                # Eq. guidance
+    return v_weak + guidance * (v_cond - v_weak)  # Eq. guidance
 
 
 def sample(velocity, eps, steps):
@@ -44,10 +44,10 @@ def sample(velocity, eps, steps):
 
     velocity: function (z_t, t, r) -> velocity from t towards r; eps: (B, C, h, w) standard normal -> like eps
     """
-    z = eps.float()                                             # many small steps would be lost in half precision
+    z = eps.float()  # many small steps would be lost in half precision
     times = [1 - k / steps for k in range(steps + 1)]
     for t, r in zip(times, times[1:]):
-        z = z - (t - r) * velocity(z.to(eps.dtype), t, r)       # Eq. Euler
+        z = z - (t - r) * velocity(z.to(eps.dtype), t, r)  # Eq. Euler
     return z.to(eps.dtype)
 
 
@@ -102,9 +102,9 @@ def conditions(z_lq, feat, d, cfg_ratio, strength):
     z_lq: (B, C, h, w); feat: (B, M, z_dims) -> noised, z_weak, mixed like z_lq, mixed_feat like feat
     """
     mu, sigma = strength
-    a = column(torch.sigmoid(sigma * d.n + mu))                 # about 0.993
-    noised = a * z_lq + (1 - a**2).sqrt() * d.xi                # Eq. noised condition
-    z_weak = d.w * z_lq                                         # Eq. weak condition
+    a = column(torch.sigmoid(sigma * d.n + mu))  # about 0.993
+    noised = a * z_lq + (1 - a**2).sqrt() * d.xi  # Eq. noised condition
+    z_weak = d.w * z_lq  # Eq. weak condition
     dropped = d.m < cfg_ratio
     mixed = torch.where(column(dropped), z_weak, noised)
     return noised, z_weak, mixed, torch.where(dropped[:, None, None], 0.0, feat)
@@ -118,14 +118,14 @@ def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
     _, _, mixed, feat = conditions(z_lq, feat, d, cfg_ratio, strength)
     t = column(d.t)
     z_t = (1 - t) * z_hq + t * d.eps
-    return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)     # Eq. flow
+    return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)  # Eq. flow
 
 
 def teach(teacher, z_t, noised, z_weak, feat, t, omega, interval=(0.0, 1.0)):
     """The frozen multi-step teacher's guided velocity; outside the interval of t: (B,) omega is 1."""
     v_cond, v_weak = (v.float() for v in two_branches(teacher, z_t, noised, z_weak, feat, t))
     omega = column(torch.where((interval[0] <= t) & (t <= interval[1]), omega, 1.0))
-    return v_weak + omega * (v_cond - v_weak)                   # Eq. teacher
+    return v_weak + omega * (v_cond - v_weak)  # Eq. teacher
 
 
 def target_shortcut(u, z_t, t, r):
@@ -133,7 +133,7 @@ def target_shortcut(u, z_t, t, r):
     s = (t + r) / 2
     u1 = u(z_t, t, s)
     u2 = u(z_t - column((t - r) / 2) * u1, s, r)
-    return (u1 + u2) / 2                                        # Eq. shortcut
+    return (u1 + u2) / 2  # Eq. shortcut
 
 
 def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
@@ -145,13 +145,13 @@ def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
     t_m = torch.maximum(t - delta, r)
     z = z_t - column(t - t_m) * v
     step = (t_m - r) / N
-    way = torch.zeros_like(z)                                   # F: the way from t_m to r
+    way = torch.zeros_like(z)  # F: the way from t_m to r
     for k in range(N):
         u_k = student(z, t_m - k * step, t_m - (k + 1) * step)
         z, way = z - column(step) * u_k, way + column(step) * u_k
     d = column((t - r).clamp(min=1e-6))
-    near = column(t < r + delta + 1e-6)                         # then t_m = r and F = 0: u shall be v
-    return torch.where(near, u - way / d, (u * d - way) / delta) - v        # Eq. RCGM
+    near = column(t < r + delta + 1e-6)  # then t_m = r and F = 0: u shall be v
+    return torch.where(near, u - way / d, (u * d - way) / delta) - v  # Eq. RCGM
 
 
 def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, cfg_ratio=0.1, strength=(5.0, 1.0),
@@ -175,6 +175,6 @@ def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, 
         v = teach(teacher, z_t, noised, z_weak, feat, t, omega, interval)
         if kind == "shortcut":
             target = target_shortcut(u, z_t, t, r)
-        else:                                                   # the clamp is a trust region, at first always hit
+        else:  # the clamp is a trust region, at first always hit
             target = u_t - correction_rcgm(u, z_t, t, r, u_t, v, **rcgm).clamp(-1, 1)
     return F.mse_loss(u(z_t, t, t), v), F.mse_loss(u_t, target)

@@ -30,9 +30,9 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
         eps_neg, eps_cond = eps.chunk(2)
         guided = eps_neg + guidance * (eps_cond - eps_neg)
         fake, real = ((z_t - (1 - a).sqrt() * eps) / a.sqrt() for eps in (eps_neg, guided))
-        g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)      # Eq. GramSR (4)
+        g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)  # Eq. GramSR (4)
         target = z - g
-    return F.mse_loss(z, target)        # its gradient is 2 g / numel
+    return F.mse_loss(z, target)  # its gradient is 2 g / numel
 
 
 def normalised(x):
@@ -60,4 +60,4 @@ def gram(x, channels=False, normalise=True, positive=False):
 
 def loss_gram(sr, hq, **kind):
     """Mean squared difference of Gram matrices of features (B, N, D); kind: options of `gram` -> scalar"""
-    return F.mse_loss(gram(sr, **kind), gram(hq, **kind))       # Eq. GramSR (5)
+    return F.mse_loss(gram(sr, **kind), gram(hq, **kind))  # Eq. GramSR (5)

@@ -39,7 +39,7 @@ class LoRA:
 
     def adapters(self, C):
         """-> (A, B, s, the paper's C or None) of every adapter that is on"""
-        return [(A, self.lora_B[name], self.s[name], C and C[name].mT)      # as officially, ours is its transpose
+        return [(A, self.lora_B[name], self.s[name], C and C[name].mT)  # as officially, ours is its transpose
                 for name, A in self.lora_A.items() if C is None or name in C]
 
     def forward(self, x, C=None):

@@ -65,7 +65,7 @@ NETS = {    # trunk, {layer whose features are taken: channels}, smallest side i
 def unit(f, eps=EPS):
     """Feature vectors to length one, in float32 at least: half precision has no 1e-10.  (B, C, h, w) -> same shape"""
     f = f.to(torch.promote_types(f.dtype, torch.float32))
-    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)   # official: a square root, gradient NaN at 0
+    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)  # official: a square root, gradient NaN at 0
     return f / (length + eps)
 
 
@@ -79,10 +79,10 @@ class LPIPS(nn.Module):
         trunk, self.taps, self.smallest, _ = NETS[net]
         self.eps = FAINT if net == "random" else EPS
         self.features = nn.Sequential(*trunk())
-        for i, channels in enumerate(self.taps.values()):   # a dropout was number 0 when the heads were trained
+        for i, channels in enumerate(self.taps.values()):  # a dropout was number 0 when the heads were trained
             head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
-            nn.init.constant_(head[1].weight, 1.0)          # positive, as the public ones are
+            nn.init.constant_(head[1].weight, 1.0)  # positive, as the public ones are
 
     @classmethod
     def from_pretrained(cls, net="vgg", device="cpu"):

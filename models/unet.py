@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(D, D)])
 
     def forward(self, x, context, C):
-        q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)       # (B, nh, N, hd)
+        q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
                    for y in (self.to_q(x, C), self.to_k(context, C), self.to_v(context, C)))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2), C)
@@ -97,7 +97,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, D):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout there
+        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])  # 1 is dropout there
 
     def forward(self, x, C):
         return self.net[2](self.net[0](x, C), C)
@@ -125,13 +125,13 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, cfg, D, nh):
         super().__init__()
-        self.norm = nn.GroupNorm(cfg.norm_groups, D, eps=1e-6)      # trap: not the 1e-5 of the resnets
+        self.norm = nn.GroupNorm(cfg.norm_groups, D, eps=1e-6)  # trap: not the 1e-5 of the resnets
         self.proj_in = Linear(D, D)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(D, cfg.context_dim, nh)])
         self.proj_out = Linear(D, D)
 
     def forward(self, x, context, C):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                # (B, N, D)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = self.proj_in(tokens, C).type_as(x)
         tokens = self.proj_out(self.transformer_blocks[0](tokens, context, C), C)
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])

@@ -72,7 +72,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)     # each (B, nh, N, hd)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, N, hd)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    def __init__(self, D, name="gamma"):        # lambda1 in DINOv3
+    def __init__(self, D, name="gamma"):  # lambda1 in DINOv3
         super().__init__()
         self.name = name
         self.register_parameter(name, nn.Parameter(torch.ones(D)))
@@ -118,7 +118,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)          # (B, 3, H, W) -> (B, N, D), row-major
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, N, D), row-major
 
 
 class ViT(nn.Module):
@@ -129,7 +129,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, D))
         if cfg.version > 1:
-            self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)      # in the files only
+            self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)  # in the files only
         self.patch_embed = PatchEmbed(cfg.patch_size, D)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
@@ -187,7 +187,7 @@ def rope_table(h, w, head_dim, device=None):
     Centres of patches lie in (-1, 1) on each axis, so any size fits the trained range.
     """
     row, col = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in (h, w))
-    frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)   # (hd/4,)
+    frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)  # (hd/4,)
     centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1).view(h * w, 2, 1)
     angle = (2 * math.pi * centre * frequency).flatten(1)
     return angle.cos(), angle.sin()
@@ -204,12 +204,12 @@ class DINOv3Attention(nn.Module):
         super().__init__()
         self.nh = nh
         self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, D, bias=False)       # but for the rotation, softmax would cancel a bias of k
+        self.k_proj = nn.Linear(D, D, bias=False)  # but for the rotation, softmax would cancel a bias of k
         self.v_proj = nn.Linear(D, D)
         self.o_proj = nn.Linear(D, D)
 
     def forward(self, x, rope):
-        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)                 # (B, nh, N, hd)
+        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)
         return self.o_proj(x.transpose(1, 2).flatten(2))
@@ -231,7 +231,7 @@ class DINOv3Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D = cfg.embed_dim
-        self.norm1 = nn.LayerNorm(D)                    # eps 1e-5 here, 1e-6 in the older ones
+        self.norm1 = nn.LayerNorm(D)  # eps 1e-5 here, 1e-6 in the older ones
         self.attention = DINOv3Attention(D, cfg.num_heads)
         self.layer_scale1 = LayerScale(D, "lambda1")
         self.norm2 = nn.LayerNorm(D)
@@ -248,7 +248,7 @@ class Embeddings(nn.Module):
         super().__init__()
         D, p = cfg.embed_dim, cfg.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)       # in the files only
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)  # in the files only
         self.register_tokens = nn.Parameter(torch.zeros(1, cfg.registers, D))
         self.patch_embeddings = nn.Conv2d(3, D, kernel_size=p, stride=p)
 
@@ -261,7 +261,7 @@ class DINOv3(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.front = 1 + cfg.registers                  # tokens before the patches
+        self.front = 1 + cfg.registers  # tokens before the patches
         self.embeddings = Embeddings(cfg)
         self.layer = nn.ModuleList(DINOv3Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim)

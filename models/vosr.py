@@ -73,12 +73,12 @@ PUBLIC = {      # name: size, folder of the release
 
 
 class VOSR(nn.Module):
-    SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]     # of sample.py --sweep
+    SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]  # of sample.py --sweep
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond     # VOSR 2.0: no weak branch to be guided from
+        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond  # VOSR 2.0: no weak branch to be guided from
         if self.blunt:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
         self.vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
@@ -96,7 +96,7 @@ class VOSR(nn.Module):
         """What the vision encoder makes of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
         if self.cfg.blind:
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
-        side = (self.cfg.vit_input, self.cfg.vit_input)     # official: whatever the aspect, the picture is squeezed
+        side = (self.cfg.vit_input, self.cfg.vit_input)  # official: whatever the aspect, the picture is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
         return self.vit(standardised(x).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
@@ -117,7 +117,7 @@ class VOSR(nn.Module):
         boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
         z_lqs = torch.cat([z_lq[..., row, col] for row, col in boxes])
         crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes]
-        feats = torch.cat([self.tokens(crop) for crop in crops])    # every tile has its own visual tokens
+        feats = torch.cat([self.tokens(crop) for crop in crops])  # every tile has its own visual tokens
         # Keys and values of a tile take 235 MB (0.5B, float32): those of many tiles are made anew in every step.
         cache = {} if 1 < steps and len(boxes) <= TILES_AT_ONCE else None
 
@@ -148,7 +148,7 @@ class VOSR(nn.Module):
         lq = lq.to(self.dit.t_block[1].weight.device, non_blocking=True)
         lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if cfg.torch_bicubic else lq
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * cfg.dit.patch_size)
-        z_lq = self.vae.encode(x)                           # official: a sample of the posterior at first, now its mode
+        z_lq = self.vae.encode(x)  # official: a sample of the posterior at first, now its mode
         noise = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed))  # of this picture alone
         eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
@@ -185,7 +185,7 @@ class VOSR(nn.Module):
         # official: wavelet colours since 2026, adain before; the multi-step script still has adain
         cfg = replace(cfg, color="wavelet")
         with on_paper(weights, "VOSR"):
-            DiT(checked(cfg.dit))               # before gigabytes are fetched for it
+            DiT(checked(cfg.dit))  # before gigabytes are fetched for it
         model = cls.with_frozen(cfg, args and args.parent.parent)
         load_strictly(model.dit, tensors, weights, may_miss=("freqs_cos", "freqs_sin"))
         return model
