@@ -3,12 +3,12 @@
     lq, lq_up = degrade(hq, VOSR, torch.Generator().manual_seed(0))
 
 A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end.
-`draw_plan` draws every choice into a plan that can be printed, kept, or written by hand; `apply` turns a plan and
-pictures into degraded pictures. Pictures are float (B, 3, H, W), RGB in [0, 1]. A command makes test sets:
+`draw_plan` draws every choice into a plan that can be printed, kept, or written by hand; `apply` degrades pictures as a
+plan says. A command makes test sets:
 
     python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0      ->  OUT_DIR/lq/*.png and OUT_DIR/hq/*.png
 
-Left out, since no released setting reaches them: sharpening of the target, colour jitter, gray pictures.
+Left out, as no released setting reaches them: sharpening, colour jitter, gray pictures.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Recipe:
     generalized_beta: tuple
     plateau_beta: tuple
     kernels_per: str = "image"  # or "batch": one set of kernels for the whole call
-    branches_per: str = "batch"  # or "image": directions, scales, kinds of noise and coins anew for every picture
+    branches_per: str = "batch"  # or "image": directions, scales, kinds of noise, coins anew for each
     enlarge: tuple = MODES  # how lq_up is made from lq
     eight_bit: bool = True  # lq_up is rounded to 8 bit
     clean: float = 0.0  # probability that lq_up is hq
@@ -86,7 +86,7 @@ RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE}
 @dataclass
 class StagePlan:
     blur: bool
-    kernels: list  # arguments of `kernel`: one dict per picture, or a single one for all
+    kernels: list  # arguments of `kernel`, per picture or one for all
     scale: float
     mode: str
     noise: str  # "gaussian" or "poisson"
@@ -188,12 +188,12 @@ def blur(x, kernels):
 
 
 def resize(x, mode, scale=None, size=None):
-    """Given a scale, bilinear and bicubic step by exactly 1/scale; given a size, by in/out. No clamp."""
+    """With a scale, bilinear and bicubic step by exactly 1/scale, with a size by in/out. No clamp."""
     return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=None if mode == "area" else False)
 
 
 class Fields:
-    """Noise fields from a seed, the same for pictures on any device if drawn on the CPU; on a GPU it is faster."""
+    """Noise fields from a seed, the same for any device if drawn on the CPU."""
     def __init__(self, seed, device="cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 

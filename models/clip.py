@@ -61,8 +61,8 @@ def split_words(text):
 def merge(symbols, ranks):
     """Byte-pair encoding of a word: join neighbours, the pair that was learned first before others.
 
-    It is learned by making the most frequent pair of neighbours in a large text a symbol, 48,894 times. So a common
-    word becomes one symbol, and what was never seen stays bytes. "</w>" ends a word: "art" in "artist" is no word.
+    It was learned by making the most frequent pair of neighbours a symbol, 48,894 times: a common word is one symbol,
+    what was never seen stays bytes. "</w>" ends a word: "art" in "artist" is no word.
         s h a r p</w>  ->  s h ar p</w>  ->  sh ar p</w>  ->  shar p</w>  ->  sharp</w>
 
     symbols: list of str; ranks: {(left, right): place in merges.txt} -> list of str
@@ -181,7 +181,7 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def text_features(texts, folder=None):
-    """Features of texts by SD-Turbo's encoder, which is read for new texts only: what it found is kept beside it.
+    """Features of texts by SD-Turbo's encoder, which is read for new texts only: they are kept beside it.
 
     texts: list of str; folder: where sd-turbo lies; what is missing is fetched -> (n, 77, 1024). Raises WeightError.
     """

@@ -30,7 +30,7 @@ class DiTConfig:
     encdim_ratio: int = 3       # inner width of the context MLP, in units of D
     auxiliary_time_cond: bool = False   # second time r: the one-step models
     precondition: bool = False  # ours: start from the best linear guess, see `DiT.forward`
-    rope_rescale: bool = True   # squeeze the positions of other sizes into the trained range
+    rope_rescale: bool = True   # squeeze positions into the trained range
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
@@ -43,7 +43,7 @@ def modulate(x, shift, scale):
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoids of t: (B,) -> (B, dim) float32, cosines first. VOSR's t in [0, 1] is NOT multiplied by 1000."""
+    """Sinusoids of t: (B,) -> (B, dim), cosines first. Trap: VOSR's t in [0, 1] is not multiplied by 1000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
@@ -252,7 +252,7 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def rope(self, h, w, device):
-        """The turns of h x w tokens -> (h*w, hd/2) complex."""
+        """Turns of h x w tokens -> (h*w, hd/2) complex."""
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
         if not h == w == self.side or cos.dtype != torch.float32:  # .to(bfloat16) has rounded them
             # official: squares only; one factor for both axes keeps a rectangle's aspect
@@ -277,7 +277,7 @@ class DiT(nn.Module):
         z_t, z_lq: (B, C, h, w) noisy latent and LQ latent; h, w multiples of the patch size
         feat: (n, M, z_dims) visual tokens of the first n LQ pictures; the others have none, and zeros are none too
         t, r: (B,) in [0, 1], 1 = noise, 0 = clean; r only with auxiliary_time_cond
-        cache: a dict, empty at first: as long as feat stays the same, cross-attention computes keys and values once
+        cache: a dict, empty at first: while feat stays the same, cross-attention computes keys and values once
         -> (B, C, h, w) velocity eps - hq
         """
         if not self.cfg.precondition:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 
 def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None, cache=None):
-    """Both velocities of a guidance in one batch: under z_lq with feat, under z_weak without -> v_cond, v_weak."""
+    """Velocities under z_lq with feat and under z_weak without, in one batch -> v_cond, v_weak"""
     z_t, t, r = z_t.repeat(2, 1, 1, 1), t.repeat(2), r if r is None else r.repeat(2)
     return dit(z_t, torch.cat([z_lq, z_weak]), feat, t, r, cache).chunk(2)
 
@@ -27,8 +27,7 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
 
     z_t, z_lq: (B, C, h, w); feat: (B, M, z_dims); t, r: numbers in [0, 1], r is read by one-step models only
     guidance: 1 = conditional only, one pass; 0 = weak only. Against habit smaller is more generative, larger more
-              faithful: the weak branch knows less of the picture and invents more.
-    weak: w; interval: of t where guidance counts; cache: DiT's, to keep from step to step -> (B, C, h, w) velocity
+    faithful; weak: w; interval: of t where guidance counts; cache: DiT's -> (B, C, h, w) velocity
     """
     if not interval[0] <= t <= interval[1]:
         guidance = 1
@@ -129,7 +128,7 @@ def teach(teacher, z_t, noised, z_weak, feat, t, omega, interval=(0.0, 1.0)):
 
 
 def target_shortcut(u, z_t, t, r):
-    """Two half steps make a whole one: the mean of the student's velocities on [t, s] and [s, r]."""
+    """Two half steps make a whole one: the mean of u on [t, s] and [s, r]."""
     s = (t + r) / 2
     u1 = u(z_t, t, s)
     u2 = u(z_t - column((t - r) / 2) * u1, s, r)
@@ -139,7 +138,7 @@ def target_shortcut(u, z_t, t, r):
 def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
     """Recursive consistency: go a short way delta along the teacher's v, the rest along the student, compare with u.
 
-    z_t, u, v: (B, C, h, w) state, the student's average velocity on [t, r], the teacher's velocity at t; t, r: (B,)
+    z_t, u, v: (B, C, h, w) state, the student's velocity on [t, r], the teacher's at t; t, r: (B,)
     -> like u: what it has too much, over delta; 0 when u is the average velocity of the teacher's flow
     """
     t_m = torch.maximum(t - delta, r)

@@ -18,8 +18,8 @@ CSD_TIMES = 20, 500     # t is drawn from 20 .. 499, as by PiSA-SR's script
 def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
     """Classifier score distillation: what guidance would change about a latent, the latent should have changed already.
 
-    Noise is added, and a frozen UNet takes it away twice: with guidance towards the context, and without context. The
-    difference of the two clean latents is the gradient that z gets; the loss itself says little.
+    Noise is added, and a frozen UNet takes it away twice: without context, and with guidance towards it. The difference
+    of the two clean latents is the gradient that z gets; the loss itself says little.
     prior: (z_t, t, context) -> eps; z: (B, 4, h, w) clean scaled latent; t: (B,) of CSD_TIMES; noise: like z
     context: (B, N, D) of the LQ picture; negative: like it, zeros in GramSR, a bad prompt in PiSA-SR -> scalar
     """
@@ -41,7 +41,7 @@ def normalised(x):
 
 
 def features(vit, x):
-    """What the Gram loss compares: DINOv3's tokens of the patches.  x: (B, 3, H, W) in [-1, 1] -> (B, N, D)"""
+    """What the Gram loss compares, DINOv3's patches.  x: (B, 3, H, W) in [-1, 1] -> (B, N, D)"""
     return vit.patches(normalised(x).to(vit.norm.weight.dtype)).float()
 
 

@@ -43,7 +43,7 @@ def alex():
 
 
 def random():
-    """Ours, for the tiny presets: no classifier but orthogonal random filters, as in 2103.10571, deaf to brightness."""
+    """Ours, for tiny presets: no classifier but orthogonal random filters (2103.10571), deaf to brightness."""
     g, layers = torch.Generator().manual_seed(0), []
     for c_in, width in ((3, 16), (16, 32), (32, 64)):
         conv = nn.Conv2d(c_in, width, 3, padding=1, padding_mode="reflect", bias=False)
@@ -95,7 +95,7 @@ class LPIPS(nn.Module):
         return model.requires_grad_(False).eval().to(device)
 
     def look(self, x):
-        """Features of x, depth by depth: without gradient only one of them is in memory."""
+        """Features of x, depth by depth."""
         x = (x - x.new_tensor(SHIFT).view(3, 1, 1)) / x.new_tensor(SCALE).view(3, 1, 1)
         for i, layer in enumerate(self.features):
             x = layer(x)

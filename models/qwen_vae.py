@@ -3,7 +3,7 @@
 Papers:  Qwen-Image, 2508.02324; Wan, 2503.20314 (the architecture, for video).
 Weights: Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors of VOSR; or Qwen-Image's own, the video form, which load
          hooks cut down.
-Left out: time (a picture is a video's first frame, which sees no other), training losses, attn_scales (always empty).
+Left out: time (a picture is a video's first frame, which sees no other), training losses, attn_scales.
 """
 
 from dataclasses import dataclass

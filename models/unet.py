@@ -47,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + two rounds of norm, SiLU, convolution, the time added between.  (B, c_in, h, w) -> (B, c_out, h, w)"""
+    """x + two rounds of norm, SiLU, convolution, the time between.  (B, c_in, h, w) -> (B, c_out, h, w)"""
 
     def __init__(self, cfg, c_in, c_out):
         super().__init__()
@@ -121,7 +121,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x + a transformer over all cells, which also looks at the context.  (B, D, h, w) -> (B, D, h, w)"""
+    """x + a transformer over all cells, which also looks at the context.  (B, D, h, w) -> same shape"""
 
     def __init__(self, cfg, D, nh):
         super().__init__()
@@ -197,7 +197,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """As DownBlock, but every resnet also sees a map of the way down, and the resolution doubles at the end."""
+    """As DownBlock, but resnets also see a map of the way down, and the resolution doubles at the end."""
 
     def __init__(self, cfg, c_in, c_out, c_skips, nh, upsample):
         super().__init__()

@@ -7,10 +7,10 @@ Left out: DINOv2 with registers, the giant DINOv2, DINO at other sizes than 224 
 
 Each patch of a picture becomes a token, a class token (and in DINOv3 four registers, scratch space) goes in front:
 
-            where is a patch?                        residual branches    q, k, v
-    DINO    learned table, added once                as they are          one matrix
-    DINOv2  the same, resampled to other sizes       scaled (layer scale) one matrix
-    DINOv3  q and k turned by angles (RoPE)          scaled               three, k without bias
+            where is a patch?                   residual branches     q, k, v
+    DINO    learned table, added once           as they are           one matrix
+    DINOv2  the same, resampled to other sizes  scaled (layer scale)  one matrix
+    DINOv3  q and k turned by angles (RoPE)     scaled                three, k without bias
 """
 
 import math
@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def standardised(x):
-    """(B, 3, H, W) in [0, 1] -> less ImageNet's mean, over its deviation, as all of these networks want it"""
+    """(B, 3, H, W) in [0, 1] -> as all of these networks want it"""
     mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
@@ -145,7 +145,7 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def positions(self, h, w):
-        """Position table for h x w tokens -> (1, 1 + h*w, D), the class token's first."""
+        """Position table for h x w tokens -> (1, 1 + h*w, D)"""
         side = self.cfg.img_size // self.cfg.patch_size
         if h == w == side:
             return self.pos_embed
@@ -156,10 +156,9 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :1], grid], dim=1)
 
     def layers(self, x):
-        """What the blocks put out, without the final norm; each runs when its output is asked for.
+        """What the blocks put out, without the final norm.
 
-        x: (B, 3, H, W) standardised, sides multiples of the patch size
-        -> yields (B, 1 + N, D): class token, then N = H/p * W/p patches row by row
+        x: (B, 3, H, W) standardised, sides multiples of p -> yields (B, 1 + N, D): class token, N patches row by row
         """
         p = self.cfg.patch_size
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
@@ -169,7 +168,7 @@ class ViT(nn.Module):
             yield tokens
 
     def forward(self, x, layer=None):
-        """Patch tokens.  x as in `layers`; layer: after this block, None = last block and final norm -> (B, N, D)"""
+        """Patch tokens.  x as in `layers`; layer: after this block, None = last and final norm -> (B, N, D)"""
         tokens = take(self.layers(x), len(self.blocks) - 1 if layer is None else layer)
         return (self.norm(tokens) if layer is None else tokens)[:, 1:]
 
@@ -182,10 +181,7 @@ def take(outputs, i):
 # ---- DINOv3
 
 def rope_table(h, w, head_dim, device=None):
-    """Cosines and sines for h x w patches, two (h*w, hd/2): angles that grow with the row, then with the column.
-
-    Centres of patches lie in (-1, 1) on each axis, so any size fits the trained range.
-    """
+    """Cosines and sines for h x w patches, with centres in (-1, 1): two (h*w, hd/2), first of rows, then of columns."""
     row, col = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in (h, w))
     frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)  # (hd/4,)
     centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1).view(h * w, 2, 1)
@@ -267,7 +263,7 @@ class DINOv3(nn.Module):
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
     def rope(self, h, w, device=None):
-        """Tables for all tokens (front + h*w, hd/2); those in front are nowhere: turned by the angle 0."""
+        """Tables (front + h*w, hd/2); tokens in front are nowhere: turned by the angle 0."""
         cos, sin = rope_table(h, w, self.cfg.embed_dim // self.cfg.num_heads, device)
         return F.pad(cos, (0, 0, self.front, 0), value=1.0), F.pad(sin, (0, 0, self.front, 0))
 
@@ -280,10 +276,10 @@ class DINOv3(nn.Module):
             yield tokens
 
     def forward(self, x, layer=None):
-        """All tokens: class, registers, patches row by row; arguments as ViT's -> (B, 1 + registers + N, D)"""
+        """All tokens: class, registers, patches; arguments as ViT's -> (B, 1 + registers + N, D)"""
         tokens = take(self.layers(x), len(self.layer) - 1 if layer is None else layer)
         return self.norm(tokens) if layer is None else tokens
 
     def patches(self, x, layer=None):
-        """The patch tokens alone.  -> (B, N, D)"""
+        """-> (B, N, D)"""
         return self(x, layer)[:, self.front:]

@@ -5,8 +5,8 @@ Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networ
          beside this file: ours, trained by train_vosr.py.
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
-A system is wiring. Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the
-clean latent, conditioned on both (DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
+Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the clean latent under both
+(DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -44,7 +44,7 @@ class VOSRConfig:
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
     torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does, not by Pillow as the official scripts
-    blind: bool = False             # no visual tokens, as in the paper's ablation
+    blind: bool = False             # no visual tokens: the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
     tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
     overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
@@ -89,11 +89,11 @@ class VOSR(nn.Module):
         self.vit, self.dit = ViT(cfg.vit), DiT(cfg.dit)
 
     def decode(self, z):
-        """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]."""
+        """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]"""
         return (self.light_decoder or self.vae).decode(z)
 
     def tokens(self, x):
-        """What the vision encoder makes of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
+        """Visual tokens of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
         if self.cfg.blind:
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         side = (self.cfg.vit_input, self.cfg.vit_input)  # official: whatever the aspect, the picture is squeezed
@@ -118,7 +118,7 @@ class VOSR(nn.Module):
         z_lqs = torch.cat([z_lq[..., row, col] for row, col in boxes])
         crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes]
         feats = torch.cat([self.tokens(crop) for crop in crops])  # every tile has its own visual tokens
-        # Keys and values of a tile take 235 MB (0.5B, float32): those of many tiles are made anew in every step.
+        # Keys and values of a tile take 235 MB (0.5B, float32): of many tiles they are made anew in every step.
         cache = {} if 1 < steps and len(boxes) <= TILES_AT_ONCE else None
 
         def velocity(z, t, r):
