@@ -66,16 +66,16 @@ def conv2d(x, W, bias, stride, padding):
 
 
 def pair_kernels(W):
-    """Taps (a, b, c) as two kernels over pairs of equal pixels: (a, b + c) for the first of a pair, (a + b, c) for the second.
+    """Taps (a, b, c) as kernels over pairs of equal pixels: (a, b + c) for a pair's first, (a + b, c) for its second.
 
-    W: (C', C, 3, 3) -> (4 C', C, 2, 2), for each channel four kernels: the first or second row with the first or second column
+    W: (C', C, 3, 3) -> (4 C', C, 2, 2), for each channel four kernels: first or second row with first or second column
     """
-    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(W, non_blocking=True)  # first or second, tap, tap of W
+    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(W, non_blocking=True)  # which, tap, W's
     return torch.einsum("oiyx,pty,qsx->opqits", W, taps, taps).flatten(0, 2)
 
 
 def conv_of_nearest(x, kernels, bias):
-    """conv(nearest(x)) in 16 of its 36 products.  x: (B, C, H, W); kernels: of `pair_kernels`; bias: (C',) -> (B, C', 2H, 2W)"""
+    """conv(nearest(x)) in 16 of its 36 products.  (B, C, H, W); kernels of `pair_kernels`; (C',) -> (B, C', 2H, 2W)"""
     y = F.conv2d(x.to(kernels), kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
     h, w = x.shape[2:]
     out = y.new_empty(*y.shape[:2], 2 * h, 2 * w)
