@@ -28,7 +28,7 @@ from models.support.arguments import SEED, between, command, folder
 from models.support.files import PictureError, find_pictures, printable
 from models.support.pairs import write_pairs
 
-# ---- recipes: what may be drawn, with which odds
+# ---- recipes: what may be drawn
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
 KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03,
          "plateau_iso": 0.12, "plateau_aniso": 0.03}  # of a blur kernel
@@ -40,7 +40,7 @@ SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4
 
 @dataclass(frozen=True)
 class Ranges:
-    """What a StagePlan is drawn from: one round of blur, resize, noise, JPEG."""
+    """What a StagePlan is drawn from."""
     sigma: tuple  # blur kernel's width, pixels
     resize: tuple  # odds of up, down, keep
     scale: tuple  # (lo, hi): down draws from lo .. 1, up from 1 .. hi
@@ -56,7 +56,7 @@ class Recipe:
     second: Ranges
     generalized_beta: tuple
     plateau_beta: tuple
-    kernels_per: str = "image"  # or "batch": one set of kernels for the whole call
+    kernels_per: str = "image"  # or "batch"
     branches_per: str = "batch"  # or "image": directions, scales, kinds of noise, coins anew for each
     enlarge: tuple = MODES  # how lq_up is made from lq
     eight_bit: bool = True  # lq_up is rounded to 8 bit
@@ -85,6 +85,7 @@ RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE}
 
 @dataclass
 class StagePlan:
+    """One round of blur, resize, noise, JPEG."""
     blur: bool
     kernels: list  # arguments of `kernel`, per picture or one for all
     scale: float

@@ -50,7 +50,7 @@ def byte_symbols():
 
 
 def split_words(text):
-    """Words, single digits, runs of anything else: "It's 12K?" -> it 's 1 2 k ?  -> list of str"""
+    """Words, single digits, runs of all else: "It's 12K?" -> it 's 1 2 k ?"""
     text = SPACE.sub(" ", unicodedata.normalize("NFC", text))
     text = "".join(map(str.lower, text))  # trap: lower() of a whole text ends a Greek word in another sigma
     # Python's re knows no letters and numbers in Unicode's sense: ask a stand-in whose ASCII characters say the kind.

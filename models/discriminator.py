@@ -107,7 +107,7 @@ def map_head(D, width):
 class Heads(nn.Module):
     """Spectral norm divides a weight by its largest singular value: no layer can stretch a difference.
 
-    It is estimated from vectors weight_u, weight_v, by a step of power iteration at every forward in training mode.
+    It is estimated by power iteration, one step of weight_u, weight_v at every forward in training mode.
     """
 
     def __init__(self, D, width):

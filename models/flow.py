@@ -41,7 +41,7 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
 def sample(velocity, eps, steps):
     """Euler's method from noise at t = 1 to the clean latent at t = 0.
 
-    velocity: function (z_t, t, r) -> velocity from t towards r; eps: (B, C, h, w) standard normal -> like eps
+    velocity: function (z_t, t, r); eps: (B, C, h, w) standard normal -> like eps
     """
     z = eps.float()  # many small steps would be lost in half precision
     times = [1 - k / steps for k in range(steps + 1)]
@@ -61,7 +61,7 @@ class Draws:
     n: torch.Tensor         # (B,) standard normal: strength of the LQ condition
     eps: torch.Tensor       # (B, C, h, w) standard normal: the flow's noise
     m: torch.Tensor         # (B,) uniform: the condition is dropped where m < cfg_ratio
-    xi: torch.Tensor        # (B, C, h, w) standard normal: noise in the LQ condition
+    xi: torch.Tensor        # (B, C, h, w) standard normal: noise of the LQ condition
     w: torch.Tensor         # () strength of the weak condition, one number for the batch
     g: torch.Tensor | None = None   # (B,) Beta(1, 1), which is uniform: r = t (1 - g), distillation only
 
@@ -83,7 +83,7 @@ class Draws:
 
 
 def draw(z, generator):
-    """The numbers behind both kinds of Draws, uniform or normal, for latents z: (B, C, h, w)."""
+    """The numbers behind both kinds of Draws, for latents z: (B, C, h, w)."""
     B = len(z)
     draws = ((torch.rand, (B, 2)), (torch.randn, (B,)), (torch.randn, z.shape),
              (torch.rand, (B,)), (torch.randn, z.shape), (torch.rand, (B,)))

@@ -239,7 +239,7 @@ class LightDecoder(Decoder):  # VOSR's, for SD's latents
 @dataclass
 class TinyVAEConfig:
     latent_channels: int = 64  # of 192 numbers in 8x8x3 pixels
-    whitening: float = 0.5  # latents are divided by std^whitening: 0 weighs errors as pixels do, 1 all channels alike
+    whitening: float = 0.5  # latents over std^whitening: 0 weighs errors as pixels do, 1 all channels alike
     scale: float = 2.0  # of the latents, whose noise has 1
     finish: int = 0  # channels of the convolutions after the linear decoder; 0 = none
 
@@ -256,7 +256,7 @@ class ResBlock(nn.Module):
 
 
 class Finish(nn.Module):
-    """What to add to a linearly decoded picture: convolutions at an eighth and half of its size; nothing at first."""
+    """What to add to a linearly decoded picture: convolutions at an eighth and half of its size."""
 
     def __init__(self, latent_channels, wide, narrow=32):
         super().__init__()

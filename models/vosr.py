@@ -104,8 +104,8 @@ class VOSR(nn.Module):
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
         """Sample the clean latent, in tiles where it is larger than one.
 
-        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels
-        tile 0 = off, which B > 1 needs -> like z_lq
+        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, 0 = off, as B > 1 needs
+        -> like z_lq
         """
         (h, w), f, p = z_lq.shape[-2:], self.vae.factor, self.cfg.dit.patch_size
         side = tile // f // p * p
@@ -140,8 +140,8 @@ class VOSR(nn.Module):
         if self.blunt and (guidance, weak) != (None, None):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
                               "leave them out")
-        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, color=color,
-                     tile=tile or None, overlap=overlap or None)
+        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, tile=tile or None,
+                     overlap=overlap or None)
         cfg = replace(self.cfg, **{k: v for k, v in given.items() if v is not None})
         H, W = (round(side * scale) for side in lq.shape[-2:])
         lq = lq if cfg.torch_bicubic else resize(lq, (H, W))
@@ -153,7 +153,7 @@ class VOSR(nn.Module):
         eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
         sr = (self.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
-        return color_fix(sr, lq_up, cfg.color)
+        return color_fix(sr, lq_up, color or cfg.color)
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):
