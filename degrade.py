@@ -147,7 +147,7 @@ def draw_plan(recipe, n, generator):
         eight_bit=recipe.eight_bit, clean=rng.random() < recipe.clean, device=generator.device)
 
 
-# ---- blur, resize, noise, JPEG, and all of them in order
+# ---- what is done
 
 def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=math.pi):
     """One blur kernel -> (size, size) float64, sum 1. Raises ValueError.
@@ -332,7 +332,7 @@ def degrade(hq, recipe, generator, scale=4):
     return apply(plan, hq, scale)
 
 
-# ---- the command: a folder of pictures -> a paired test set
+# ---- the command
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a folder of pictures to pairs, OUT_DIR/lq and OUT_DIR/hq.")

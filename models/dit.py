@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.support.precision import ExactConv2d, ExactLinear
+from models.vit import MLP, PatchEmbed
 
 
 @dataclass
@@ -89,15 +90,6 @@ class TimeEmbedder(nn.Module):
         return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, patch, channels, D):
-        super().__init__()
-        self.proj = ExactConv2d(channels, D, kernel_size=patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, D), row-major
-
-
 class SelfAttention(nn.Module):
     def __init__(self, D, nh):
         super().__init__()
@@ -164,16 +156,6 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class ContextMLP(nn.Module):
-    def __init__(self, z_dims, inner, D):
-        super().__init__()
-        self.fc1 = nn.Linear(z_dims, inner)
-        self.fc2 = nn.Linear(inner, D)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -221,17 +203,17 @@ class DiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         D = cfg.hidden_size
-        self.side = cfg.input_size // cfg.patch_size  # tokens per side of the trained size
-        self.x_embedder = PatchEmbed(cfg.patch_size, cfg.in_channels, D)
+        self.side = cfg.input_size // cfg.patch_size  # tokens
+        self.x_embedder = PatchEmbed(cfg.patch_size, D, cfg.in_channels, ExactConv2d)
         self.t_embedder = TimeEmbedder(D)
         self.r_embedder = TimeEmbedder(D) if cfg.auxiliary_time_cond else None
         self.feat_rope = Rope(self.side, D // cfg.num_heads)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         self.layer_norm = nn.LayerNorm(cfg.z_dims)
-        self.mlp_ca = ContextMLP(cfg.z_dims, cfg.encdim_ratio * D, D)
+        self.mlp_ca = MLP(cfg.z_dims, cfg.encdim_ratio * D, D, gelu="tanh")
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(D, cfg.patch_size**2 * cfg.out_channels)
-        self.checkpointing = False  # gradient checkpointing, block by block
+        self.checkpointing = False
         self.init_weights()
 
     @torch.no_grad()

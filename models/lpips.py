@@ -82,7 +82,7 @@ class LPIPS(nn.Module):
         for i, channels in enumerate(self.taps.values()):  # a dropout was number 0 when the heads were trained
             head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
-            nn.init.constant_(head[1].weight, 1.0)  # positive, as the public ones are
+            nn.init.constant_(head[1].weight, 1.0)
 
     @classmethod
     def from_pretrained(cls, net="vgg", device="cpu"):

@@ -77,13 +77,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, D, inner):
+    def __init__(self, D, inner, out=None, gelu="none"):
         super().__init__()
         self.fc1 = nn.Linear(D, inner)
-        self.fc2 = nn.Linear(inner, D)
+        self.fc2 = nn.Linear(inner, out or D)
+        self.gelu = gelu  # or "tanh", an approximation
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 class LayerScale(nn.Module):
@@ -113,12 +114,12 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch, D):
+    def __init__(self, patch, D, channels=3, conv=nn.Conv2d):
         super().__init__()
-        self.proj = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
+        self.proj = conv(channels, D, kernel_size=patch, stride=patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, N, D), row-major
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D), row-major
 
 
 class ViT(nn.Module):

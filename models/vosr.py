@@ -59,7 +59,7 @@ class VOSRConfig:
         return VOSRConfig(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
 
 
-SIZES = {   # published: the transformer, and the frozen networks around it
+SIZES = {   # published: the transformer and what is around it
     "0.5b": VOSRConfig(light_decoder={}, tile=512),
     "1.4b": VOSRConfig(
         dit=DiTConfig(in_channels=32, out_channels=16, hidden_size=1536, depth=36, num_heads=24, z_dims=1024),
@@ -192,9 +192,9 @@ class VOSR(nn.Module):
 
     @classmethod
     def with_frozen(cls, cfg, release=None):
-        """Autoencoder and vision transformer from their public files, the DiT without numbers, on the meta device.
+        """Autoencoder and ViT from their public files, in folder release or fetched; the DiT on the meta device.
 
-        release: the authors' folder; what is not there is fetched. Raises WeightError.
+        Raises WeightError.
         """
         if cfg.light_decoder is not None:
             settings, light, light_file = read_light_decoder(LightDecoder, release)
