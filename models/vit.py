@@ -119,7 +119,7 @@ class PatchEmbed(nn.Module):
         self.proj = conv(channels, D, kernel_size=patch, stride=patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D), row-major
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D), row by row
 
 
 class ViT(nn.Module):

@@ -46,7 +46,7 @@ class VOSRConfig:
     torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does, not by Pillow as the official scripts
     blind: bool = False             # no visual tokens: the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
-    tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
+    tile: int = 0                   # pixels a side, 0 = the whole picture
     overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
 
     def __post_init__(self):
