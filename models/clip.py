@@ -158,7 +158,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text tower of CLIP without its last layer, as in Stable Diffusion 2.x."""
+    """CLIP's text tower without its last layer."""
 
     def __init__(self, cfg=None):
         super().__init__()

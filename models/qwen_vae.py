@@ -194,8 +194,8 @@ def take_first_frame(module, state_dict, prefix, *_):
     Convolutions are causal: of each only the last slice in time counts, and none that changes the frame rate.
     """
     for name in [name for name in state_dict if name.startswith(prefix)]:
-        x = state_dict[name]
-        if "time_conv" in name:
+        x, (step, of_time, _) = state_dict[name], name.partition("time_conv.")
+        if of_time and f"{step}resample.1.weight" in state_dict:
             del state_dict[name]
         elif x.ndim == 5:
             state_dict[name] = x[:, :, -1]
@@ -210,7 +210,8 @@ class QwenVAE(nn.Module):
         super().__init__()
         self.config = c = config or QwenVAEConfig()
         if not c.z_dim == len(c.latents_mean) == len(c.latents_std):
-            raise ValueError(f"{c.z_dim} channels, but {len(c.latents_mean)} means and {len(c.latents_std)} deviations")
+            means, deviations = len(c.latents_mean), len(c.latents_std)
+            raise ValueError(f"{c.z_dim} latent channels, but {means} means and {deviations} deviations")
         widths = [c.base_dim * m for m in c.dim_mult]
         self.factor = 2 ** (len(widths) - 1)  # pixels per latent cell side
         self.encoder = Encoder(2 * c.z_dim, widths, c.num_res_blocks)

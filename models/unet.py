@@ -4,8 +4,8 @@ Papers:  Latent Diffusion, 2112.10752; SD-Turbo, 2311.17042.
 Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR).
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
-Every map of the way down is kept for the way up (skips). C, in every forward, are the matrices of the layers' adapters
-(lora.py), an entry for each of ten blocks.
+Every map of the way down is kept for the way up (skips). C, in every forward: matrices of the layers' adapters
+(lora.py), one for each of ten blocks.
 """
 
 from dataclasses import dataclass

@@ -107,7 +107,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest, then a 3x3 convolution.  (B, c, H, W) -> (B, c, 2H, 2W)"""
+    """(B, c, H, W) -> (B, c, 2H, 2W)"""
 
     def __init__(self, channels):
         super().__init__()
