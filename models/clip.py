@@ -181,7 +181,7 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def text_features(texts, folder=None):
-    """Features of texts by SD-Turbo's encoder, which is read for new texts only: they are kept beside it.
+    """Features of texts by SD-Turbo's encoder; they are kept beside it, which is read for new texts only.
 
     texts: list of str; folder: where sd-turbo lies; what is missing is fetched -> (n, 77, 1024). Raises WeightError.
     """

@@ -107,7 +107,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The picture's tokens look at the visual ones; no rotary."""
+    """Tokens look at the visual ones; no rotary."""
 
     def __init__(self, D, nh):
         super().__init__()
@@ -188,7 +188,7 @@ class FinalLayer(nn.Module):
 
 
 class Rope(nn.Module):
-    """The rotary tables of the trained size, which the public files carry."""
+    """Rotary tables of the trained size, as in the public files."""
 
     def __init__(self, side, head_dim):
         super().__init__()
