@@ -39,7 +39,7 @@ class VOSRConfig:
     light_decoder: dict | None = None   # LightDecoder's arguments, where it stands in for the VAE's own decoder
     vit_input: int = 448            # pixels per side of what the vision encoder sees, whatever the picture's shape
     vit_layer: int | None = 8       # its tokens after this block; None = after the last block and the final norm
-    steps: int = 25                 # Euler steps of the sampler
+    steps: int = 25                 # Euler steps
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
@@ -47,7 +47,7 @@ class VOSRConfig:
     blind: bool = False             # no visual tokens: the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
     tile: int = 0                   # pixels a side, 0 = the whole picture
-    overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
+    overlap: int = 0                # pixels that tiles share, 1/8 at least
 
     def __post_init__(self):
         if self.color not in ("adain", "wavelet", "none"):
