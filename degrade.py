@@ -3,12 +3,12 @@
     lq, lq_up = degrade(hq, VOSR, torch.Generator().manual_seed(0))
 
 A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end.
-`draw_plan` draws every choice into a plan that can be printed, kept, or written by hand; `apply` turns a plan and
-pictures into degraded pictures. Pictures are float (B, 3, H, W), RGB in [0, 1]. A command makes test sets:
+`draw_plan` draws every choice into a plan that can be printed, kept, or written by hand; `apply` degrades pictures as a
+plan says. A command makes test sets:
 
     python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0      ->  OUT_DIR/lq/*.png and OUT_DIR/hq/*.png
 
-Left out, since no released setting reaches them: sharpening of the target, colour jitter, gray pictures.
+Left out, as no released setting reaches them: sharpening, colour jitter, gray pictures.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from models.support.arguments import SEED, between, command, folder
 from models.support.files import PictureError, find_pictures, printable
 from models.support.pairs import write_pairs
 
-# ---- recipes: what may be drawn, with which odds
+# ---- recipes: what may be drawn
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
 KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03,
          "plateau_iso": 0.12, "plateau_aniso": 0.03}  # of a blur kernel
@@ -40,7 +40,7 @@ SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4
 
 @dataclass(frozen=True)
 class Ranges:
-    """What a StagePlan is drawn from: one round of blur, resize, noise, JPEG."""
+    """What a StagePlan is drawn from."""
     sigma: tuple  # blur kernel's width, pixels
     resize: tuple  # odds of up, down, keep
     scale: tuple  # (lo, hi): down draws from lo .. 1, up from 1 .. hi
@@ -56,8 +56,8 @@ class Recipe:
     second: Ranges
     generalized_beta: tuple
     plateau_beta: tuple
-    kernels_per: str = "image"  # or "batch": one set of kernels for the whole call
-    branches_per: str = "batch"  # or "image": directions, scales, kinds of noise and coins anew for every picture
+    kernels_per: str = "image"  # or "batch"
+    branches_per: str = "batch"  # or "image": directions, scales, kinds of noise, coins anew for each
     enlarge: tuple = MODES  # how lq_up is made from lq
     eight_bit: bool = True  # lq_up is rounded to 8 bit
     clean: float = 0.0  # probability that lq_up is hq
@@ -85,8 +85,9 @@ RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE}
 
 @dataclass
 class StagePlan:
+    """One round of blur, resize, noise, JPEG."""
     blur: bool
-    kernels: list  # arguments of `kernel`: one dict per picture, or a single one for all
+    kernels: list  # arguments of `kernel`, per picture or one for all
     scale: float
     mode: str
     noise: str  # "gaussian" or "poisson"
@@ -146,7 +147,7 @@ def draw_plan(recipe, n, generator):
         eight_bit=recipe.eight_bit, clean=rng.random() < recipe.clean, device=generator.device)
 
 
-# ---- blur, resize, noise, JPEG, and all of them in order
+# ---- what is done
 
 def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=math.pi):
     """One blur kernel -> (size, size) float64, sum 1. Raises ValueError.
@@ -188,12 +189,12 @@ def blur(x, kernels):
 
 
 def resize(x, mode, scale=None, size=None):
-    """Given a scale, bilinear and bicubic step by exactly 1/scale; given a size, by in/out. No clamp."""
+    """With a scale, bilinear and bicubic step by exactly 1/scale, with a size by in/out. No clamp."""
     return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=None if mode == "area" else False)
 
 
 class Fields:
-    """Noise fields from a seed, the same for pictures on any device if drawn on the CPU; on a GPU it is faster."""
+    """Noise fields from a seed, the same for any device if drawn on the CPU."""
     def __init__(self, seed, device="cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -331,7 +332,7 @@ def degrade(hq, recipe, generator, scale=4):
     return apply(plan, hq, scale)
 
 
-# ---- the command: a folder of pictures -> a paired test set
+# ---- the command
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a folder of pictures to pairs, OUT_DIR/lq and OUT_DIR/hq.")

@@ -183,8 +183,8 @@ def losses(name, stage, model, teacher, hq, lq, g):
 def evaluate(name, stage, model, teacher, hq, lq):
     """Held-out loss with fixed draws, and the pictures the model makes by its own sampler.
 
-    Distillation has a moving target, so there the loss is the distance from the student's one step to the teacher's 25
-    from the same noise. Arguments as for `losses` -> loss, PSNR in dB over RGB, pictures like hq
+    Distillation has a moving target: there the loss is the distance from the student's one step to the teacher's 25.
+    Arguments as for `losses` -> loss, PSNR in dB over RGB, pictures like hq
     """
     if name == "autoencoder":
         sr = model.vae.decode(model.vae.encode(hq))

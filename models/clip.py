@@ -50,9 +50,9 @@ def byte_symbols():
 
 
 def split_words(text):
-    """Words, single digits, runs of anything else: "It's 12K?" -> it 's 1 2 k ?  -> list of str"""
+    """Words, single digits, runs of all else: "It's 12K?" -> it 's 1 2 k ?"""
     text = SPACE.sub(" ", unicodedata.normalize("NFC", text))
-    text = "".join(map(str.lower, text))        # trap: lower() of a whole text ends a Greek word in another sigma
+    text = "".join(map(str.lower, text))  # trap: lower() of a whole text ends a Greek word in another sigma
     # Python's re knows no letters and numbers in Unicode's sense: ask a stand-in whose ASCII characters say the kind.
     kinds = "".join(c if c.isascii() else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], ".") for c in text)
     return [text[slice(*match.span())] for match in WORD.finditer(kinds)]
@@ -61,8 +61,8 @@ def split_words(text):
 def merge(symbols, ranks):
     """Byte-pair encoding of a word: join neighbours, the pair that was learned first before others.
 
-    It is learned by making the most frequent pair of neighbours in a large text a symbol, 48,894 times. So a common
-    word becomes one symbol, and what was never seen stays bytes. "</w>" ends a word: "art" in "artist" is no word.
+    It was learned by making the most frequent pair of neighbours a symbol, 48,894 times: a common word is one symbol,
+    what was never seen stays bytes. "</w>" ends a word: "art" in "artist" is no word.
         s h a r p</w>  ->  s h ar p</w>  ->  sh ar p</w>  ->  shar p</w>  ->  sharp</w>
 
     symbols: list of str; ranks: {(left, right): place in merges.txt} -> list of str
@@ -92,7 +92,7 @@ class Tokenizer:
         self.ids, self.ranks = read_vocabulary(Path(vocab), Path(merges), single)
 
     def encode_word(self, word):
-        symbols = [self.bytes[byte] for byte in word.encode("utf-8", "replace")]   # "?" for half a surrogate pair
+        symbols = [self.bytes[byte] for byte in word.encode("utf-8", "replace")]  # "?" for half a surrogate pair
         symbols[-1] += "</w>"
         return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
 
@@ -102,7 +102,7 @@ class Tokenizer:
         for text in texts:
             row = [self.ids[START]]
             # trap: SD 2.x pads with "!", so every "!" of a text is the padding's id
-            for i, part in enumerate(SPECIAL.split(text)):      # the odd ones are the separators
+            for i, part in enumerate(SPECIAL.split(text)):  # the odd ones are the separators
                 row += [self.ids[part]] if i % 2 else [n for word in split_words(part) for n in self.encode_word(word)]
             row = row[: self.length - 1] + [self.ids[END]]
             rows.append(row + [self.ids[PAD]] * (self.length - len(row)))
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)     # (B, nh, N, hd)
+        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         # Causal: a token sees itself and those before it. The padding sees the text, the text never sees it.
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
@@ -149,7 +149,7 @@ class Layer(nn.Module):
         D = cfg.hidden_size
         self.self_attn = Attention(D, cfg.heads)
         self.layer_norm1 = nn.LayerNorm(D, eps=1e-5)
-        self.mlp = MLP(D, cfg.intermediate_size)    # trap: exact GELU, where SD 1.x's has x * sigmoid(1.702 x)
+        self.mlp = MLP(D, cfg.intermediate_size)  # trap: exact GELU, where SD 1.x's has x * sigmoid(1.702 x)
         self.layer_norm2 = nn.LayerNorm(D, eps=1e-5)
 
     def forward(self, x):
@@ -158,7 +158,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text tower of CLIP without its last layer, as in Stable Diffusion 2.x."""
+    """CLIP's text tower without its last layer."""
 
     def __init__(self, cfg=None):
         super().__init__()
@@ -181,7 +181,7 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def text_features(texts, folder=None):
-    """Features of texts by SD-Turbo's encoder, which is read for new texts only: what it found is kept beside it.
+    """Features of texts by SD-Turbo's encoder; they are kept beside it, which is read for new texts only.
 
     texts: list of str; folder: where sd-turbo lies; what is missing is fetched -> (n, 77, 1024). Raises WeightError.
     """
@@ -196,9 +196,9 @@ def text_features(texts, folder=None):
             encoder = TextEncoder()
         load_strictly(encoder, read_tensors(path), path)
         known |= {text: encoder.float()(tokenizer([text]))[0] for text in new}
-        with suppress(OSError, SafetensorError):        # a folder that is read-only: next time the same again
+        with suppress(OSError, SafetensorError):  # a folder that is read-only: next time the same again
             store.parent.mkdir(parents=True, exist_ok=True)
             part = store.with_name(f"{store.name}.{os.getpid()}.part")
-            save_file({text: x for text, x in known.items() if text != "__metadata__"}, part)   # safetensors' own word
+            save_file({text: x for text, x in known.items() if text != "__metadata__"}, part)  # safetensors' own word
             os.replace(part, store)
     return torch.stack([known[text] for text in texts])

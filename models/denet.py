@@ -6,8 +6,8 @@ Left out: how it was trained.
 
         lq -> conv -> blocks at width 64 -> conv, stride 2 -> blocks at 128 -> mean over pixels -> MLP -> sigmoid
 
-The authors' code lists the numbers as blur, noise; that order is not checked here. They were learned by comparing (a
-picture made worse should score higher), so they rank pictures; 0.6 is not twice 0.3.
+The authors' code lists the numbers as blur, noise; that order is not checked here. Learned by comparing (a picture made
+worse should score higher), they rank pictures; 0.6 is not twice 0.3.
 """
 
 import torch
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
 
 
 def stages(num_feats, num_blocks, downscales):
-    """Blocks width by width, a convolution between two where the resolution or the width changes."""
+    """Blocks width by width, a convolution where resolution or width changes."""
     layers, next_feats = [], (*num_feats[1:], num_feats[-1])
     for width, blocks, stride, following in zip(num_feats, num_blocks, downscales, next_feats):
         layers += [ResidualBlock(width) for _ in range(blocks)]

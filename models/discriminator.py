@@ -4,11 +4,11 @@ Papers:  Vision-aided GAN 2112.09130, DiffAugment 2006.10738, spectral normalisa
 Weights: dino_vitbase16_pretrain.pth for the backbone. The heads, named as in vision_aided_loss 0.1.0, have none.
 Left out: its other backbones and losses, class conditions.
 
-        picture -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 ---> map head -> 3 x 3 logits
-                                             |-- block 8, patches ----------------> map head -> 3 x 3 logits
-                                             `-- block 11, class token -----------> Linear   -> 1 logit
+    picture -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 --> map head -> 3 x 3 logits
+                                         |-- block 8, patches ----------------> map head -> 3 x 3 logits
+                                         `-- block 11, class token -----------> Linear   -> 1 logit
 
-    loss = Discriminator(vit)(x, "generator", draw_augment(x, torch.Generator().manual_seed(0)))    # or "real", "fake"
+    loss = Discriminator(vit)(x, "generator", draw_augment(x, generator))    # or "real", "fake"
 """
 
 from dataclasses import dataclass
@@ -41,14 +41,13 @@ def draw_augment(x, generator):
     """A plan for pictures x (B, 3, H, W)."""
     (B, _, H, W), options = x.shape, {"generator": generator, "device": generator.device}
 
-    def pairs(low, high):
-        rows, cols = (torch.randint(low(side), high(side), (B,), **options).tolist() for side in (H, W))
-        return list(zip(rows, cols))
+    def integers(low, high):
+        return torch.randint(low, high, (B,), **options).tolist()
 
-    brightness, saturation, contrast = torch.rand(3, B, **options).tolist()
-    translation = pairs(lambda side: -share(side, 1 / 8), lambda side: share(side, 1 / 8) + 1)
-    cutout = pairs(lambda side: 0, lambda side: side + 1 - share(side, 1 / 2) % 2)
-    return AugmentPlan(brightness, saturation, contrast, translation, cutout)
+    colours = torch.rand(3, B, **options).tolist()
+    translation = zip(*[integers(-share(side, 1 / 8), share(side, 1 / 8) + 1) for side in (H, W)])
+    cutout = zip(*[integers(0, side + 1 - share(side, 1 / 2) % 2) for side in (H, W)])
+    return AugmentPlan(*colours, list(translation), list(cutout))
 
 
 def share(side, part):
@@ -108,7 +107,7 @@ def map_head(D, width):
 class Heads(nn.Module):
     """Spectral norm divides a weight by its largest singular value: no layer can stretch a difference.
 
-    It is estimated, by a step of power iteration at every forward in training mode, from vectors weight_u, weight_v.
+    It is estimated by power iteration, one step of weight_u, weight_v at every forward in training mode.
     """
 
     def __init__(self, D, width):
@@ -135,13 +134,13 @@ def multilevel_loss(logits, target):
 class Discriminator(nn.Module):
     """vit: DINO (vit.py, version 1) of 8 blocks or more; it is frozen here.
 
-    It is no submodule: 343 MB that never change stay out of state_dict, parameters() and requires_grad_(True). But
-    through _apply it follows .to(device) and .to(dtype).
+    It is no submodule: 343 MB that never change stay out of state_dict and parameters(). But through _apply it
+    follows .to(device) and .to(dtype).
     """
 
     def __init__(self, vit, head_width=128):
         super().__init__()
-        self.__dict__["vit"] = vit.requires_grad_(False).eval()     # past nn.Module's register
+        self.__dict__["vit"] = vit.requires_grad_(False).eval()  # past nn.Module's register
         self.blocks = [vit.cfg.depth - back for back in (8, 4, 1)]  # 4, 8, 11 of the public model
         # A list, since the package can ask several backbones.
         self.decoder = nn.ModuleList([Heads(vit.cfg.embed_dim, head_width)])
@@ -152,7 +151,7 @@ class Discriminator(nn.Module):
         return super()._apply(fn, recurse)
 
     def features(self, x):
-        """What DINO sees in x (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), the class token (B, D)"""
+        """What DINO sees in x (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), class token (B, D)"""
         side = self.vit.cfg.img_size
         x = F.interpolate(x * 0.5 + 0.5, (side, side), mode="area")
         # official: the mean is CLIP's, the deviation ImageNet's
@@ -173,10 +172,7 @@ class Discriminator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Ours, the tiny presets' judge: four convolutions, a logit for every place of the last three maps.
-
-    It also sees the picture that was to be restored, so that a sharp picture of something else is no good.
-    """
+    """Ours, for tiny presets: four convolutions, logits of the last three; it also sees what was to be restored."""
 
     def __init__(self, width=32):
         super().__init__()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.support.precision import ExactConv2d, ExactLinear
+from models.vit import MLP, PatchEmbed
 
 
 @dataclass
@@ -30,7 +31,7 @@ class DiTConfig:
     encdim_ratio: int = 3       # inner width of the context MLP, in units of D
     auxiliary_time_cond: bool = False   # second time r: the one-step models
     precondition: bool = False  # ours: start from the best linear guess, see `DiT.forward`
-    rope_rescale: bool = True   # squeeze the positions of other sizes into the trained range
+    rope_rescale: bool = True   # squeeze positions into the trained range
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
@@ -43,7 +44,7 @@ def modulate(x, shift, scale):
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoids of t: (B,) -> (B, dim) float32, cosines first. VOSR's t in [0, 1] is NOT multiplied by 1000."""
+    """Sinusoids of t: (B,) -> (B, dim), cosines first. Trap: VOSR's t in [0, 1] is not multiplied by 1000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
@@ -55,7 +56,7 @@ def rope_table(rows, cols, head_dim):
     The first half of a head's channels turns with the row, the second with the column, by adjacent pairs (2k, 2k+1).
     """
     d = head_dim // 2
-    freqs = 10000 ** (-torch.arange(0, d, 2, device=rows.device).float() / d)           # (d/2,)
+    freqs = 10000 ** (-torch.arange(0, d, 2, device=rows.device).float() / d)  # (d/2,)
     row, col = ((pos[:, None] * freqs).repeat_interleave(2, dim=1) for pos in (rows, cols))
     h, w = len(rows), len(cols)
     angle = torch.cat([row[:, None].expand(h, w, d), col[None].expand(h, w, d)], dim=-1).flatten(0, 1)
@@ -89,15 +90,6 @@ class TimeEmbedder(nn.Module):
         return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, patch, channels, D):
-        super().__init__()
-        self.proj = ExactConv2d(channels, D, kernel_size=patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)          # (B, C, h, w) -> (B, N, D), row-major
-
-
 class SelfAttention(nn.Module):
     def __init__(self, D, nh):
         super().__init__()
@@ -108,14 +100,14 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, x, rope):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)     # each (B, nh, N, hd)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, N, hd)
         q, k = (rotate(x, rope).type_as(v) for x in (self.q_norm(q), self.k_norm(k)))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """The picture's tokens look at the visual ones; no rotary."""
+    """Tokens look at the visual ones; no rotary."""
 
     def __init__(self, D, nh):
         super().__init__()
@@ -128,7 +120,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def heads(self, x):
-        return x.unflatten(-1, (self.nh, -1)).transpose(1, 2)   # (B, N, D) -> (B, nh, N, hd)
+        return x.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, N, D) -> (B, nh, N, hd)
 
     def forward(self, x, ctx, no_ctx, cache=None):
         """x: (B, N, D) -> (B, N, D)
@@ -164,16 +156,6 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class ContextMLP(nn.Module):
-    def __init__(self, z_dims, inner, D):
-        super().__init__()
-        self.fc1 = nn.Linear(z_dims, inner)
-        self.fc2 = nn.Linear(inner, D)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -189,7 +171,7 @@ class Block(nn.Module):
         """x: (B, N, D); c0: (B, 6, D) shared by all blocks; ctx, no_ctx, cache: see CrossAttention -> (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + c0).unbind(1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
-        x = x + self.cross_attn(x, ctx, no_ctx, cache)   # official: no norm before it, no gate after it
+        x = x + self.cross_attn(x, ctx, no_ctx, cache)  # official: no norm before it, no gate after it
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
@@ -206,11 +188,11 @@ class FinalLayer(nn.Module):
 
 
 class Rope(nn.Module):
-    """The rotary tables of the trained size, which the public files carry."""
+    """Rotary tables of the trained size, as in the public files."""
 
     def __init__(self, side, head_dim):
         super().__init__()
-        positions = torch.arange(side, device="cpu").float()    # real even where all else is on the meta device
+        positions = torch.arange(side, device="cpu").float()  # real even where all else is on the meta device
         cos, sin = rope_table(positions, positions, head_dim)
         self.register_buffer("freqs_cos", cos)
         self.register_buffer("freqs_sin", sin)
@@ -221,17 +203,17 @@ class DiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         D = cfg.hidden_size
-        self.side = cfg.input_size // cfg.patch_size            # tokens per side of the trained size
-        self.x_embedder = PatchEmbed(cfg.patch_size, cfg.in_channels, D)
+        self.side = cfg.input_size // cfg.patch_size  # tokens
+        self.x_embedder = PatchEmbed(cfg.patch_size, D, cfg.in_channels, ExactConv2d)
         self.t_embedder = TimeEmbedder(D)
         self.r_embedder = TimeEmbedder(D) if cfg.auxiliary_time_cond else None
         self.feat_rope = Rope(self.side, D // cfg.num_heads)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         self.layer_norm = nn.LayerNorm(cfg.z_dims)
-        self.mlp_ca = ContextMLP(cfg.z_dims, cfg.encdim_ratio * D, D)
+        self.mlp_ca = MLP(cfg.z_dims, cfg.encdim_ratio * D, D, gelu="tanh")
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(D, cfg.patch_size**2 * cfg.out_channels)
-        self.checkpointing = False                              # gradient checkpointing, block by block
+        self.checkpointing = False
         self.init_weights()
 
     @torch.no_grad()
@@ -252,9 +234,9 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def rope(self, h, w, device):
-        """The turns of h x w tokens -> (h*w, hd/2) complex."""
+        """Turns of h x w tokens -> (h*w, hd/2) complex."""
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
-        if not h == w == self.side or cos.dtype != torch.float32:       # .to(bfloat16) has rounded them
+        if not h == w == self.side or cos.dtype != torch.float32:  # .to(bfloat16) has rounded them
             # official: squares only; one factor for both axes keeps a rectangle's aspect
             scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
             rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
@@ -268,7 +250,7 @@ class DiT(nn.Module):
     def unpatchify(self, x, h, w):
         """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token holds (row, column, channel)."""
         p = self.cfg.patch_size
-        x = x.unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                             # (B, h, w, p, p, C)
+        x = x.unflatten(1, (h, w)).unflatten(-1, (p, p, -1))  # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(self, z_t, z_lq, feat, t, r=None, cache=None):
@@ -277,7 +259,7 @@ class DiT(nn.Module):
         z_t, z_lq: (B, C, h, w) noisy latent and LQ latent; h, w multiples of the patch size
         feat: (n, M, z_dims) visual tokens of the first n LQ pictures; the others have none, and zeros are none too
         t, r: (B,) in [0, 1], 1 = noise, 0 = clean; r only with auxiliary_time_cond
-        cache: a dict, empty at first: as long as feat stays the same, cross-attention computes keys and values once
+        cache: a dict, empty at first: while feat stays the same, cross-attention computes keys and values once
         -> (B, C, h, w) velocity eps - hq
         """
         if not self.cfg.precondition:
@@ -288,16 +270,16 @@ class DiT(nn.Module):
         time = t[:, None, None, None]
         var = (1 - time) ** 2 + time**2
         z_in = ((1 - time) / var).clamp(min=0.1) * (z_t - (1 - time) * z_lq)
-        guess = ((2 * time - 1) * z_t - time * z_lq) / var                              # the velocity of that mean
+        guess = ((2 * time - 1) * z_t - time * z_lq) / var  # the velocity of that mean
         return guess - self.network(z_in, z_lq, feat, t, r, cache) / var.sqrt()
 
     def network(self, z_in, z_lq, feat, t, r, cache):
         p = self.cfg.patch_size
         h, w = z_in.shape[-2] // p, z_in.shape[-1] // p
-        x = self.x_embedder(torch.cat([z_lq, z_in], dim=1))                             # (B, N, D), LQ first
+        x = self.x_embedder(torch.cat([z_lq, z_in], dim=1))  # (B, N, D), LQ first
         c = self.t_embedder(t)
         if self.r_embedder:
-            c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)                   # exactly c(t) where r = t
+            c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)  # exactly c(t) where r = t
         c0 = self.t_block(c).unflatten(-1, (6, -1))
         ctx = None if cache else self.context(feat)
         no_ctx, rope = self.mlp_ca(self.layer_norm.bias), self.rope(h, w, x.device)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 
 def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None, cache=None):
-    """Both velocities of a guidance in one batch: under z_lq with feat, under z_weak without -> v_cond, v_weak."""
+    """Velocities under z_lq with feat and under z_weak without, in one batch -> v_cond, v_weak"""
     z_t, t, r = z_t.repeat(2, 1, 1, 1), t.repeat(2), r if r is None else r.repeat(2)
     return dit(z_t, torch.cat([z_lq, z_weak]), feat, t, r, cache).chunk(2)
 
@@ -27,8 +27,7 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
 
     z_t, z_lq: (B, C, h, w); feat: (B, M, z_dims); t, r: numbers in [0, 1], r is read by one-step models only
     guidance: 1 = conditional only, one pass; 0 = weak only. Against habit smaller is more generative, larger more
-              faithful: the weak branch knows less of the picture and invents more.
-    weak: w; interval: of t where guidance counts; cache: DiT's, to keep from step to step -> (B, C, h, w) velocity
+    faithful; weak: w; interval: of t where guidance counts; cache: DiT's -> (B, C, h, w) velocity
     """
     if not interval[0] <= t <= interval[1]:
         guidance = 1
@@ -36,18 +35,18 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
     if guidance == 1:
         return dit(z_t, z_lq, feat, t, r, cache)
     v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r, cache)
-    return v_weak + guidance * (v_cond - v_weak)                # Eq. guidance
+    return v_weak + guidance * (v_cond - v_weak)  # Eq. guidance
 
 
 def sample(velocity, eps, steps):
     """Euler's method from noise at t = 1 to the clean latent at t = 0.
 
-    velocity: function (z_t, t, r) -> velocity from t towards r; eps: (B, C, h, w) standard normal -> like eps
+    velocity: function (z_t, t, r); eps: (B, C, h, w) standard normal -> like eps
     """
-    z = eps.float()                                             # many small steps would be lost in half precision
+    z = eps.float()  # many small steps would be lost in half precision
     times = [1 - k / steps for k in range(steps + 1)]
     for t, r in zip(times, times[1:]):
-        z = z - (t - r) * velocity(z.to(eps.dtype), t, r)       # Eq. Euler
+        z = z - (t - r) * velocity(z.to(eps.dtype), t, r)  # Eq. Euler
     return z.to(eps.dtype)
 
 
@@ -62,7 +61,7 @@ class Draws:
     n: torch.Tensor         # (B,) standard normal: strength of the LQ condition
     eps: torch.Tensor       # (B, C, h, w) standard normal: the flow's noise
     m: torch.Tensor         # (B,) uniform: the condition is dropped where m < cfg_ratio
-    xi: torch.Tensor        # (B, C, h, w) standard normal: noise in the LQ condition
+    xi: torch.Tensor        # (B, C, h, w) standard normal: noise of the LQ condition
     w: torch.Tensor         # () strength of the weak condition, one number for the batch
     g: torch.Tensor | None = None   # (B,) Beta(1, 1), which is uniform: r = t (1 - g), distillation only
 
@@ -84,7 +83,7 @@ class Draws:
 
 
 def draw(z, generator):
-    """The numbers behind both kinds of Draws, uniform or normal, for latents z: (B, C, h, w)."""
+    """The numbers behind both kinds of Draws, for latents z: (B, C, h, w)."""
     B = len(z)
     draws = ((torch.rand, (B, 2)), (torch.randn, (B,)), (torch.randn, z.shape),
              (torch.rand, (B,)), (torch.randn, z.shape), (torch.rand, (B,)))
@@ -102,9 +101,9 @@ def conditions(z_lq, feat, d, cfg_ratio, strength):
     z_lq: (B, C, h, w); feat: (B, M, z_dims) -> noised, z_weak, mixed like z_lq, mixed_feat like feat
     """
     mu, sigma = strength
-    a = column(torch.sigmoid(sigma * d.n + mu))                 # about 0.993
-    noised = a * z_lq + (1 - a**2).sqrt() * d.xi                # Eq. noised condition
-    z_weak = d.w * z_lq                                         # Eq. weak condition
+    a = column(torch.sigmoid(sigma * d.n + mu))  # about 0.993
+    noised = a * z_lq + (1 - a**2).sqrt() * d.xi  # Eq. noised condition
+    z_weak = d.w * z_lq  # Eq. weak condition
     dropped = d.m < cfg_ratio
     mixed = torch.where(column(dropped), z_weak, noised)
     return noised, z_weak, mixed, torch.where(dropped[:, None, None], 0.0, feat)
@@ -118,40 +117,40 @@ def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
     _, _, mixed, feat = conditions(z_lq, feat, d, cfg_ratio, strength)
     t = column(d.t)
     z_t = (1 - t) * z_hq + t * d.eps
-    return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)     # Eq. flow
+    return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)  # Eq. flow
 
 
 def teach(teacher, z_t, noised, z_weak, feat, t, omega, interval=(0.0, 1.0)):
     """The frozen multi-step teacher's guided velocity; outside the interval of t: (B,) omega is 1."""
     v_cond, v_weak = (v.float() for v in two_branches(teacher, z_t, noised, z_weak, feat, t))
     omega = column(torch.where((interval[0] <= t) & (t <= interval[1]), omega, 1.0))
-    return v_weak + omega * (v_cond - v_weak)                   # Eq. teacher
+    return v_weak + omega * (v_cond - v_weak)  # Eq. teacher
 
 
 def target_shortcut(u, z_t, t, r):
-    """Two half steps make a whole one: the mean of the student's velocities on [t, s] and [s, r]."""
+    """Two half steps make a whole one: the mean of u on [t, s] and [s, r]."""
     s = (t + r) / 2
     u1 = u(z_t, t, s)
     u2 = u(z_t - column((t - r) / 2) * u1, s, r)
-    return (u1 + u2) / 2                                        # Eq. shortcut
+    return (u1 + u2) / 2  # Eq. shortcut
 
 
 def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
     """Recursive consistency: go a short way delta along the teacher's v, the rest along the student, compare with u.
 
-    z_t, u, v: (B, C, h, w) state, the student's average velocity on [t, r], the teacher's velocity at t; t, r: (B,)
+    z_t, u, v: (B, C, h, w) state, the student's velocity on [t, r], the teacher's at t; t, r: (B,)
     -> like u: what it has too much, over delta; 0 when u is the average velocity of the teacher's flow
     """
     t_m = torch.maximum(t - delta, r)
     z = z_t - column(t - t_m) * v
     step = (t_m - r) / N
-    way = torch.zeros_like(z)                                   # F: the way from t_m to r
+    way = torch.zeros_like(z)  # F: the way from t_m to r
     for k in range(N):
         u_k = student(z, t_m - k * step, t_m - (k + 1) * step)
         z, way = z - column(step) * u_k, way + column(step) * u_k
     d = column((t - r).clamp(min=1e-6))
-    near = column(t < r + delta + 1e-6)                         # then t_m = r and F = 0: u shall be v
-    return torch.where(near, u - way / d, (u * d - way) / delta) - v        # Eq. RCGM
+    near = column(t < r + delta + 1e-6)  # then t_m = r and F = 0: u shall be v
+    return torch.where(near, u - way / d, (u * d - way) / delta) - v  # Eq. RCGM
 
 
 def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, cfg_ratio=0.1, strength=(5.0, 1.0),
@@ -175,6 +174,6 @@ def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, 
         v = teach(teacher, z_t, noised, z_weak, feat, t, omega, interval)
         if kind == "shortcut":
             target = target_shortcut(u, z_t, t, r)
-        else:                                                   # the clamp is a trust region, at first always hit
+        else:  # the clamp is a trust region, at first always hit
             target = u_t - correction_rcgm(u, z_t, t, r, u_t, v, **rcgm).clamp(-1, 1)
     return F.mse_loss(u(z_t, t, t), v), F.mse_loss(u_t, target)

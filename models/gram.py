@@ -18,8 +18,8 @@ CSD_TIMES = 20, 500     # t is drawn from 20 .. 499, as by PiSA-SR's script
 def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
     """Classifier score distillation: what guidance would change about a latent, the latent should have changed already.
 
-    Noise is added, and a frozen UNet takes it away twice: with guidance towards the context, and without context. The
-    difference of the two clean latents is the gradient that z gets; the loss itself says little.
+    Noise is added, and a frozen UNet takes it away twice: without context, and with guidance towards it. The difference
+    of the two clean latents is the gradient that z gets; the loss itself says little.
     prior: (z_t, t, context) -> eps; z: (B, 4, h, w) clean scaled latent; t: (B,) of CSD_TIMES; noise: like z
     context: (B, N, D) of the LQ picture; negative: like it, zeros in GramSR, a bad prompt in PiSA-SR -> scalar
     """
@@ -30,9 +30,9 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
         eps_neg, eps_cond = eps.chunk(2)
         guided = eps_neg + guidance * (eps_cond - eps_neg)
         fake, real = ((z_t - (1 - a).sqrt() * eps) / a.sqrt() for eps in (eps_neg, guided))
-        g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)      # Eq. GramSR (4)
+        g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)  # Eq. GramSR (4)
         target = z - g
-    return F.mse_loss(z, target)        # its gradient is 2 g / numel
+    return F.mse_loss(z, target)  # its gradient is 2 g / numel
 
 
 def normalised(x):
@@ -41,7 +41,7 @@ def normalised(x):
 
 
 def features(vit, x):
-    """What the Gram loss compares: DINOv3's tokens of the patches.  x: (B, 3, H, W) in [-1, 1] -> (B, N, D)"""
+    """What the Gram loss compares, DINOv3's patches.  x: (B, 3, H, W) in [-1, 1] -> (B, N, D)"""
     return vit.patches(normalised(x).to(vit.norm.weight.dtype)).float()
 
 
@@ -60,4 +60,4 @@ def gram(x, channels=False, normalise=True, positive=False):
 
 def loss_gram(sr, hq, **kind):
     """Mean squared difference of Gram matrices of features (B, N, D); kind: options of `gram` -> scalar"""
-    return F.mse_loss(gram(sr, **kind), gram(hq, **kind))       # Eq. GramSR (5)
+    return F.mse_loss(gram(sr, **kind), gram(hq, **kind))  # Eq. GramSR (5)

@@ -4,9 +4,9 @@ Papers:  LoRA, arXiv 2106.09685: y = W x + s B A x with narrow A and B, the only
 Weights: the adapters inside s3diff.pkl (S3Diff) and model_12501.pkl, lora_weights_dino_53001.safetensors (GramSR).
 Left out: dropout, biases of adapters, rank-stabilised scaling.
 
-unet.py and vae.py are made of this file's Linear and Conv2d: torch's layers, to which every adapter is added. C, an
-argument of every forward, is S3Diff's matrix between A and B: for each adapter one of (B or 1, r, r); None is the
-identity for all, and an adapter that C does not name is off. Channels are c wherever there is a C.
+unet.py and vae.py are made of this file's Linear and Conv2d: torch's layers plus adapters. C, an argument of every
+forward, is S3Diff's matrix between A and B, for each adapter (B or 1, r, r); None is the identity for all, and an
+adapter that C does not name is off. Channels are c wherever there is a C.
 """
 
 import math
@@ -23,7 +23,7 @@ ALPHA = 8  # trap: peft's default, on which both papers' files rely: s = 8 / r, 
 
 
 class LoRA:
-    """What Linear and Conv2d have in common.  C: {adapter: (B or 1, r, r)} or None"""
+    """What both layers have in common.  C: {adapter: (B or 1, r, r)} or None"""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -39,7 +39,7 @@ class LoRA:
 
     def adapters(self, C):
         """-> (A, B, s, the paper's C or None) of every adapter that is on"""
-        return [(A, self.lora_B[name], self.s[name], C and C[name].mT)      # as officially, ours is its transpose
+        return [(A, self.lora_B[name], self.s[name], C and C[name].mT)  # as officially, ours is its transpose
                 for name, A in self.lora_A.items() if C is None or name in C]
 
     def forward(self, x, C=None):
@@ -65,10 +65,7 @@ class LoRA:
         return W.view_as(self.weight)
 
     def folding_pays(self, pixels, C):
-        """Folding takes out x in x k^2 products for each of r, the way beside it in x k^2 + out for every pixel, too.
-
-        Never with gradients, which would be as large as the folded weight.
-        """
+        """Folding takes r out in k^2 products, the way beside r (in k^2 + out) a pixel; gradients go beside."""
         if torch.is_grad_enabled() or any([len(M) > 1 for M in (C or {}).values()]):
             return False
         return pixels * (self.weight.numel() / len(self.weight) + len(self.weight)) > self.weight.numel()

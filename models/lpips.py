@@ -43,7 +43,7 @@ def alex():
 
 
 def random():
-    """Ours, for the tiny presets: no classifier but orthogonal random filters, as in 2103.10571, deaf to brightness."""
+    """Ours, for tiny presets: no classifier but orthogonal random filters (2103.10571), deaf to brightness."""
     g, layers = torch.Generator().manual_seed(0), []
     for c_in, width in ((3, 16), (16, 32), (32, 64)):
         conv = nn.Conv2d(c_in, width, 3, padding=1, padding_mode="reflect", bias=False)
@@ -65,7 +65,7 @@ NETS = {    # trunk, {layer whose features are taken: channels}, smallest side i
 def unit(f, eps=EPS):
     """Feature vectors to length one, in float32 at least: half precision has no 1e-10.  (B, C, h, w) -> same shape"""
     f = f.to(torch.promote_types(f.dtype, torch.float32))
-    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)   # official: a square root, gradient NaN at 0
+    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)  # official: a square root, gradient NaN at 0
     return f / (length + eps)
 
 
@@ -79,10 +79,10 @@ class LPIPS(nn.Module):
         trunk, self.taps, self.smallest, _ = NETS[net]
         self.eps = FAINT if net == "random" else EPS
         self.features = nn.Sequential(*trunk())
-        for i, channels in enumerate(self.taps.values()):   # a dropout was number 0 when the heads were trained
+        for i, channels in enumerate(self.taps.values()):  # a dropout was number 0 when the heads were trained
             head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
-            nn.init.constant_(head[1].weight, 1.0)          # positive, as the public ones are
+            nn.init.constant_(head[1].weight, 1.0)
 
     @classmethod
     def from_pretrained(cls, net="vgg", device="cpu"):
@@ -95,7 +95,7 @@ class LPIPS(nn.Module):
         return model.requires_grad_(False).eval().to(device)
 
     def look(self, x):
-        """Features of x, depth by depth: without gradient only one of them is in memory."""
+        """Features of x, depth by depth."""
         x = (x - x.new_tensor(SHIFT).view(3, 1, 1)) / x.new_tensor(SCALE).view(3, 1, 1)
         for i, layer in enumerate(self.features):
             x = layer(x)

@@ -3,7 +3,7 @@
 Papers:  Qwen-Image, 2508.02324; Wan, 2503.20314 (the architecture, for video).
 Weights: Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors of VOSR; or Qwen-Image's own, the video form, which load
          hooks cut down.
-Left out: time (a picture is a video's first frame, which sees no other), training losses, attn_scales (always empty).
+Left out: time (a picture is a video's first frame, which sees no other), training losses, attn_scales.
 """
 
 from dataclasses import dataclass
@@ -34,19 +34,11 @@ class QwenVAEConfig:
     latents_std: tuple = LATENTS_STD
 
 
-# ---- layers, each with the hook that reads its video form
-
-def take_last_slice(module, state_dict, prefix, *_):
-    """Load hook: of a video convolution, which is causal, only the last slice in time ever meets the first frame."""
-    weight = state_dict.get(f"{prefix}weight")
-    if weight is not None and weight.ndim == 5:
-        state_dict[f"{prefix}weight"] = weight[:, :, -1]
-
+# ---- layers
 
 class Conv(nn.Conv2d):
     def __init__(self, c_in, c_out, size=3, **options):
         super().__init__(c_in, c_out, size, **{"padding": size // 2, **options})
-        self.register_load_state_dict_pre_hook(take_last_slice)
 
     def forward(self, x):
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -56,20 +48,12 @@ class ExactConv(Exact, Conv):
     """Conv at the ends of a network, always in float32."""
 
 
-def drop_time_axis(module, state_dict, prefix, *_):
-    """Load hook: (C, 1, 1, 1) -> (C, 1, 1)."""
-    gamma = state_dict.get(f"{prefix}gamma")
-    if gamma is not None and gamma.ndim == 4:
-        state_dict[f"{prefix}gamma"] = gamma.flatten(2)
-
-
 class Norm(nn.Module):
     """RMS norm of every pixel over its channels, with a gain.  (B, C, H, W) -> same shape"""
 
     def __init__(self, channels):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
-        self.register_load_state_dict_pre_hook(drop_time_axis)
 
     def forward(self, x):
         x = F.normalize(x.float(), dim=1).type_as(x)  # squares overflow in float16
@@ -118,12 +102,6 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-def drop_time_conv(module, state_dict, prefix, *_):
-    """Load hook: the first frame passes by the convolution that changes the frame rate."""
-    for kind in ("weight", "bias"):
-        state_dict.pop(f"{prefix}time_conv.{kind}", None)
-
-
 class Resample(nn.Module):
     """A step in resolution: what changes the size, and a convolution."""
 
@@ -131,7 +109,6 @@ class Resample(nn.Module):
         super().__init__()
         self.rate = rate
         self.resample = nn.Sequential(*layers)
-        self.register_load_state_dict_pre_hook(drop_time_conv)
 
     def forward(self, x):
         return in_strips(self.resample, x, rate=self.rate)
@@ -211,6 +188,21 @@ class Decoder(nn.Module):
 
 # ---- the model
 
+def take_first_frame(module, state_dict, prefix, *_):
+    """Load hook: the video form, less what a picture, the first frame, never meets.
+
+    Convolutions are causal: of each only the last slice in time counts, and none that changes the frame rate.
+    """
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        x, (step, of_time, _) = state_dict[name], name.partition("time_conv.")
+        if of_time and f"{step}resample.1.weight" in state_dict:
+            del state_dict[name]
+        elif x.ndim == 5:
+            state_dict[name] = x[:, :, -1]
+        elif name.endswith("gamma") and x.ndim == 4:
+            state_dict[name] = x.flatten(2)
+
+
 class QwenVAE(nn.Module):
     """Qwen-Image's autoencoder, with the interface of vae.VAE; latents are (B, 16, h, w)."""
 
@@ -218,13 +210,15 @@ class QwenVAE(nn.Module):
         super().__init__()
         self.config = c = config or QwenVAEConfig()
         if not c.z_dim == len(c.latents_mean) == len(c.latents_std):
-            raise ValueError(f"{c.z_dim} channels, but {len(c.latents_mean)} means and {len(c.latents_std)} deviations")
+            means, deviations = len(c.latents_mean), len(c.latents_std)
+            raise ValueError(f"{c.z_dim} latent channels, but {means} means and {deviations} deviations")
         widths = [c.base_dim * m for m in c.dim_mult]
         self.factor = 2 ** (len(widths) - 1)  # pixels per latent cell side
         self.encoder = Encoder(2 * c.z_dim, widths, c.num_res_blocks)
         self.decoder = Decoder(c.z_dim, widths, c.num_res_blocks)
         self.quant_conv = ExactConv(2 * c.z_dim, 2 * c.z_dim, 1)
         self.post_quant_conv = ExactConv(c.z_dim, c.z_dim, 1)
+        self.register_load_state_dict_pre_hook(take_first_frame)
 
     def statistics(self, z):
         """Mean and deviation of the latent channels -> two of (C, 1, 1), like z"""

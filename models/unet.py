@@ -4,8 +4,8 @@ Papers:  Latent Diffusion, 2112.10752; SD-Turbo, 2311.17042.
 Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR).
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
-Every map of the way down is kept for the way up at the same resolution (skips). C, in every forward, are the matrices
-of the layers' adapters (lora.py), an entry for each of ten blocks.
+Every map of the way down is kept for the way up (skips). C, in every forward: matrices of the layers' adapters
+(lora.py), one for each of ten blocks.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + two rounds of norm, SiLU, convolution, the time added between.  (B, c_in, h, w) -> (B, c_out, h, w)"""
+    """x + two rounds of norm, SiLU, convolution, the time between.  (B, c_in, h, w) -> (B, c_out, h, w)"""
 
     def __init__(self, cfg, c_in, c_out):
         super().__init__()
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(D, D)])
 
     def forward(self, x, context, C):
-        q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)       # (B, nh, N, hd)
+        q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
                    for y in (self.to_q(x, C), self.to_k(context, C), self.to_v(context, C)))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2), C)
@@ -97,7 +97,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, D):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout there
+        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])  # 1 is dropout there
 
     def forward(self, x, C):
         return self.net[2](self.net[0](x, C), C)
@@ -121,17 +121,17 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x + a transformer over all cells, which also looks at the context.  (B, D, h, w) -> (B, D, h, w)"""
+    """x + a transformer over all cells, which also looks at the context.  (B, D, h, w) -> same shape"""
 
     def __init__(self, cfg, D, nh):
         super().__init__()
-        self.norm = nn.GroupNorm(cfg.norm_groups, D, eps=1e-6)      # trap: not the 1e-5 of the resnets
+        self.norm = nn.GroupNorm(cfg.norm_groups, D, eps=1e-6)  # trap: not the 1e-5 of the resnets
         self.proj_in = Linear(D, D)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(D, cfg.context_dim, nh)])
         self.proj_out = Linear(D, D)
 
     def forward(self, x, context, C):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                # (B, N, D)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = self.proj_in(tokens, C).type_as(x)
         tokens = self.proj_out(self.transformer_blocks[0](tokens, context, C), C)
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -197,7 +197,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """As DownBlock, but every resnet also sees a map of the way down, and the resolution doubles at the end."""
+    """As DownBlock, but resnets also see a map of the way down, and the resolution doubles at the end."""
 
     def __init__(self, cfg, c_in, c_out, c_skips, nh, upsample):
         super().__init__()

@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion, VOSR's light decoder for it, and the tiny models' autoencoder.
 
 Papers:  Latent Diffusion, 2112.10752 (the KL autoencoder, f = 8); VOSR, 2604.03225 (a small decoder for its latents).
-Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout; sd21_lwdecoder.pth of VOSR.
+Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion; sd21_lwdecoder.pth of VOSR.
 Left out: training losses, LDM's own key names.
 
 Large pictures are computed exactly, in strips (strips.py). C: the matrices of an encoder layer's adapters (lora.py).
@@ -40,7 +40,7 @@ def group_norm(groups, channels):
 
 
 class ResnetBlock(nn.Module):
-    """x + two rounds of norm, SiLU, 3x3 convolution.  (B, c_in, H, W) -> (B, c_out, H, W)"""
+    """x + two rounds of norm, SiLU, convolution.  (B, c_in, H, W) -> (B, c_out, H, W)"""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
     def forward(self, x, C=None):
         h = fixed(self.group_norm, x)(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
-        q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, H*W, c)
+        q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         h = self.to_out[0](attention(q, k, v).squeeze(1), C)
         return x + h.transpose(1, 2).reshape(x.shape)
 
@@ -107,7 +107,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest, then a 3x3 convolution.  (B, c, H, W) -> (B, c, 2H, 2W)"""
+    """(B, c, H, W) -> (B, c, 2H, 2W)"""
 
     def __init__(self, channels):
         super().__init__()
@@ -121,10 +121,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """All resnets of one resolution, then the step to the next one, if any.
-
-    A list without a forward, which would hold on to its input longer than the first layer needs it.
-    """
+    """Resnets of one resolution, then the step to the next one; without a forward, which would hold on to its input."""
 
     def __init__(self, c_in, c_out, layers, groups, step=None):
         super().__init__()
@@ -141,7 +138,7 @@ class Level(nn.Module):
 # ---- the two halves
 
 class Encoder(Checkpointing, nn.Module):
-    """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8) with four widths
+    """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8)
 
     C: for each block id {adapter: (B or 1, r, r)}; blocks are the levels, the middle, conv_in with conv_out
     """
@@ -195,7 +192,7 @@ def mean_and_deviation(h):
 
 
 def draw(mean, std, generator=None):
-    """A sample, or the mean. The noise comes from the generator's device in float32: one seed, one noise everywhere."""
+    """A sample, or the mean; noise from the generator's device in float32: one seed, one noise everywhere."""
     if generator is None:
         return mean
     noise = torch.randn(mean.shape, generator=generator, device=generator.device)
@@ -203,10 +200,7 @@ def draw(mean, std, generator=None):
 
 
 class VAE(nn.Module):
-    """Stable Diffusion's AutoencoderKL.
-
-    Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, h, w), h = H/8, of about unit variance.
-    """
+    """Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance."""
 
     def __init__(self, config=None):
         super().__init__()
@@ -231,9 +225,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
 
 
-class LightDecoder(Decoder):
-    """VOSR's small decoder for SD's latents. Its file holds these arguments."""
-
+class LightDecoder(Decoder):  # VOSR's, for SD's latents
     def __init__(self, in_channels=4, out_channels=3, block_out_channels=(64, 128, 256, 256), layers_per_block=2):
         super().__init__(in_channels, out_channels, block_out_channels, layers_per_block, groups=32)
 
@@ -247,7 +239,7 @@ class LightDecoder(Decoder):
 @dataclass
 class TinyVAEConfig:
     latent_channels: int = 64  # of 192 numbers in 8x8x3 pixels
-    whitening: float = 0.5  # latents are divided by std^whitening: 0 weighs errors as pixels do, 1 all channels alike
+    whitening: float = 0.5  # latents over std^whitening: 0 weighs errors as pixels do, 1 all channels alike
     scale: float = 2.0  # of the latents, whose noise has 1
     finish: int = 0  # channels of the convolutions after the linear decoder; 0 = none
 
@@ -264,7 +256,7 @@ class ResBlock(nn.Module):
 
 
 class Finish(nn.Module):
-    """What to add to a linearly decoded picture: convolutions at an eighth and half of its size; nothing at first."""
+    """What to add to a linearly decoded picture: convolutions at an eighth and half of its size."""
 
     def __init__(self, latent_channels, wide, narrow=32):
         super().__init__()
@@ -284,7 +276,7 @@ class Finish(nn.Module):
 
 
 def rename_weight(module, state_dict, prefix, *_):
-    """Load hook: until 2026-11 the encoder had no name of its own."""
+    """Load hook: in vosr_tiny.safetensors the encoder has no name of its own."""
     if f"{prefix}weight" in state_dict:
         state_dict[f"{prefix}encoder.weight"] = state_dict.pop(f"{prefix}weight")
 
@@ -300,8 +292,8 @@ def autoencoder_config(d):
 class TinyVAE(nn.Module):
     """A learned lapped transform: one strided convolution, and its transpose back.
 
-    Like PCA it is linear, and tied weights make it (nearly) orthonormal; unlike blocks, its 16x16 windows overlap by
-    half. A transformer's errors, one token each, still show as a faint grid, which `finish` takes away.
+    Like PCA it is linear, and tied weights make it nearly orthonormal; its 16x16 windows overlap by half. A
+    transformer's errors, one token each, still show as a faint grid, which `finish` takes away.
     """
 
     factor = 8
@@ -326,7 +318,7 @@ class TinyVAE(nn.Module):
         return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.encoder.weight, stride=8, padding=12)
 
     def encode(self, x, generator=None, C=None):
-        """(B, 3, H, W) in [-1, 1], sides multiples of 8 -> (B, c, H/8, W/8) scaled latent; nothing is random here."""
+        """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) scaled latent; nothing is random here."""
         return self.analyse(x, C and C[0]) * self.gain()
 
     def decode(self, z):

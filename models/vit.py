@@ -7,10 +7,10 @@ Left out: DINOv2 with registers, the giant DINOv2, DINO at other sizes than 224 
 
 Each patch of a picture becomes a token, a class token (and in DINOv3 four registers, scratch space) goes in front:
 
-            where is a patch?                        residual branches    q, k, v
-    DINO    learned table, added once                as they are          one matrix
-    DINOv2  the same, resampled to other sizes       scaled (layer scale) one matrix
-    DINOv3  q and k turned by angles (RoPE)          scaled               three, k without bias
+            where is a patch?                   residual branches     q, k, v
+    DINO    learned table, added once           as they are           one matrix
+    DINOv2  the same, resampled to other sizes  scaled (layer scale)  one matrix
+    DINOv3  q and k turned by angles (RoPE)     scaled                three, k without bias
 """
 
 import math
@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def standardised(x):
-    """(B, 3, H, W) in [0, 1] -> less ImageNet's mean, over its deviation, as all of these networks want it"""
+    """(B, 3, H, W) in [0, 1] -> as all of these networks want it"""
     mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
@@ -72,22 +72,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)     # each (B, nh, N, hd)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, N, hd)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    def __init__(self, D, inner):
+    def __init__(self, D, inner, out=None, gelu="none"):
         super().__init__()
         self.fc1 = nn.Linear(D, inner)
-        self.fc2 = nn.Linear(inner, D)
+        self.fc2 = nn.Linear(inner, out or D)
+        self.gelu = gelu  # or "tanh", an approximation
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 class LayerScale(nn.Module):
-    def __init__(self, D, name="gamma"):        # lambda1 in DINOv3
+    def __init__(self, D, name="gamma"):  # lambda1 in DINOv3
         super().__init__()
         self.name = name
         self.register_parameter(name, nn.Parameter(torch.ones(D)))
@@ -113,12 +114,12 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch, D):
+    def __init__(self, patch, D, channels=3, conv=nn.Conv2d):
         super().__init__()
-        self.proj = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
+        self.proj = conv(channels, D, kernel_size=patch, stride=patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)          # (B, 3, H, W) -> (B, N, D), row-major
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D), row by row
 
 
 class ViT(nn.Module):
@@ -129,7 +130,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, D))
         if cfg.version > 1:
-            self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)      # in the files only
+            self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)  # in the files only
         self.patch_embed = PatchEmbed(cfg.patch_size, D)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
@@ -145,7 +146,7 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def positions(self, h, w):
-        """Position table for h x w tokens -> (1, 1 + h*w, D), the class token's first."""
+        """Position table for h x w tokens -> (1, 1 + h*w, D)"""
         side = self.cfg.img_size // self.cfg.patch_size
         if h == w == side:
             return self.pos_embed
@@ -156,10 +157,9 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :1], grid], dim=1)
 
     def layers(self, x):
-        """What the blocks put out, without the final norm; each runs when its output is asked for.
+        """What the blocks put out, without the final norm.
 
-        x: (B, 3, H, W) standardised, sides multiples of the patch size
-        -> yields (B, 1 + N, D): class token, then N = H/p * W/p patches row by row
+        x: (B, 3, H, W) standardised, sides multiples of p -> yields (B, 1 + N, D): class token, N patches row by row
         """
         p = self.cfg.patch_size
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
@@ -169,7 +169,7 @@ class ViT(nn.Module):
             yield tokens
 
     def forward(self, x, layer=None):
-        """Patch tokens.  x as in `layers`; layer: after this block, None = last block and final norm -> (B, N, D)"""
+        """Patch tokens.  x as in `layers`; layer: after this block, None = last and final norm -> (B, N, D)"""
         tokens = take(self.layers(x), len(self.blocks) - 1 if layer is None else layer)
         return (self.norm(tokens) if layer is None else tokens)[:, 1:]
 
@@ -182,12 +182,9 @@ def take(outputs, i):
 # ---- DINOv3
 
 def rope_table(h, w, head_dim, device=None):
-    """Cosines and sines for h x w patches, two (h*w, hd/2): angles that grow with the row, then with the column.
-
-    Centres of patches lie in (-1, 1) on each axis, so any size fits the trained range.
-    """
+    """Cosines and sines for h x w patches, with centres in (-1, 1): two (h*w, hd/2), first of rows, then of columns."""
     row, col = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in (h, w))
-    frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)   # (hd/4,)
+    frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)  # (hd/4,)
     centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1).view(h * w, 2, 1)
     angle = (2 * math.pi * centre * frequency).flatten(1)
     return angle.cos(), angle.sin()
@@ -204,12 +201,12 @@ class DINOv3Attention(nn.Module):
         super().__init__()
         self.nh = nh
         self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, D, bias=False)       # but for the rotation, softmax would cancel a bias of k
+        self.k_proj = nn.Linear(D, D, bias=False)  # but for the rotation, softmax would cancel a bias of k
         self.v_proj = nn.Linear(D, D)
         self.o_proj = nn.Linear(D, D)
 
     def forward(self, x, rope):
-        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)                 # (B, nh, N, hd)
+        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)
         return self.o_proj(x.transpose(1, 2).flatten(2))
@@ -231,7 +228,7 @@ class DINOv3Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D = cfg.embed_dim
-        self.norm1 = nn.LayerNorm(D)                    # eps 1e-5 here, 1e-6 in the older ones
+        self.norm1 = nn.LayerNorm(D)  # eps 1e-5 here, 1e-6 in the older ones
         self.attention = DINOv3Attention(D, cfg.num_heads)
         self.layer_scale1 = LayerScale(D, "lambda1")
         self.norm2 = nn.LayerNorm(D)
@@ -248,7 +245,7 @@ class Embeddings(nn.Module):
         super().__init__()
         D, p = cfg.embed_dim, cfg.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)       # in the files only
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)  # in the files only
         self.register_tokens = nn.Parameter(torch.zeros(1, cfg.registers, D))
         self.patch_embeddings = nn.Conv2d(3, D, kernel_size=p, stride=p)
 
@@ -261,13 +258,13 @@ class DINOv3(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.front = 1 + cfg.registers                  # tokens before the patches
+        self.front = 1 + cfg.registers  # tokens before the patches
         self.embeddings = Embeddings(cfg)
         self.layer = nn.ModuleList(DINOv3Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
     def rope(self, h, w, device=None):
-        """Tables for all tokens (front + h*w, hd/2); those in front are nowhere: turned by the angle 0."""
+        """Tables (front + h*w, hd/2); tokens in front are nowhere: turned by the angle 0."""
         cos, sin = rope_table(h, w, self.cfg.embed_dim // self.cfg.num_heads, device)
         return F.pad(cos, (0, 0, self.front, 0), value=1.0), F.pad(sin, (0, 0, self.front, 0))
 
@@ -280,10 +277,10 @@ class DINOv3(nn.Module):
             yield tokens
 
     def forward(self, x, layer=None):
-        """All tokens: class, registers, patches row by row; arguments as ViT's -> (B, 1 + registers + N, D)"""
+        """All tokens: class, registers, patches; arguments as ViT's -> (B, 1 + registers + N, D)"""
         tokens = take(self.layers(x), len(self.layer) - 1 if layer is None else layer)
         return self.norm(tokens) if layer is None else tokens
 
     def patches(self, x, layer=None):
-        """The patch tokens alone.  -> (B, N, D)"""
+        """-> (B, N, D)"""
         return self(x, layer)[:, self.front:]

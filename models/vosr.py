@@ -5,12 +5,11 @@ Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networ
          beside this file: ours, trained by train_vosr.py.
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
-A system is wiring. Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the
-clean latent, conditioned on both (DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
+Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the clean latent under both
+(DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
 """
 
 from dataclasses import dataclass, field, fields, replace
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -19,14 +18,14 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
-from models.support.authors import believe, dit_config, weak_of
+from models.support.authors import read_light_decoder, release_config
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
 from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
-                                    load_strictly, nearby, on_paper, read_config, read_json, read_tensors)
+                                    load_strictly, nearby, on_paper, read_config, read_tensors)
 
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
 TILES_AT_ONCE = 4
@@ -40,15 +39,15 @@ class VOSRConfig:
     light_decoder: dict | None = None   # LightDecoder's arguments, where it stands in for the VAE's own decoder
     vit_input: int = 448            # pixels per side of what the vision encoder sees, whatever the picture's shape
     vit_layer: int | None = 8       # its tokens after this block; None = after the last block and the final norm
-    steps: int = 25                 # Euler steps of the sampler
+    steps: int = 25                 # Euler steps
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
     torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does, not by Pillow as the official scripts
-    blind: bool = False             # no visual tokens, as in the paper's ablation
+    blind: bool = False             # no visual tokens: the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
-    tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
-    overlap: int = 0                # pixels that tiles share, at least 1/8 of a tile
+    tile: int = 0                   # pixels a side, 0 = the whole picture
+    overlap: int = 0                # pixels that tiles share, 1/8 at least
 
     def __post_init__(self):
         if self.color not in ("adain", "wavelet", "none"):
@@ -60,7 +59,7 @@ class VOSRConfig:
         return VOSRConfig(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
 
 
-SIZES = {   # published: the transformer, and the frozen networks around it
+SIZES = {   # published: the transformer and what is around it
     "0.5b": VOSRConfig(light_decoder={}, tile=512),
     "1.4b": VOSRConfig(
         dit=DiTConfig(in_channels=32, out_channels=16, hidden_size=1536, depth=36, num_heads=24, z_dims=1024),
@@ -73,22 +72,13 @@ PUBLIC = {      # name: size, folder of the release
 }
 
 
-def light_settings(content, path):
-    """LightDecoder's arguments among the settings in the authors' file -> dict. Raises WeightError."""
-    with on_paper(path, "a light decoder"):
-        config = content.get("config", {})
-        settings = {k: config[k] for k in signature(LightDecoder).parameters if k in config}
-        LightDecoder(**settings)
-    return settings
-
-
 class VOSR(nn.Module):
-    SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]     # of sample.py --sweep
+    SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]  # of sample.py --sweep
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond     # VOSR 2.0: no weak branch to be guided from
+        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond  # VOSR 2.0: no weak branch to be guided from
         if self.blunt:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
         self.vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
@@ -99,14 +89,14 @@ class VOSR(nn.Module):
         self.vit, self.dit = ViT(cfg.vit), DiT(cfg.dit)
 
     def decode(self, z):
-        """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]."""
+        """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]"""
         return (self.light_decoder or self.vae).decode(z)
 
     def tokens(self, x):
-        """What the vision encoder makes of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
+        """Visual tokens of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
         if self.cfg.blind:
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
-        side = (self.cfg.vit_input, self.cfg.vit_input)     # official: whatever the aspect, the picture is squeezed
+        side = (self.cfg.vit_input, self.cfg.vit_input)  # official: whatever the aspect, the picture is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
         return self.vit(standardised(x).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
@@ -114,8 +104,8 @@ class VOSR(nn.Module):
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
         """Sample the clean latent, in tiles where it is larger than one.
 
-        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels
-        tile 0 = off, which B > 1 needs -> like z_lq
+        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, 0 = off, as B > 1 needs
+        -> like z_lq
         """
         (h, w), f, p = z_lq.shape[-2:], self.vae.factor, self.cfg.dit.patch_size
         side = tile // f // p * p
@@ -127,8 +117,8 @@ class VOSR(nn.Module):
         boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
         z_lqs = torch.cat([z_lq[..., row, col] for row, col in boxes])
         crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes]
-        feats = torch.cat([self.tokens(crop) for crop in crops])    # every tile has its own visual tokens
-        # Keys and values of a tile take 235 MB (0.5B, float32): those of many tiles are made anew in every step.
+        feats = torch.cat([self.tokens(crop) for crop in crops])  # every tile has its own visual tokens
+        # Keys and values of a tile take 235 MB (0.5B, float32): of many tiles they are made anew in every step.
         cache = {} if 1 < steps and len(boxes) <= TILES_AT_ONCE else None
 
         def velocity(z, t, r):
@@ -150,20 +140,20 @@ class VOSR(nn.Module):
         if self.blunt and (guidance, weak) != (None, None):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
                               "leave them out")
-        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, color=color,
-                     tile=tile or None, overlap=overlap or None)
+        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, tile=tile or None,
+                     overlap=overlap or None)
         cfg = replace(self.cfg, **{k: v for k, v in given.items() if v is not None})
         H, W = (round(side * scale) for side in lq.shape[-2:])
         lq = lq if cfg.torch_bicubic else resize(lq, (H, W))
         lq = lq.to(self.dit.t_block[1].weight.device, non_blocking=True)
         lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if cfg.torch_bicubic else lq
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * cfg.dit.patch_size)
-        z_lq = self.vae.encode(x)                           # official: a sample of the posterior at first, now its mode
+        z_lq = self.vae.encode(x)  # official: a sample of the posterior at first, now its mode
         noise = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed))  # of this picture alone
         eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
         sr = (self.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
-        return color_fix(sr, lq_up, cfg.color)
+        return color_fix(sr, lq_up, color or cfg.color)
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):
@@ -190,39 +180,25 @@ class VOSR(nn.Module):
 
         args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError.
         """
-        tensors, settings, custom = read_tensors(weights), read_json(args) if args else {}, size is None
-        dit = dit_config(DiTConfig, tensors, weights, settings if custom else {})
-        if custom:
-            around = {(c.dit.out_channels, c.dit.z_dims): size for size, c in SIZES.items()}
-            size = around.get((dit.out_channels, dit.z_dims))
-        elif dit != replace(SIZES[size].dit, auxiliary_time_cond=dit.auxiliary_time_cond):
-            raise WeightError(f"{weights}: is not the public {size} model but {dit}; "
-                              "delete it, then it is downloaded again")
-        if size is None:
-            raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} "
-                              "are no public combination")
+        tensors = read_tensors(weights)
+        cfg = release_config(SIZES, size, DiTConfig, tensors, weights, args)
         # official: wavelet colours since 2026, adain before; the multi-step script still has adain
-        cfg = replace(SIZES[size], dit=dit, weak=weak_of(settings, SIZES[size].weak, args), color="wavelet")
-        if custom:
-            cfg = replace(cfg, **believe(cfg, settings, args))
-        if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time
-            cfg = replace(cfg, steps=1, guidance=1.0)
+        cfg = replace(cfg, color="wavelet")
         with on_paper(weights, "VOSR"):
-            DiT(checked(dit))                   # before gigabytes are fetched for it
+            DiT(checked(cfg.dit))  # before gigabytes are fetched for it
         model = cls.with_frozen(cfg, args and args.parent.parent)
         load_strictly(model.dit, tensors, weights, may_miss=("freqs_cos", "freqs_sin"))
         return model
 
     @classmethod
     def with_frozen(cls, cfg, release=None):
-        """Autoencoder and vision transformer from their public files, the DiT without numbers, on the meta device.
+        """Autoencoder and ViT from their public files, in folder release or fetched; the DiT on the meta device.
 
-        release: the authors' folder; what is not there is fetched. Raises WeightError.
+        Raises WeightError.
         """
         if cfg.light_decoder is not None:
-            light_file = nearby("sd21_lwdecoder.pth", release)
-            light = read_tensors(light_file)
-            cfg = replace(cfg, light_decoder=light_settings(light, light_file))
+            settings, light, light_file = read_light_decoder(LightDecoder, release)
+            cfg = replace(cfg, light_decoder=settings)
         with torch.device("meta"):
             model = cls(cfg)
         qwen = isinstance(cfg.vae, QwenVAEConfig)
@@ -230,7 +206,7 @@ class VOSR(nn.Module):
         vae_file = nearby(f"{folder}/diffusion_pytorch_model.safetensors", release)
         vae = read_tensors(vae_file)
         if cfg.light_decoder is not None:
-            load_strictly(model.light_decoder, light.get("model_state_dict", light), light_file)
+            load_strictly(model.light_decoder, light, light_file)
             vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
         load_strictly(model.vae, vae, vae_file)
         vit_file = nearby(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth", release)

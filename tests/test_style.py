@@ -13,7 +13,7 @@ MODELS = sorted(p for p in (ROOT / "models").rglob("*.py") if p.name != "__init_
 README, RESULTS = ((ROOT / file).read_text() for file in ("README.md", "tests/RESULTS.md"))
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "safetensors", "requests"}
 SYSTEMS = {"vosr", "s3diff", "gramsr"}
-RUN_TIME, LESSON = 388_000, 272_000     # characters of all run-time code, and of networks, systems, trainers and degrade.py
+RUN_TIME, LESSON = 388_000, 227_000     # characters of all run-time code, and of networks, systems, trainers and degrade.py
 TOP_LEVEL = {"README.md", "LICENSE", "LOG.md", "requirements.txt", "pyproject.toml", "sample.py", "degrade.py", "training.py", "train_vosr.py",
              "train_s3diff.py", "train_gramsr.py", "models", "assets", "tests"}
 
@@ -38,7 +38,10 @@ def test_file(path):
     text = path.read_text()
     lines = text.splitlines()
     assert len(lines) <= 450, "longer than a reader's patience"
-    assert max(map(len, lines)) <= 150
+    behind = path.name in ("s3diff.py", "gramsr.py", "training.py", "precision.py", "sample.py")     # to be shortened yet
+    assert behind or max(map(len, lines)) <= 120
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert behind or all(node.end_lineno - node.lineno < 60 for node in functions), "a function of more than 60 lines"
     assert ast.get_docstring(ast.parse(text)), "opens with no docstring"
     assert ".cuda(" not in text, "device is the caller's choice"
     roots = {module.split(".")[0] for module in imports(path)}

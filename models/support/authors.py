@@ -1,8 +1,10 @@
 """What the authors' files say beside weights, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json."""
 
+from dataclasses import replace
+from inspect import signature
 from statistics import fmean
 
-from models.support.weights import WeightError, read_json
+from models.support.weights import WeightError, nearby, on_paper, read_json, read_tensors
 
 ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
         "mlp_ratio": 4}         # of args.json: what the transformer of dit.py can be
@@ -51,6 +53,42 @@ def dit_config(cls, tensors, path, settings):
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
+
+
+def release_config(sizes, size, dit_cls, tensors, weights, args):
+    """The VOSRConfig of the authors' transformer. Raises ValueError, WeightError.
+
+    sizes: {size: VOSRConfig}; size: one of them, or None: what the tensors say, and args.json is believed
+    dit_cls: DiTConfig; tensors: of file weights; args: path of args.json, or None
+    """
+    settings, custom = read_json(args) if args else {}, size is None
+    dit = dit_config(dit_cls, tensors, weights, settings if custom else {})
+    if custom:
+        around = {(cfg.dit.out_channels, cfg.dit.z_dims): size for size, cfg in sizes.items()}
+        size = around.get((dit.out_channels, dit.z_dims))
+    elif dit != replace(sizes[size].dit, auxiliary_time_cond=dit.auxiliary_time_cond):
+        raise WeightError(f"{weights}: is not the public {size} model but {dit}; "
+                          "delete it, then it is downloaded again")
+    if size is None:
+        raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} "
+                          "are no public combination")
+    cfg = replace(sizes[size], dit=dit, weak=weak_of(settings, sizes[size].weak, args))
+    if custom:
+        cfg = replace(cfg, **believe(cfg, settings, args))
+    if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time
+        cfg = replace(cfg, steps=1, guidance=1.0)
+    return cfg
+
+
+def read_light_decoder(cls, release):
+    """VOSR's light decoder, in a release or fetched -> arguments of its class, tensors, path. Raises WeightError."""
+    path = nearby("sd21_lwdecoder.pth", release)
+    content = read_tensors(path)
+    with on_paper(path, "a light decoder"):
+        config = content.get("config", {})
+        settings = {k: config[k] for k in signature(cls).parameters if k in config}
+        cls(**settings)
+    return settings, content.get("model_state_dict", content), path
 
 
 def weak_of(settings, otherwise, path):
