@@ -244,7 +244,7 @@ def diffaug(case, get):
 
 
 def make_discriminator(config, salt=""):
-    """DINO and heads by the rule; buffers weight_u and weight_v at length 1. In training mode, each forward iterates."""
+    """DINO and heads by the rule; buffers weight_u and weight_v at length 1. In training, each forward iterates."""
     d = config["dino"]
     cfg = ViTConfig(d["image"], d["patch"], d["embed_dim"], d["depth"], d["heads"], d["mlp_ratio"], version=1)
     model = fill_module(Discriminator(fill_module(ViT(cfg), salt), config["head_width"]), salt)
