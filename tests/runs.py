@@ -63,7 +63,7 @@ def here(path, *words):
 
 
 def server():
-    """multiprocessing's context, whose server has begun and imports the trainers, their tests, and what optimizers do."""
+    """multiprocessing's context, whose server has imported the trainers, their tests, and what optimizers import."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_survival", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:     # before Python 3.13 the server does not take over sys.path
