@@ -1,6 +1,6 @@
 """Golden cases of S3Diff: how each case of golden/s3diff.json is computed with our code.
 
-Each function takes the case as stored and `get(name)`, which builds an input by its recipe, and returns {output name: array}.
+Each function takes the case as stored and `get(name)`, which builds an input by its recipe -> {output name: array}.
 """
 
 import math
@@ -32,12 +32,14 @@ from training import freeze_all_but
 
 
 def unet_config(c):
-    return UNetConfig(c.get("in_channels", 4), c.get("out_channels", 4), tuple(c["block_out_channels"]), tuple(c["heads"]), c["layers_per_block"],
+    return UNetConfig(c.get("in_channels", 4), c.get("out_channels", 4), tuple(c["block_out_channels"]),
+                      tuple(c["heads"]), c["layers_per_block"],
                       c["cross_attention_dim"], c.get("norm_groups", 32))
 
 
 def vae_config(c):
-    return VAEConfig(latent_channels=c.get("latent_channels", 4), widths=tuple(c["block_out_channels"]), layers_per_block=c["layers_per_block"],
+    return VAEConfig(latent_channels=c.get("latent_channels", 4), widths=tuple(c["block_out_channels"]),
+                     layers_per_block=c["layers_per_block"],
                      norm_groups=c.get("norm_groups", 32), scaling_factor=c.get("scaling_factor", 0.18215))
 
 
@@ -52,8 +54,10 @@ def unet(case, get):
 def vae(case, get):
     model = fill_module(VAE(vae_config(case["config"])), case["fill"]["salt"])
     image, latent = tensors(get, "image", "latent")
-    return {"moments": model.quant_conv(model.encoder(image)), "mode": model.moments(image)[0], "mode_scaled": model.encode(image),
-            "decoded": model.decode(latent * model.config.scaling_factor), "mode_of_faint_image": model.moments(0.003 * image)[0]}
+    return {"moments": model.quant_conv(model.encoder(image)), "mode": model.moments(image)[0],
+            "mode_scaled": model.encode(image),
+            "decoded": model.decode(latent * model.config.scaling_factor),
+            "mode_of_faint_image": model.moments(0.003 * image)[0]}
 
 
 def path_in_pkl(name):
@@ -73,7 +77,8 @@ def fill_trained(named_parameters, salt):
 @torch.no_grad()
 def degradation_embedding(case, get):
     c = case["config"]
-    model = Modulation(c["rank_vae"], c["rank_unet"], c["vae_blocks"], c["unet_blocks"], c["fourier"], c["block_embedding_dim"])
+    model = Modulation(c["rank_vae"], c["rank_unet"], c["vae_blocks"], c["unet_blocks"], c["fourier"],
+                       c["block_embedding_dim"])
     fill_trained([(f"modulation.{name}", p) for name, p in model.named_parameters()], case["fill"]["salt"])
     out = {}
     for network in ("vae", "unet"):
@@ -85,7 +90,8 @@ def degradation_embedding(case, get):
 @torch.no_grad()
 def lora(case, get):
     c = case["config"]
-    layer = Conv2d(c["in"], c["out"], c["kernel"], c["stride"], c["padding"]) if "kernel" in c else Linear(c["in"], c["out"])
+    more = [c["kernel"], c["stride"], c["padding"]] if "kernel" in c else []
+    layer = (Conv2d if more else Linear)(c["in"], c["out"], *more)
     layer.add_adapter("default", c["r"], c["lora_alpha"])
     fill_module(torch.nn.ModuleDict({"layer": layer}), case["fill"]["salt"])
     x, C = tensors(get, "x", "C")
@@ -125,7 +131,8 @@ def degradation_estimator(case, get):
     model = fill_module(DegradationEstimator(**c), case["fill"]["salt"])
     assert sum(p.numel() for p in model.parameters()) == case["config"].get("parameters", 2351362)
     image, = tensors(get, "image")
-    return {"scores": model(image), **{f"features_branch{i}": body(first(image)) for i, (first, body) in enumerate(zip(model.conv_first, model.body))}}
+    branches = enumerate(zip(model.conv_first, model.body))
+    return {"scores": model(image), **{f"features_branch{i}": body(first(image)) for i, (first, body) in branches}}
 
 
 @torch.no_grad()
@@ -133,7 +140,8 @@ def lpips(case, get):
     model = fill_module(LPIPS(case["config"]["net"]), case["fill"]["salt"])
     a, b = tensors(get, "a", "b")
     levels = model.levels(a, b)
-    return {"lpips": model(a, b).view(-1, 1, 1, 1), **{f"level{i}": level.view(-1, 1, 1, 1) for i, level in enumerate(levels.unbind(1))}}
+    levels = {f"level{i}": level.view(-1, 1, 1, 1) for i, level in enumerate(levels.unbind(1))}
+    return {"lpips": model(a, b).view(-1, 1, 1, 1), **levels}
 
 
 def color(case, get):
@@ -149,7 +157,8 @@ def color(case, get):
 
     t8, s8 = bytes_of(target) / 255, bytes_of(source) / 255
     low = low_frequencies(target, levels)
-    return {"wavelet": wavelet(target, source), "adain": adain(target, source, stablesr=True), "target_high": target - low, "target_low": low,
+    return {"wavelet": wavelet(target, source), "adain": adain(target, source, stablesr=True),
+            "target_high": target - low, "target_low": low,
             **{f"{name}_uint8": bytes_of(fixed)[0].permute(1, 2, 0)
                for name, fixed in (("wavelet", wavelet(t8, s8)), ("adain", adain(t8, s8, stablesr=True)))}}
 
@@ -160,7 +169,8 @@ def color(case, get):
 
 def make_s3diff(c, salt, parts=("unet", "vae", "denet")):
     """The system of a case: the frozen networks by their own names, what is trained by its path in s3diff.pkl."""
-    model = S3Diff(S3DiffConfig(unet=unet_config(c["unet"]), vae=vae_config(c["vae"]), r_unet=c["rank_unet"], r_vae=c["rank_vae"]))
+    model = S3Diff(S3DiffConfig(unet=unet_config(c["unet"]), vae=vae_config(c["vae"]), r_unet=c["rank_unet"],
+                                r_vae=c["rank_vae"]))
     for part in parts:
         fill_module(getattr(model, part), salt)
     fill_trained([(name, p) for name, p in model.named_parameters() if is_trained(name)], salt)
@@ -189,13 +199,16 @@ def pipeline(case, get):
     x0 = model.clean(z, eps, 999)
     image = model.vae.decode(x0).clamp(-1, 1)
     first = tile_boxes(*z.shape[2:], c["latent_tiled_size"], c["latent_tiled_overlap"])[0]
-    by_one = {name: model.unet(z, 999, prompts[i : i + 1], C_unet) for i, name in enumerate(("eps_positive", "eps_negative"))}
+    by_one = {name: model.unet(z, 999, prompts[i : i + 1], C_unet)
+              for i, name in enumerate(("eps_positive", "eps_negative"))}
     model.prompts = prompts
     scores_given = {"blur": float(scores[0, 0]), "noise": float(scores[0, 1])} if "scores" in case["inputs"] else {}
     sr = model.upscale(lq, c["sf"], guidance=guidance, tile=tile, overlap=overlap, color="none", **scores_given)
     torch.testing.assert_close(sr, image[..., :H, :W] / 2 + 0.5, rtol=0, atol=1e-4)
-    return {"scores": scores, "padded_input": x, "context_positive": prompts[:1], "context_negative": prompts[1:], "latent": z, **by_one, "eps": eps,
-            "eps_tile0_positive": model.unet(z[..., first[0], first[1]], 999, prompts[:1], C_unet), "x0": x0, "image_padded": image, "image": sr}
+    return {"scores": scores, "padded_input": x, "context_positive": prompts[:1], "context_negative": prompts[1:],
+            "latent": z, **by_one, "eps": eps,
+            "eps_tile0_positive": model.unet(z[..., first[0], first[1]], 999, prompts[:1], C_unet), "x0": x0,
+            "image_padded": image, "image": sr}
 
 
 @torch.no_grad()
@@ -267,13 +280,15 @@ def in_tiles(network, x, tile, pad, rate):
 @torch.no_grad()
 def vae_tiled(case, get):
     c = case["config"]
-    cfg = {"block_out_channels": [32], "heads": [1], "layers_per_block": 1, "cross_attention_dim": 8}   # no UNet in this case
+    # no UNet in this case
+    cfg = {"block_out_channels": [32], "heads": [1], "layers_per_block": 1, "cross_attention_dim": 8}
     model = make_s3diff({**c, "unet": cfg, "rank_unet": 1}, case["fill"]["salt"], parts=["vae"])
     vae = model.vae
     image, latent, scores = tensors(get, "image", "latent", "scores")
     C = model.matrices("vae", scores)
     mean = in_tiles(partial(vae.encoder, C=C), image, get("encoder_tile"), 32, 1 / vae.factor)
-    return {"mode_untiled": vae.moments(image, C)[0], "decoded_untiled": vae.decode(latent * vae.config.scaling_factor),
+    return {"mode_untiled": vae.moments(image, C)[0],
+            "decoded_untiled": vae.decode(latent * vae.config.scaling_factor),
             "mode_tiled": vae.quant_conv(mean).chunk(2, dim=1)[0],
             "decoded_tiled": in_tiles(vae.decoder, vae.post_quant_conv(latent), get("decoder_tile"), 11, vae.factor)}
 
@@ -282,13 +297,14 @@ def vae_tiled(case, get):
 def diffaug(case, get):
     x, steps = torch.from_numpy(get("x")), []
     plan = AugmentPlan(*map(get, ("brightness", "saturation", "contrast")),
-                       *(list(zip(get(f"{what}_x"), get(f"{what}_y"))) for what in ("translation", "cutout")))     # official: x is the height
+                       # official: x is the height
+                       *(list(zip(get(f"{what}_x"), get(f"{what}_y"))) for what in ("translation", "cutout")))
     augment(x, plan, steps)
     return {f"after_{name}": picture for name, picture in steps}
 
 
 def make_discriminator(config, salt=""):
-    """DINO and heads by the rule; weight_u and weight_v, which are buffers, too, at length 1. In training mode: every forward iterates."""
+    """DINO and heads by the rule; buffers weight_u and weight_v at length 1. In training, each forward iterates."""
     d = config["dino"]
     cfg = ViTConfig(d["image"], d["patch"], d["embed_dim"], d["depth"], d["heads"], d["mlp_ratio"], version=1)
     model = fill_module(Discriminator(fill_module(ViT(cfg), salt), config["head_width"]), salt)
@@ -318,30 +334,35 @@ def train_step(case, get):
     loss = sum(terms.values())
     grads = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
     out = {"x_tgt_pred_mixed": y, "loss_l2_weighted": terms["l2"], "loss_lpips_weighted": terms["lpips"], "loss": loss,
-           "grad_norm": global_norm(grads.values()), **{name: grads[name.removeprefix("grad:")] for name in case["outputs"] if "grad:" in name}}
+           "grad_norm": global_norm(grads.values()),
+           **{name: grads[name.removeprefix("grad:")] for name in case["outputs"] if "grad:" in name}}
 
     before = {k: v.clone() for k, v in D.state_dict().items()}
     terms, y = adversary(model, D, recipe, x_src, scores)
     out["grad_norm_G"] = global_norm(torch.autograd.grad(terms["gan"], list(trained.values())))
-    D.load_state_dict(before)               # the golden's D starts once: its next forward is the generator's step again, seen from the image
+    # the golden's D starts once: its next forward is the generator's step again, seen from the image
+    D.load_state_dict(before)
     y = y.requires_grad_()
     features = D.features(y)
     heads = D.decoder[0](*features)
     per_sample = multilevel_loss(heads, "generator")
     torch.testing.assert_close(c["lambda_gan"] * per_sample.mean(), terms["gan"])
-    out |= {"x_tgt_pred_positive": y, **{f"dino_feature{i}": f for i, f in enumerate(features)}, **{f"head{i}": h for i, h in enumerate(heads)},
+    out |= {"x_tgt_pred_positive": y, **{f"dino_feature{i}": f for i, f in enumerate(features)},
+            **{f"head{i}": h for i, h in enumerate(heads)},
             "lossG_per_sample": per_sample, "lossG_weighted": terms["gan"],
             "grad_lossG_wrt_image": torch.autograd.grad(c["lambda_gan"] * per_sample.mean(), y)[0],
             "lossD_real_weighted": discriminator_loss(D, recipe, x_tgt, "real")[0]["d_real"],
             "lossD_fake_weighted": discriminator_loss(D, recipe, y.detach(), "fake")[0]["d_fake"]}
     levels = [torch.tensor(level) for level in get("loss_only_predictions")]
-    out |= {f"loss_only_{short}": multilevel_loss(levels, target) for short, target in (("G", "generator"), ("real", "real"), ("fake", "fake"))}
+    out |= {f"loss_only_{short}": multilevel_loss(levels, target)
+            for short, target in (("G", "generator"), ("real", "real"), ("fake", "fake"))}
     return {name: x.detach() for name, x in out.items()}
 
 
 CASES = {
     "unet": unet, "vae": vae, "clip_text": clip_text, "tokens": tokens, "degradation_estimator": degradation_estimator,
-    "degradation_embedding": degradation_embedding, "lora_linear": lora, "lora_conv": lora, "lpips": lpips, "color": color, "diffaug": diffaug,
-    "pipeline": pipeline, "pipeline_estimator": pipeline, "pipeline_guidance_1": pipeline, "pipeline_latent_tiled": pipeline,
+    "degradation_embedding": degradation_embedding, "lora_linear": lora, "lora_conv": lora, "lpips": lpips,
+    "color": color, "diffaug": diffaug, "pipeline": pipeline, "pipeline_estimator": pipeline,
+    "pipeline_guidance_1": pipeline, "pipeline_latent_tiled": pipeline,
     "train_forward": train_forward, "train_step": train_step, "vae_tiled": vae_tiled,
 }

@@ -63,9 +63,9 @@ def here(path, *words):
 
 
 def server():
-    """multiprocessing's context, whose server has begun and imports the trainers and their tests."""
+    """multiprocessing's context, whose server has imported the trainers, their tests, and what optimizers import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_survival"])
+    context.set_forkserver_preload(["test_survival", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:     # before Python 3.13 the server does not take over sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run: python -m pytest tests/test_gpu.py
+"""What only a CUDA device can show, to one worker. Run: python -m pytest -o addopts=-q tests/test_gpu.py
 
 Small networks with random weights, but for the embedded model.
 """

@@ -26,7 +26,7 @@ import train_s3diff
 import train_vosr
 import training
 
-STEPS, SAVE_EVERY = 30, 3
+STEPS, SAVE_EVERY = 15, 3
 
 
 def vosr(patch, photos, out, **more):  # noqa: F811
