@@ -1,7 +1,8 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
 Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models on the example picture;
-`stages` needs the folder of README's ten minutes of training, --runs. Pillow's own font has only Latin letters, so captions are ASCII.
+`stages` needs --runs, the folder with autoencoder, flow, refine, distill and decoder in it, each the --out of that stage of train_vosr.py.
+Pillow's own font has only Latin letters, so captions are ASCII.
 """
 
 import argparse
@@ -162,7 +163,7 @@ def guidance():
 
 
 def stages(runs):
-    """What each stage of a training of ten minutes has learned, on the example."""
+    """What each stage of a training has learned, on the example."""
     lq, hq = example(*CUP)
     ae = VOSR.from_pretrained(runs / "autoencoder").vae
     with torch.no_grad():
@@ -231,7 +232,7 @@ def vosr():
         b.box(660, y, 176, 54, text, ORANGE, 17)
     b.arrow((660, 157), (660, 187))
     b.arrow((660, 242), (660, 272))
-    b.text(660, 356, "6 blocks, one after the other", 15, DIM)
+    b.text(660, 356, f"{model.cfg.dit.depth} blocks, one after the other", 15, DIM)
     b.box(900, 215, 150, 84, "a step\nz_t - (t - r) v", GREY)
     b.box(1090, 66, 150, 64, "decoder", GREEN)
     b.photo(1090, 190, sr, 130, "result")
@@ -363,7 +364,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*PHOTOS, *DRAWINGS])}")
     p.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the pictures (default assets)")
-    p.add_argument("--runs", type=Path, help="folder of README's ten minutes of training, for stages")
+    p.add_argument("--runs", type=Path, help="folder with the --out of each stage of train_vosr.py, for stages")
     args = p.parse_args()
     unknown = set(args.names) - {*PHOTOS, *DRAWINGS}
     if unknown or "stages" in args.names and not args.runs:
