@@ -2,19 +2,18 @@
 
     lq, lq_up = degrade(hq, VOSR, torch.Generator().manual_seed(0))
 
-A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end. `draw_plan` draws every
-choice as a literal, even the seeds of the noise fields; `apply` turns a plan and pictures into degraded pictures. A plan can be printed, kept, or
-written by hand. Pictures are float (B, 3, H, W), RGB in [0, 1], on any device. A command makes test sets:
+A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end.
+`draw_plan` draws every choice into a plan that can be printed, kept, or written by hand; `apply` turns a plan and
+pictures into degraded pictures. Pictures are float (B, 3, H, W), RGB in [0, 1]. A command makes test sets:
 
     python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0      ->  OUT_DIR/lq/*.png and OUT_DIR/hq/*.png
 
-Left out, since no released setting reaches them: sharpening of the target (USM), colour jitter, gray pictures, VOSR's one-stage branches.
+Left out, since no released setting reaches them: sharpening of the target, colour jitter, gray pictures.
 """
 
 import argparse
 import hashlib
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -25,20 +24,23 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models.support import imaging
-from models.support.arguments import SEED, Stop, between, command, folder
-from models.support.files import PictureError, claim, find_pictures, output_paths, printable
+from models.support.arguments import SEED, between, command, folder
+from models.support.files import PictureError, find_pictures, printable
+from models.support.pairs import write_pairs
 
 # ---- recipes: what may be drawn, with which odds
 MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
-KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03, "plateau_iso": 0.12, "plateau_aniso": 0.03}
+KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03,
+         "plateau_iso": 0.12, "plateau_aniso": 0.03}  # of a blur kernel
 SIZES = range(7, 22, 2)  # of a kernel, pixels
 PULSE = {"type": "pulse", "size": 1}  # the kernel that changes nothing
-SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4  # odds of: a sinc for a blur, a sinc at the end, Gaussian noise (else Poisson), gray noise
+# odds of a sinc for a blur, a sinc at the end, Gaussian noise (else Poisson), gray noise
+SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Ranges and odds of one round of blur, resize, noise, JPEG."""
+class Ranges:
+    """What a StagePlan is drawn from: one round of blur, resize, noise, JPEG."""
     sigma: tuple  # blur kernel's width, pixels
     resize: tuple  # odds of up, down, keep
     scale: tuple  # (lo, hi): down draws from lo .. 1, up from 1 .. hi
@@ -50,31 +52,34 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    first: Stage
-    second: Stage
+    first: Ranges
+    second: Ranges
     generalized_beta: tuple
     plateau_beta: tuple
     kernels_per: str = "image"  # or "batch": one set of kernels for the whole call
-    branches_per: str = "batch"  # or "image": directions, scales, modes, kinds of noise and coins anew for every picture
+    branches_per: str = "batch"  # or "image": directions, scales, kinds of noise and coins anew for every picture
     enlarge: tuple = MODES  # how lq_up is made from lq
     eight_bit: bool = True  # lq_up is rounded to 8 bit
-    clean: float = 0.0  # probability that lq_up is hq itself
+    clean: float = 0.0  # probability that lq_up is hq
 
 
-# S3Diff draws kernels in its loader and the rest per batch; GramSR draws all in its loader, picture by picture; VOSR draws all per batch.
 S3DIFF = Recipe(
-    Stage((0.2, 1.5), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
-    Stage((0.2, 1.0), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
+    Ranges((0.2, 1.5), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
+    Ranges((0.2, 1.0), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
     generalized_beta=(0.5, 2.0), plateau_beta=(1, 1.5), enlarge=("bicubic",), eight_bit=False, clean=0.01)
 GRAMSR = Recipe(
-    Stage((0.2, 3.0), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
-    Stage((0.2, 1.5), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
+    Ranges((0.2, 3.0), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
+    Ranges((0.2, 1.5), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
     generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image")
 VOSR = Recipe(
-    Stage((0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
-    Stage((0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95), blur=0.8),
+    Ranges((0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
+    Ranges((0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95), blur=0.8),
     generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), kernels_per="batch")
-RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR}
+WIDE = Recipe(      # ours: mostly one damage, from none to much, for those who shall tell how much
+    Ranges((0.2, 8.0), (0.1, 0.2, 0.7), (0.5, 1.5), (0, 60), (0.0, 5.0), (70, 100), blur=0.8),
+    Ranges((0.2, 2.0), (0.1, 0.2, 0.7), (0.7, 1.2), (0, 15), (0.0, 1.0), (80, 100), blur=0.2),
+    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image")
+RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE}
 
 # ---- plans: what was drawn
 
@@ -105,6 +110,7 @@ class Plan:
 
 
 def draw_kernel(rng, recipe, sigma):
+    """-> arguments of `kernel`"""
     type, size = rng.choices([*KINDS], KINDS.values())[0], rng.choice(SIZES)
     if rng.random() < SINC:
         return {"type": "sinc", "size": size, "cutoff": rng.uniform(math.pi / (3 if size < 13 else 5), math.pi)}
@@ -113,35 +119,42 @@ def draw_kernel(rng, recipe, sigma):
         k |= {"sigma_y": rng.uniform(*sigma), "theta": rng.uniform(-math.pi, math.pi)}
     if "_" in type:
         lo, hi = recipe.generalized_beta if "generalized" in type else recipe.plateau_beta
-        k["beta"] = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)  # plateau, lo = 1: half of the draws are exactly 1
+        k["beta"] = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)  # plateau: half are exactly 1
     return k
 
 
-def draw_stage(rng, recipe, stage, n):
-    (lo, hi), direction = stage.scale, rng.choices(("up", "down", "keep"), stage.resize)[0]
-    type, span = ("gaussian", stage.noise) if rng.random() < GAUSSIAN else ("poisson", stage.poisson)
+def draw_stage(rng, recipe, ranges, n):
+    (lo, hi), direction = ranges.scale, rng.choices(("up", "down", "keep"), ranges.resize)[0]
+    type, span = ("gaussian", ranges.noise) if rng.random() < GAUSSIAN else ("poisson", ranges.poisson)
     return StagePlan(
-        blur=rng.random() < stage.blur,
-        kernels=[draw_kernel(rng, recipe, stage.sigma) for _ in range(n if recipe.kernels_per == "image" else 1)],
+        blur=rng.random() < ranges.blur,
+        kernels=[draw_kernel(rng, recipe, ranges.sigma) for _ in range(n if recipe.kernels_per == "image" else 1)],
         scale={"up": rng.uniform(1, hi), "down": rng.uniform(lo, 1), "keep": 1.0}[direction], mode=rng.choice(MODES),
         noise=type, strength=[rng.uniform(*span) for _ in range(n)], gray=[rng.random() < GRAY for _ in range(n)],
-        jpeg=[rng.uniform(*stage.jpeg) for _ in range(n)], seed=rng.getrandbits(63))
+        jpeg=[rng.uniform(*ranges.jpeg) for _ in range(n)], seed=rng.getrandbits(63))
 
 
 def draw_plan(recipe, n, generator):
-    """A plan for n pictures. One number from the generator seeds all the rest; the generator's device is where noise fields will be drawn."""
+    """A plan for n pictures, from one number of the generator, on whose device noise will be drawn."""
     rng = random.Random(torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item())
-    first, second = (draw_stage(rng, recipe, stage, n) for stage in (recipe.first, recipe.second))
-    sincs = [{"type": "sinc", "size": rng.choice(SIZES), "cutoff": rng.uniform(math.pi / 3, math.pi)} for _ in first.kernels]
-    sincs = [k if rng.random() < FINAL_SINC else PULSE for k in sincs]
-    jpeg_first, mode, enlarge, clean = rng.random() >= 0.5, rng.choice(MODES), rng.choice(recipe.enlarge), rng.random() < recipe.clean
-    return Plan(first, second, sincs, jpeg_first, mode, enlarge, recipe.eight_bit, clean, generator.device)
+    first, second = (draw_stage(rng, recipe, ranges, n) for ranges in (recipe.first, recipe.second))
+    sincs = [{"type": "sinc", "size": rng.choice(SIZES), "cutoff": rng.uniform(math.pi / 3, math.pi)}
+             for _ in first.kernels]
+    return Plan(
+        first, second, sinc=[k if rng.random() < FINAL_SINC else PULSE for k in sincs],
+        jpeg_first=rng.random() >= 0.5, mode=rng.choice(MODES), enlarge=rng.choice(recipe.enlarge),
+        eight_bit=recipe.eight_bit, clean=rng.random() < recipe.clean, device=generator.device)
 
 
 # ---- blur, resize, noise, JPEG, and all of them in order
 
 def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=math.pi):
-    """One blur kernel -> (size, size) float64, sum 1. Sigmas in pixels; x runs along columns, y along rows; cutoff in radians per pixel."""
+    """One blur kernel -> (size, size) float64, sum 1. Raises ValueError.
+
+    type: pulse, sinc or one of KINDS; sigmas in pixels; x runs along columns, y along rows; cutoff in radians per pixel
+    """
+    if type not in ("pulse", "sinc", *KINDS):
+        raise ValueError(f"unknown blur kernel {type!r}; choose from pulse, sinc, {', '.join(KINDS)}")
     if type == "pulse":
         return F.pad(torch.ones(1, 1, dtype=torch.float64), (size // 2,) * 4)
     offset = torch.arange(size, dtype=torch.float64) - size // 2
@@ -154,32 +167,33 @@ def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=mat
     if "aniso" not in type:
         sigma_y, theta = sigma_x, 0.0
     cos, sin = math.cos(theta), math.sin(theta)
-    q = ((cos * x + sin * y) / sigma_x) ** 2 + ((cos * y - sin * x) / sigma_y) ** 2  # v^T C^-1 v, C = R diag(sigma_x^2, sigma_y^2) R^T
+    q = ((cos * x + sin * y) / sigma_x) ** 2 + ((cos * y - sin * x) / sigma_y) ** 2  # in the ellipse's own axes
     w = 1 / (1 + q**beta) if "plateau" in type else torch.exp(-0.5 * (q**beta if "generalized" in type else q))
     return w / w.sum()
 
 
 def stack_kernels(kernels, size=None):
-    """Kernels -> (n, size, size) float32, padded with zeros to `size`, by default the largest of them."""
+    """Kernels -> (n, size, size) float32, padded with zeros; size: default the largest of them."""
     size = size or max(k["size"] for k in kernels)
     return torch.stack([F.pad(kernel(**k), ((size - k["size"]) // 2,) * 4) for k in kernels]).float()
 
 
 def blur(x, kernels):
-    """Filter x (B, 3, H, W), mirrored at the edges, with kernels (B, k, k), or (1, k, k) for all. Correlation: no kernel is flipped. No clamp."""
+    """Filter x (B, 3, H, W), mirrored at the edges, with kernels (B or 1, k, k), which are not flipped. No clamp."""
     (B, C, H, W), n = x.shape, kernels.shape[-1] // 2
-    x = F.pad(x, (n,) * 4, mode="reflect") if min(H, W) > n else imaging.mirror_pad(x, n, n, n, n)  # official: fails on sides of 10 or fewer
+    # official: fails on sides of 10 or fewer
+    x = F.pad(x, (n,) * 4, mode="reflect") if min(H, W) > n else imaging.mirror_pad(x, n, n, n, n)
     weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(C, 0)[:, None]  # (B*C, 1, k, k)
     return F.conv2d(x.reshape(1, B * C, *x.shape[2:]), weight, groups=B * C).view(B, C, H, W)
 
 
 def resize(x, mode, scale=None, size=None):
-    """Given a scale, bilinear and bicubic step by exactly 1/scale; given a size, by in/out. Bicubic overshoots: no clamp."""
+    """Given a scale, bilinear and bicubic step by exactly 1/scale; given a size, by in/out. No clamp."""
     return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=None if mode == "area" else False)
 
 
 class Fields:
-    """Noise fields from a seed. Drawn on the CPU, a seed gives the same noise for pictures on any device; on the GPU it is faster."""
+    """Noise fields from a seed, the same for pictures on any device if drawn on the CPU; on a GPU it is faster."""
     def __init__(self, seed, device="cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -191,19 +205,20 @@ class Fields:
 
 
 def poisson_field(x, fields):
-    """x (B, C, H, W) in [0, 1] -> Poisson noise of mean 0, photon counts scaled by each picture's number of distinct 8-bit values."""
+    """x (B, C, H, W) in [0, 1] -> Poisson noise of mean 0; how many 8-bit values a picture has scales its photons."""
     x = imaging.round8(x)
     seen = torch.zeros(len(x), 256, device=x.device).scatter_(1, (x * 255).round().long().flatten(1), 1.0).sum(1)
-    vals = torch.exp2(torch.ceil(torch.log2(seen))).view(-1, 1, 1, 1)  # official: 1 for a flat picture, hence very strong noise
+    vals = torch.exp2(torch.ceil(torch.log2(seen))).view(-1, 1, 1, 1)  # official: 1 for a flat picture: strong noise
     return fields.poisson(x * vals).to(x) / vals - x
 
 
 def noise_field(x, type, gray, fields):
-    """Noise of strength 1 for x (B, 3, H, W): "gaussian" (sigma 1/255) or "poisson"; gray (B,) flags make it alike in the three channels."""
+    """Noise of strength 1 for x (B, 3, H, W): gaussian (sigma 1/255) or poisson; gray (B,): alike in all channels."""
     def field(gray):
         if type == "gaussian":  # official: one (H, W) field serves all gray pictures of a batch
             return fields.normal(x.shape[2:] if gray else x.shape).to(x) / 255
-        return poisson_field((x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True) if gray else x, fields)
+        luma = x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
+        return poisson_field((x * luma).sum(1, keepdim=True) if gray else x, fields)
 
     gray_field = field(True) if any(gray) else x.new_zeros(())
     return torch.where(torch.as_tensor(gray, device=x.device).view(-1, 1, 1, 1), gray_field, field(False))
@@ -217,12 +232,12 @@ def add_noise(x, type, strength, gray, fields):
 YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 LUMA_STEPS = torch.tensor([  # official: the transpose of the standard's table
-    [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95], [16, 19, 24, 29, 56, 64, 87, 98],
-    [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100], [51, 60, 69, 80, 103, 113, 120, 103],
-    [61, 55, 56, 62, 77, 92, 101, 99]])
+    [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95],
+    [16, 19, 24, 29, 56, 64, 87, 98], [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100],
+    [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99]])
 CHROMA_STEPS = torch.full((8, 8), 99)
 CHROMA_STEPS[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
-DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2  # (frequency, pixel), orthonormal
+DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2  # (frequency, pixel)
 DCT[0] /= math.sqrt(2)
 
 
@@ -236,12 +251,12 @@ def quantise(x, table, factor):
 
 
 def jpeg(x, quality):
-    """JPEG without the file: x (B, 3, H, W) in [0, 1], quality (B,), real-valued in (0, 100] -> [0, 1], not rounded to 8 bit."""
+    """JPEG without the file: x (B, 3, H, W) in [0, 1], quality (B,), real in (0, 100] -> [0, 1], not rounded."""
     H, W = x.shape[2:]
     q = torch.as_tensor(quality, device=x.device).to(x)
-    # official: steps are neither rounded nor held in 1..255, so they vanish at quality 100, where the division fails; we stop just above 0
+    # official: steps are neither rounded nor held in 1..255; at quality 100 they vanish and the division fails
     factor = (torch.where(q < 50, 5000 / q, 200 - 2 * q) / 100).clamp(min=1e-5)
-    x = F.pad(x * 255, (0, -W % 16, 0, -H % 16))  # official: black padding, which darkens the last blocks of odd sizes
+    x = F.pad(x * 255, (0, -W % 16, 0, -H % 16))  # official: black padding, which darkens the last blocks
     ycc = (YCBCR.to(x) @ x.flatten(2)).view_as(x)
     luma = quantise(ycc[:, :1] - 128, LUMA_STEPS, factor) + 128
     chroma = quantise(F.avg_pool2d(ycc[:, 1:], 2), CHROMA_STEPS, factor)  # 4:2:0, around 0 as it is
@@ -250,23 +265,27 @@ def jpeg(x, quality):
 
 
 def apply(plan, hq, scale=4, fields=None, steps=None):
-    """Degrade hq (B, 3, H, W) in [0, 1] as the plan says -> lq (B, 3, H/scale, W/scale), lq_up (B, 3, H, W), both in [0, 1].
+    """Degrade hq (B, 3, H, W) in [0, 1] as the plan says -> lq (B, 3, H/scale, W/scale), lq_up like hq.
 
-    fields: source of the noise fields, by default the plan's seeds. steps: a list that receives every (name, intermediate picture).
+    fields: source of noise, by default the plan's seeds; steps: a list that receives every (name, intermediate picture)
     """
     (H, W), first, second, steps = hq.shape[2:], plan.first, plan.second, [] if steps is None else steps
 
     def step(name, x):
         steps.append((name, x))
         return x
+
+    def noisy(x, stage):
+        return add_noise(x, stage.noise, stage.strength, stage.gray, fields or Fields(stage.seed, plan.device))
+
     x = step("blur", blur(hq, stack_kernels(first.kernels)))
     x = step("resize", resize(x, first.mode, scale=first.scale))
-    x = step("noise", add_noise(x, first.noise, first.strength, first.gray, fields or Fields(first.seed, plan.device)))
+    x = step("noise", noisy(x, first))
     x = step("jpeg", jpeg(x, first.jpeg))
     if second.blur:
         x = step("blur", blur(x, stack_kernels(second.kernels)))
     x = step("resize", resize(x, second.mode, size=[max(1, int(side / scale * second.scale)) for side in (H, W)]))
-    x = step("noise", add_noise(x, second.noise, second.strength, second.gray, fields or Fields(second.seed, plan.device)))
+    x = step("noise", noisy(x, second))
     if plan.jpeg_first:
         x = step("jpeg", jpeg(x, second.jpeg))
     x = step("resize", resize(x, plan.mode, size=(H // scale, W // scale)))
@@ -275,53 +294,58 @@ def apply(plan, hq, scale=4, fields=None, steps=None):
         x = step("jpeg", jpeg(x.clamp(0, 1), second.jpeg))
 
     lq = x.clamp(0, 1)
-    lq_up = step("resize", resize(x if plan.eight_bit else lq, plan.enlarge, size=(H, W)))  # official: S3Diff clamps before, the others after
+    # official: S3Diff clamps before, the others after
+    lq_up = step("resize", resize(x if plan.eight_bit else lq, plan.enlarge, size=(H, W)))
     lq_up = imaging.round8(lq_up) if plan.eight_bit else lq_up.clamp(0, 1)
-    return lq, hq if plan.clean else lq_up  # official: beside a clean lq_up, S3Diff's degradation estimator still sees the degraded lq
+    return lq, hq if plan.clean else lq_up  # official: beside a clean lq_up, S3Diff's estimator sees the degraded lq
 
 
 @torch.no_grad()
 def severity(plan, hq, lq):
     """How much a plan blurs and how noisy it is, as far as lq shows it: what a degradation estimator is to say.
 
-    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), what `apply` made of it -> (B, 2) in [0, 1]: blur, the share of an even spectrum's energy
-    that is lost beyond shrinking; noise, the deviation in lq over 0.1
+    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), what `apply` made of it -> (B, 2) in [0, 1]
+    blur: the contrast that grain as fine as lq can show loses, beyond shrinking; noise: the deviation in lq over 0.1
     """
-    n = len(plan.first.strength)
-    still = [replace(stage, strength=[0.0] * n) for stage in (plan.first, plan.second)]
-    noise = (lq - apply(replace(plan, first=still[0], second=still[1]), hq, scale := hq.shape[2] // lq.shape[2])[0]).std((1, 2, 3)) / 0.1
-    mild = [replace(stage, jpeg=[100.0] * n) for stage in still]
-    grain = 0.5 + 0.1 * torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(hq)
-    kept = apply(replace(plan, first=mild[0], second=mild[1]), grain, scale)[0].std((1, 2, 3)) / F.avg_pool2d(grain, scale).std((1, 2, 3))
+    n, scale = len(hq), hq.shape[2] // lq.shape[2]
+
+    def made(x, **changes):
+        first, second = (replace(stage, strength=[0.0] * n, **changes) for stage in (plan.first, plan.second))
+        return apply(replace(plan, first=first, second=second), x, scale)[0]
+
+    noise = (lq - made(hq)).std((1, 2, 3)) / 0.1
+    grain = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(hq)
+    grain = 0.5 + 0.1 * resize(grain, "bicubic", scale=scale)     # finer grain would tell of aliasing, not of blur
+    kept = made(grain, jpeg=[100.0] * n).std((1, 2, 3)) / F.avg_pool2d(grain, scale).std((1, 2, 3))
     return torch.stack([1 - kept, noise], dim=1).clamp(0, 1)
 
 
 @torch.no_grad()
 def degrade(hq, recipe, generator, scale=4):
-    """Draw a plan and apply it: hq (B, 3, H, W) in [0, 1] -> lq (B, 3, H/scale, W/scale), lq_up (B, 3, H, W), which is lq enlarged."""
+    """Draw a plan and apply it: hq (B, 3, H, W) in [0, 1] -> lq (B, 3, H/scale, W/scale), lq_up like hq."""
     if recipe.branches_per == "image" and len(hq) > 1:
         lq, lq_up = zip(*(degrade(one, recipe, generator, scale) for one in hq.split(1)))
         return torch.cat(lq), torch.cat(lq_up)
     plan = draw_plan(recipe, len(hq), generator)
-    plan.device = hq.device if hq.is_cuda else plan.device     # noise drawn elsewhere would take longer than a step
+    plan.device = hq.device if hq.is_cuda else plan.device  # noise drawn elsewhere takes longer than a step
     return apply(plan, hq, scale)
 
 
 # ---- the command: a folder of pictures -> a paired test set
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Degrade a folder of pictures: OUT_DIR/lq and OUT_DIR/hq, equal names, 8-bit PNG.")
-    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="folder of clean pictures, searched with its subfolders")
+    parser = argparse.ArgumentParser(description="Degrade a folder of pictures to pairs, OUT_DIR/lq and OUT_DIR/hq.")
+    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="folder of clean pictures, with its subfolders")
     parser.add_argument("out_dir", type=folder, metavar="OUT_DIR", help="where lq/ and hq/ go")
     parser.add_argument("--recipe", choices=RECIPES, default="vosr", help="whose settings (default vosr)")
-    parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is so many times smaller, 1 to 16 (4)")
+    parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is so much smaller (4)")
     parser.add_argument("--seed", type=SEED, default=0, help="the same seed gives the same bytes (default 0)")
-    parser.add_argument("--skip-existing", action="store_true", help="keep pairs that are in OUT_DIR: go on after a stop")
+    parser.add_argument("--skip-existing", action="store_true", help="keep pairs that are there: go on after a stop")
     return parser.parse_args(argv)
 
 
 def pair(path, name, args):
-    """lq, hq (1, 3, H, W) in [0, 1] of a picture; name gives the seed, so other files do not matter. Raises PictureError."""
+    """lq, hq (1, 3, H, W) in [0, 1] of a picture; its name gives the seed. Raises PictureError."""
     scale = args.scale
     hq, _ = imaging.read_picture(path, note=tqdm.write)
     H, W = hq.shape[2:]
@@ -343,35 +367,10 @@ def main():
     except PictureError as error:
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
-        sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it again; "
+        sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it; "
                            "choose a folder outside"))
-    inputs, results = set(map(os.path.realpath, names)), output_paths(names, Path(), ())
-    done, failed, stop, stopped = 0, 0, Stop(), True
-    try:
-        for (path, name), result in zip(tqdm(names.items(), unit="picture", disable=None), results):
-            if stop:
-                break
-            targets = [args.out_dir / kind / result for kind in ("lq", "hq")]
-            try:
-                for target in targets:
-                    claim(target, path, inputs)
-                if not (args.skip_existing and all(map(os.path.exists, targets))):
-                    with stop:
-                        pictures = pair(path, name, args)
-                    for target, x in zip(targets, pictures):
-                        imaging.write_picture(target, x)
-                done += 1
-            except PictureError as error:
-                failed += 1
-                tqdm.write(f"degrade.py: {error}", file=sys.stderr)
-        else:
-            stopped = False
-    except KeyboardInterrupt:
-        pass        # the pair at hand is dropped
-    if stopped:
-        print(f"stopped after {done + failed} of {len(names)}; add --skip-existing to go on", file=sys.stderr)
-    print(printable(f"{done} pictures in {args.out_dir / 'lq'} and {args.out_dir / 'hq'}, {failed} skipped"))
-    sys.exit(130 if stopped else failed > 0)
+    sys.exit(write_pairs("degrade.py", names, args.out_dir, args.skip_existing,
+                         lambda path, name: pair(path, name, args)))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Upscale pictures, and measure the results where a reference or NIQE's parameter file is at hand.
 
-    python sample.py                                 the example picture, with the embedded model
+    python sample.py                                 the example picture, by all three embedded models side by side
     python sample.py photo.jpg holiday/ --out big    files and folders
-    python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against pictures of the same names; a page to look at
+    python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
 
-Writes OUT/<name>.png for every picture and OUT/sheet.png to compare by eye; OUT/metrics.csv and metrics.json if something is to be measured.
+Writes OUT/<name>.png for every picture and OUT/sheet.png to compare by eye; metrics.csv and metrics.json beside the
+results if something is to be measured. Several models have a folder each in OUT.
 """
 
 import argparse
 import shlex
 import sys
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from inspect import signature
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from models.gramsr import GramSR
+from models.lpips import LPIPS
 from models.s3diff import S3Diff
 from models.support.arguments import SEED, Stop, between, command, folder, positive
 from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference,
@@ -35,30 +37,30 @@ from models.support.weights import WeightError, list_weights, read_config
 from models.vosr import VOSR
 from training import choose_device, choose_dtype, compile_all
 
-ROOT = Path(__file__).resolve().parent
+EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step", "paper", "pixel", "semantic",
-         "texture", "tile", "overlap", "color")
+KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step",
+         "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
-AT_ONCE = 3  # pictures that are read, or written, beside the one on the device
-Job = namedtuple("Job", "path name target ref")     # name: the path below the folder that was given
+TINY = "vosr-tiny", "s3diff-tiny", "gramsr-tiny"        # --model all
+Job = namedtuple("Job", "path name targets ref")    # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Upscale pictures with diffusion super-resolution.")
-    p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", default=[ROOT / "assets" / "example.png"],
-                   help="pictures and folders of pictures (default: the example)")  # fmt: skip
+    p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE",
+                   help="pictures and folders of pictures (default: the example, and --model all)")  # fmt: skip
     p.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder for the results (default out)")
-    p.add_argument("--skip-existing", action="store_true",
-                   help="keep results that are in DIR already, and measure them: go on after a stop")  # fmt: skip
+    p.add_argument("--skip-existing", action="store_true", help="keep results that are in DIR: go on after a stop")
     # model
-    p.add_argument("--model", default="vosr-tiny", help="vosr-tiny (default), vosr-{0.5b,1.4b}[-1step], s3diff, gramsr, or a file or folder")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else mps, else cpu")
+    p.add_argument("--model", help="vosr-tiny (default), s3diff-tiny, gramsr-tiny, all (these three), "
+                   "vosr-{0.5b,1.4b}[-1step], vosr-2, s3diff, gramsr, or a file or folder")  # fmt: skip
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto (default): cuda, else mps, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")  # fmt: skip
-    p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster; for many pictures")
-    p.add_argument("--scale", type=between(1, 8), default=4, help="enlargement, 1 to 8 (default 4, what the models are trained for)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster")
+    p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     # knobs; what is not given is the model's own setting, and what a model does not have is an error
     p.add_argument("--guidance", type=between(-100, 100),
@@ -67,28 +69,33 @@ def parse_args(argv):
     p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from")
     p.add_argument("--temperature", type=between(0, 100),
                    help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")  # fmt: skip
-    p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, 0 to 1, in place of the estimate")
-    p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, 0 to 1, in place of the estimate")
+    p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, in place of the estimate")
+    p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, in place of the estimate")
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
     p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="S3Diff: below 999 the noise of that time is added first (the paper tries 250, 500)")  # fmt: skip
-    p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")
-    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (1; all at 1 cost one pass)")
+                   help="S3Diff: below 999 the noise of that time is added first (the paper: 250, 500)")  # fmt: skip
+    p.add_argument("--paper", action="store_true",
+                   help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")  # fmt: skip
+    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (all at 1: one pass)")
     p.add_argument("--semantic", type=between(-100, 100), help="GramSR: strength of the semantic LoRA")
     p.add_argument("--texture", type=between(-100, 100), help="GramSR: strength of the texture LoRA")
     p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX",
                    help="side of the tiles in output pixels, 64 or more (default: the model's choice)")  # fmt: skip
-    p.add_argument("--overlap", type=positive, metavar="PX",
-                   help="pixels that tiles share, 1/8 to all but one of a tile's (default: the model's)")  # fmt: skip
-    p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours (default: the model's choice)")
-    p.add_argument("--sweep", action="store_true", help="also write OUT/sweep/<name>.png: the same picture with the model's main knobs turned")
+    p.add_argument("--overlap", type=positive, metavar="PX", help="pixels that tiles share (default: the model's)")
+    p.add_argument("--color", choices=["adain", "wavelet", "none"],
+                   help="how to restore the input's colours (default: the model's choice)")  # fmt: skip
+    p.add_argument("--sweep", action="store_true", help="also a sheet OUT/sweep/<name>.png with the main knobs turned")
     # measuring and looking
-    p.add_argument("--page", action="store_true", help="also write OUT/page.html: before and after with a divider, for any browser")
+    p.add_argument("--page", action="store_true", help="also OUT/page.html: before and after with a divider")
     p.add_argument("--ref", type=Path, metavar="DIR", help="references: a folder with the same names, or one picture")
-    p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: looked for in the weights cache)")
+    p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: from the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     args = p.parse_args(argv)
+    if not args.pictures:
+        args.pictures, args.model = [EXAMPLE], args.model or "all"
+        args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
+    args.model = args.model or "vosr-tiny"
 
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
         if path is not None and not exists(path):
@@ -119,9 +126,17 @@ def to_compile(model):
     return [network for name, network in model.named_modules() if name in COMPILED]
 
 
-def upscale(model, path, lq, args):
-    """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.  -> the same, seconds.  Raises PictureError."""
-    start, knobs = time.perf_counter(), args.knobs
+def knobs_of(model, args):
+    """The given knobs that this model has."""
+    return {k: v for k, v in args.knobs.items() if k in signature(model.upscale).parameters}
+
+
+def upscale(name, model, path, lq, args):
+    """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.
+
+    -> (1, 3, H * scale, W * scale) in [0, 1], seconds. Raises PictureError.
+    """
+    start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
@@ -130,15 +145,10 @@ def upscale(model, path, lq, args):
     with torch.compiler.set_stance("force_eager" if large else "default") if args.compile else nullcontext():
         sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
     if not sr.isfinite().all():
-        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)     # looked for only now: it takes seconds
-        raise PictureError(f"{path}: the result is no number; " + (f"{args.model} has none in {bad}, get it again" if bad else "try --dtype float32"))
+        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)      # takes seconds
+        remedy = f"{name} has none in {bad}, get it again" if bad else "try --dtype float32"
+        raise PictureError(f"{path}: the result is no number; {remedy}")
     return sr.cpu(), time.perf_counter() - start
-
-
-def read(path):
-    """-> lq, alpha of `read_picture`, lines to print"""
-    notes = []
-    return *read_picture(path, note=notes.append), notes
 
 
 def earlier(target, lq, args):
@@ -149,36 +159,44 @@ def earlier(target, lq, args):
             return sr if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]) else None
 
 
-def finish(job, lq, alpha, sr, seconds, args):
-    """Write a result, unless it was there, and measure it, which the next picture need not wait for.
+def finish(job, lq, alpha, results, args):
+    """Write the results of one picture, unless they were there, and measure them.
 
-    lq, sr: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; seconds: None = it was there
-    -> line of metrics.csv, [bicubic, ours, reference if any], lines to print, figure of the page or None.  Raises PictureError.
+    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of each model; seconds None = was there
+    -> lines of metrics.csv, [low quality, bicubic, ours ..., reference if any], lines to print, figure of the page
+    Raises PictureError.
     """
-    (H, W), name, target = sr.shape[-2:], printable(job.path), printable(job.target)
-    if seconds is None:
-        lines = [f"{name}: {target} is kept"]
-    else:
-        colours = sr[:, :1] if chroma(lq) < GREY else sr
-        write_picture(job.target, colours, None if alpha is None else resize(alpha, (H, W)))
-        lines = [f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {target}: {W}x{H}, {seconds:.2f} s"]
-    sr, bicubic = round8(sr), resize(lq, (H, W))  # measured is what the file holds
-    hq, why = read_reference(job.name, job.ref, (H, W)) if args.ref else (None, "")
-    found, failed = measure(sr, bicubic, hq, args.metrics, why, job.path)
-    if found:
-        lines.append(f"{name}: {report(found)}")
-    row = row_of(job.target.relative_to(args.out).as_posix(), (H, W), seconds, found, args.absent | failed)
-    shown = [x for x in (bicubic, sr, hq) if x is not None]
-    return row, [middle(x, SHEET_CROP) for x in shown], lines, figure_of(row, shown, args.names, args.shown) if args.page else None
+    size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
+    bicubic = resize(lq, size)
+    hq, why = read_reference(job.name, job.ref, size) if args.ref else (None, "")
+    for top, target, (sr, seconds) in zip(args.folders, job.targets, results):
+        if seconds is None:
+            lines.append(f"{name}: {printable(target)} is kept")
+        else:
+            colours = sr[:, :1] if chroma(lq) < GREY else sr
+            write_picture(target, colours, None if alpha is None else resize(alpha, size))
+            line = f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}, {seconds:.2f} s"
+            lines.append(line)
+        # measured is what the file holds
+        found, failed = measure(round8(sr), bicubic, hq, args.metrics, why, job.path)
+        if found:
+            lines.append(f"{name}: {report(found)}")
+        rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, found, args.absent | failed))
+    shown = [x for x in (bicubic, *(round8(sr) for sr, _ in results), hq) if x is not None]
+    figure = figure_of(rows, shown, args.names, args.shown) if args.page else None
+    return rows, [middle(lq, round(SHEET_CROP / args.scale)), *(middle(x, SHEET_CROP) for x in shown)], lines, figure
 
 
-def sweep(model, lq, job, args):
-    """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet: OUT/sweep/<name>.png."""
-    results = [[model.upscale(lq, scale=args.scale, seed=args.seed, **args.knobs | turned).float().cpu() for turned in row] for row in model.SWEEP]
+def sweep(model, lq, job, path, args):
+    """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet."""
+    def show(turned):
+        sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs_of(model, args) | turned)
+        return middle(sr.float().cpu(), SWEEP_CROP)
+
+    results = [[show(turned) for turned in row] for row in model.SWEEP]
     captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
-    path = args.out / "sweep" / job.target.relative_to(args.out)
     claim(path, job.path, args.inputs)
-    save_png(contact_sheet([[middle(sr, SWEEP_CROP) for sr in row] for row in results], captions), path)
+    save_png(contact_sheet(results, captions), path)
     print(printable(f"{job.path}: turned knobs: {path}"))
 
 
@@ -203,62 +221,65 @@ class Failures(list):
 
 
 def load(args):
-    """The model, and in args what it may be measured with and how its knobs are turned. Raises OSError, ValueError."""
+    """The models by their names, and in args what they may be measured with. Raises OSError, ValueError."""
+    names = TINY if args.model == "all" else [args.model]
     with noting_weights() as weights:
-        model = find_system(args.model).from_pretrained(args.model, device=args.device, dtype=args.dtype)
-    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device)
+        models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
+    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
+                                                    LPIPS.from_pretrained)
     args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
-    args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
-    if other := set(args.knobs) - set(signature(model.upscale).parameters):
+    if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
-    tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
-    if tile and (args.overlap or 0) >= tile:
-        raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
-    args.names = ["bicubic", Path(realpath(args.model)).name, "reference"][: 3 if args.ref else 2]
+    for model in models.values():
+        tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
+        if tile and (args.overlap or 0) >= tile:
+            raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
+        if args.compile:
+            compile_all(to_compile(model), args.device)
+    args.names = ["bicubic", *(Path(realpath(name)).name for name in names), *["reference"] * bool(args.ref)]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
-    if args.compile:
-        compile_all(to_compile(model), args.device)
-    return model
+    return models
 
 
-def upscale_all(model, jobs, args, failures):
-    """Upscale one picture after the other; files are read and written while the device works on another one.
+def upscale_all(models, jobs, args, failures):
+    """Upscale one picture after the other; the last one is measured and written while the next is computed.
 
     -> [what `finish` returns], was it stopped by Ctrl-C?
     """
-    done, reads, writes, stop, stopped = [], deque(), deque(), Stop(), True
+    done, stop, stopped, last = [], Stop(), True, None
 
-    def collect(keep):
-        while len(writes) > keep:
-            path, result = writes.popleft()
-            with failures.at(path):
-                done.append(result.result())
+    def collect(last):
+        with failures.at(last and last[0]):
+            if last:
+                done.append(last[1].result())
                 print(*done[-1][2], sep="\n")
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(1) as writer:
         try:
-            for i, job in enumerate(jobs):
+            for job in jobs:
                 if stop:
                     break
-                reads.extend(pool.submit(read, other.path) for other in jobs[i + len(reads) : i + AT_ONCE])
+                current, results = None, []
                 with failures.at(job.path):
-                    lq, alpha, notes = reads.popleft().result()
-                    print(*notes, sep="\n", end="\n" * bool(notes))
-                    claim(job.target, job.path, args.inputs)
-                    sr, seconds = earlier(job.target, lq, args), None
+                    lq, alpha = read_picture(job.path, note=print)
+                    for target in job.targets:
+                        claim(target, job.path, args.inputs)
                     with stop:
-                        if sr is None:
-                            sr, seconds = upscale(model, job.path, lq, args)
-                        if args.sweep and seconds is not None:
-                            sweep(model, lq, job, args)
-                    writes.append((job.path, pool.submit(finish, job, lq, alpha, sr, seconds, args)))
-                collect(AT_ONCE)
+                        for top, target, (name, model) in zip(args.folders, job.targets, models.items()):
+                            kept = earlier(target, lq, args)
+                            new = kept is None
+                            results.append(upscale(name, model, job.path, lq, args) if new else (kept, None))
+                            if args.sweep and new:
+                                sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
+                    current = job.path, writer.submit(finish, job, lq, alpha, results, args)
+                collect(last)
+                last = current
             else:
                 stopped = False
         except KeyboardInterrupt:
             pass                        # the picture at hand is dropped
-        collect(0)
+        collect(last)
     return done, stopped
 
 
@@ -267,22 +288,29 @@ def summarise(done, args, failures):
     rows, shown, _, figures = zip(*done)
     with failures.at(path := args.out / "sheet.png"):
         claim(path, args.out, args.inputs)
-        captions = [[f"{row['picture']}: bicubic", args.model, "reference"] for row in rows[:SHEET_ROWS]]
+        captions = []
+        for of_models in rows[:SHEET_ROWS]:
+            seconds = ["" if row["seconds"] is None else f", {row['seconds']:.1f} s" for row in of_models]
+            captions.append(["low quality", "bicubic", *(n + s for n, s in zip(args.names[1:], seconds)), "original"])
         save_png(contact_sheet(shown[:SHEET_ROWS], captions), path)
         print(printable(f"before and after: {path}"))
     if not args.measuring and not args.page:
         return
-    record = record_of(rows, args.command, args.flags, args.absent, args.files)
-    with failures.at(args.out):
-        if args.measuring:
-            print(f"average  {report(average(rows)) or 'of nothing'}\nprotocol: {record['protocol']}")
-            for name in ("metrics.csv", "metrics.json"):
-                claim(args.out / name, args.out, args.inputs)
-            write_metrics(record, args.out)
+    records = [record_of(list(of_model), args.command, args.flags, args.absent, args.files) for of_model in zip(*rows)]
+    for name, top, record in zip(args.names[1:], args.folders, records):
+        with failures.at(top):
+            if args.measuring:
+                said = f"{name}  " if len(records) > 1 else ""
+                print(f"average  {said}{report(average(record['pictures'])) or 'of nothing'}")
+                for file in ("metrics.csv", "metrics.json"):
+                    claim(top / file, args.out, args.inputs)
+                write_metrics(record, top)
+    if args.measuring:
+        print(f"protocol: {records[0]['protocol']}")
     with failures.at(path := args.out / "page.html"):
         if args.page:
             claim(path, args.out, args.inputs)
-            write_text(path, page_of(figures, args.names, record))
+            write_text(path, page_of(figures, args.names, records))
             print(printable(f"to look at: {path}"))
 
 
@@ -292,21 +320,24 @@ def main(argv=None):
         return list_weights()
     args.flags = dict(vars(args))
     args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
+    args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
     failures, names = Failures(), {}
     for top in args.pictures:
         with failures.at(top):
             names |= find_pictures(top, print)
     try:
         references = find_references(names.values(), args.ref)
-        model = load(args)
+        models = load(args)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
     taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
-    jobs = [Job(*job) for job in zip(names, names.values(), output_paths(names, args.out, taken), references)]
+    args.folders = [args.out / name for name in models] if len(models) > 1 else [args.out]
+    targets = zip(*(output_paths(names, top, taken) for top in args.folders))
+    jobs = [Job(*job) for job in zip(names, names.values(), targets, references)]
     read = [*names, *(path for ref in references if ref for path in (ref if isinstance(ref, tuple) else [ref]))]
     args.inputs = {realpath(path) for path in read}     # Path.resolve fails at loops of links
     args.shown = len(jobs) * len(args.names)
-    done, stopped = upscale_all(model, jobs, args, failures)
+    done, stopped = upscale_all(models, jobs, args, failures)
     if done:
         summarise(done, args, failures)
     if failures:

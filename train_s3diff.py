@@ -4,33 +4,33 @@
     torchrun --nproc_per_node=4 train_s3diff.py --data photos.txt --out runs/s3diff --micro-batch 4 --checkpointing
 
 A step has four parts, each with its own backward and its own step of an optimizer:
-    1. reconstruct   the target by L2 and LPIPS; one picture in twenty has the bad prompt, and the bad picture itself for a target
+    1. reconstruct   the target by L2 and LPIPS; one picture in twenty has the bad prompt, and the bad picture as target
     2. adversary     all pictures with the good prompt: make the discriminator D take them for photos
     3. real          D is to know photos
     4. fake          D is to know the pictures of part 2
-Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients, as officially.
+Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients.
 
-A tiny S3Diff has a tiny Stable Diffusion, trained here too, and its own estimator of the degradation; each stage goes on from the last:
+A tiny S3Diff has a tiny Stable Diffusion, trained here too, and its own estimator of the degradation; each stage goes
+on from the last:
 
     python train_s3diff.py --preset tiny --stage prior     --data PHOTOS --out runs/prior
     python train_s3diff.py --preset tiny --stage estimator --data PHOTOS --out runs/estimator --init runs/prior
     python train_s3diff.py --preset tiny --stage adapters  --data PHOTOS --out runs/s3diff    --init runs/estimator
 
-The same command again goes on where it stopped, exactly. Ctrl-C and SIGTERM save first. What may change then: --steps, --lr, --micro-batch,
---keep, --save-every and all that names the machine; anything else is refused. --out holds s3diff.pkl, laid out as the public file, for
-sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv, loss.png, sheet.png (of held-out photos).
+The same command again goes on where it stopped, exactly. Ctrl-C and SIGTERM save first. What may change then: --steps,
+--lr, --micro-batch, --keep, --save-every and all that names the machine; anything else is refused. --out holds
+s3diff.pkl, laid out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt,
+log.csv, loss.png, sheet.png (of held-out photos).
 """
 
 import argparse
 import copy
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import training
 from degrade import RECIPES, apply, degrade, draw_plan, severity
@@ -42,7 +42,7 @@ from models.unet import UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import ViT
-from models.support.arguments import SEED, between, positive
+from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_model, read_tensors, save_model
 from models.vosr import VOSR
@@ -59,27 +59,31 @@ class Recipe:
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
-    gan_from: int = 0                   # step with which D begins
+    looks_from: int = 0                 # step with which LPIPS and D begin; L2 alone is three times as fast
+    told_until: int = 0                 # steps with the true scores, before those of the estimator
     schedule: str = "constant"          # or "cosine"
     warmup: int = 0                     # steps
     ema: float = 0.0                    # decay of the average that is saved; 0 = what is trained itself
     recipes: tuple = ("s3diff",)        # of degrade.py, by turns
-    branches_per: str = "batch"         # of each recipe; "image" draws directions, scales and kinds of noise anew for every picture
+    branches_per: str = "batch"         # of each recipe; "image": all that a batch shares, anew for each picture
     save_every: int = 500               # steps
 
 
 PUBLIC_PARAMETERS = 34_475_120          # trained ones, with S3DiffConfig() as it is
 TINY = S3DiffConfig(
-    unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64, norm_groups=16),
-    vae=TinyVAEConfig(), r_unet=8, r_vae=4, vae_targets="encoder", denet_widths=(16, 16, 32, 32), tokens=8,
-    t=250, start_noise=0.0, guidance=1.0, enlarge="bicubic", tile=1024,    # at 999 every error of eps would count 14.6 times
+    unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
+                    norm_groups=16),
+    vae=TinyVAEConfig(), r_unet=32, r_vae=8, vae_targets="encoder", denet_widths=(16, 16, 32, 32), tokens=8,
+    t=250, start_noise=0.0, guidance=1.0, enlarge="bicubic", tile=1024,   # at 999 errors of eps would count 14.6 times
 )
-PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, {
-    "prior": Recipe(6000, 16, 6e-4, crop=128, schedule="cosine", warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
-    "estimator": Recipe(5000, 8, 1e-3, crop=128, schedule="cosine", warmup=100, ema=0.99, recipes=("s3diff", "vosr")),
-    "adapters": Recipe(6000, 8, 5e-4, crop=128, lambda_lpips=0.02, lambda_gan=0.3, gan_from=3000, schedule="cosine", warmup=100,
-                       branches_per="image"),
-})}
+at_128 = partial(Recipe, crop=128, schedule="cosine")
+TINY_RECIPES = {
+    "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
+    "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
+    "adapters": at_128(3900, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02,
+                       recipes=("s3diff", "s3diff", "vosr"), looks_from=2700, told_until=2700),
+}
+PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
     "unet": ("", "(?!)"), "unet+encoder": (VAE_TARGETS, "encoder"),
     "unet+decoder": (VAE_TARGETS.replace("encoder", "decoder", 1), r"finish\..*"),
@@ -89,41 +93,28 @@ PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Tur
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default), or tiny: everything trained here")
-    p.add_argument("--stage", default="adapters", choices=PRESETS["tiny"][1], help="adapters (default); tiny only: prior, estimator")
-    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar of them, or a .txt list of such sources")
-    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
-    p.add_argument("--out", required=True, help="folder for everything this run writes")
-    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out, or with --preset tiny the earlier stage's "
-                   "(default: new adapters on SD-Turbo, or on the embedded tiny prior; none: random numbers, the paper's Figure 9)")  # fmt: skip
+    p.add_argument("--preset", default="sd-turbo", choices=PRESETS,
+                   help="sd-turbo (default), or tiny: everything trained here")  # fmt: skip
+    p.add_argument("--stage", default="adapters", choices=PRESETS["tiny"][1],
+                   help="adapters (default); tiny only: prior, estimator")  # fmt: skip
+    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out, or with --preset "
+                   "tiny the earlier stage's (default: new adapters on SD-Turbo, or on the embedded tiny prior; "
+                   "none: random numbers, the paper's Figure 9)")  # fmt: skip
     # the paper's ablations
-    p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; default unet+encoder)")
+    p.add_argument("--lora", default="unet+encoder", choices=PLACES,
+                   help="what gets adapters (Table 4; default unet+encoder)")  # fmt: skip
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
                    help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")  # fmt: skip
     p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
                    help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")  # fmt: skip
     p.add_argument("--rank-unet", type=between(1, 1024, whole=True),
-                   help="rank of the UNet's adapters (Table 7; default 32, tiny 8)")  # fmt: skip
+                   help="rank of the UNet's adapters (Table 7; default 32)")  # fmt: skip
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True),
-                   help="rank of the VAE's adapters (Table 7; default 16, tiny 4)")  # fmt: skip
+                   help="rank of the VAE's adapters (Table 7; default 16, tiny 8)")  # fmt: skip
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="t of the one step; below 999 with that time's noise (Table 8: 250, 500; default 999)")  # fmt: skip
-    p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as the released code has it")
-    # optimisation
-    p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
-    p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
-    p.add_argument("--micro-batch", type=positive, help="photos that one process computes at once (default: its share)")
-    p.add_argument("--lr", type=between(1e-9, 1), help="learning rate")
-    p.add_argument("--seed", type=SEED, default=0)
-    # machine
-    p.add_argument("--device", type=training.usable_device, default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; trained weights stay float32")
-    p.add_argument("--checkpointing", action="store_true", help="compute the blocks of UNet and VAE a second time in backward: less memory")
-    p.add_argument("--compile", action="store_true", help="torch.compile the UNet's blocks")
-    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
-    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
-    p.add_argument("--keep", type=positive, default=2, metavar="K",
-                   help="checkpoints that stay, in case the newest is damaged (default 2)")  # fmt: skip
+                   help="t of the one step; below 999 with that time's noise (Table 8; default 999)")  # fmt: skip
+    p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as in the code")
+    training.add_arguments(p)
     args = p.parse_args()
     if args.stage not in PRESETS[args.preset][1]:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
@@ -133,14 +124,23 @@ def parse_args():
     return args
 
 
-def take_over(model, init, wanted):
-    """Give a model those tensors of a tiny one, in folder init or else the embedded prior, whose names are wanted.  -> a line on their origin
+# ---- networks
 
-    Raises Quit, WeightError.
+
+def is_known(stage, name):
+    """Whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has learned."""
+    return is_prior(name) or stage != "prior" and name.startswith("denet.") or stage == "adapters"
+
+
+def take_over(model, init, wanted=lambda name: True):
+    """Give a model the wanted tensors of a tiny one, in folder init or else of the embedded prior.
+
+    -> a line on their origin. Raises Quit, WeightError.
     """
     path = Path(init, "model.safetensors") if init else PRIOR
     if not path.exists():
-        raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny --stage prior, or none")
+        raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny "
+                            "--stage prior, or none")
     tensors = {k: v for k, v in read_model(path)[1].items() if wanted(k)}
     load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
     return f"from {path}"
@@ -156,15 +156,15 @@ def build_tiny(args, cfg):
         autoencoder = VOSR.from_pretrained("vosr-tiny").vae.state_dict()
         model.vae.load_state_dict({k: v for k, v in autoencoder.items() if "finish" not in k}, strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
-        origin = take_over(model, args.init, lambda name: is_prior(name) or name.startswith("denet.") or is_trained(name))
+        origin = take_over(model, args.init)
     return model.float(), LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
 
 
 def build(args, cfg):
     """Networks -> S3Diff to train, LPIPS and discriminator for its losses, a line on their origin."""
     tiny = args.preset == "tiny"
-    cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae, vae_targets=PLACES[args.lora][tiny],
-                  modulation=args.modulation, t=args.start_step or cfg.t)
+    cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
+                  vae_targets=PLACES[args.lora][tiny], modulation=args.modulation, t=args.start_step or cfg.t)
     if tiny:
         return build_tiny(args, cfg)
     if args.init:
@@ -192,28 +192,42 @@ def learns(stage, name):
     return name.startswith("denet.") if stage == "estimator" else is_trained(name) and name != "modulation.w"
 
 
-def draw(stage, model, hq, recipe, g):
-    """What the losses of a stage take.  hq: (B, 3, H, W) photos in [0, 1]; recipe: of degrade.py; g: generator of all draws"""
+def draw(stage, model, hq, recipe, g, told=False):
+    """What the losses of a stage take.
+
+    hq: (B, 3, H, W) photos in [0, 1]; recipe: of degrade.py; g: generator of all draws; told: scores as the plans say
+    """
     if stage == "prior":
         good = len(hq) // 2         # the others become bad
-        return 2 * torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]]) - 1, (torch.arange(len(hq)) >= good).long(), g
+        x = torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]])
+        return 2 * x - 1, (torch.arange(len(hq)) >= good).long(), g
     if stage == "estimator":
-        quads = hq.split(4)         # four pictures share directions, scales and modes; kernels and strengths are each picture's own
-        plans = [draw_plan(recipe, len(quad), g) for quad in quads]
-        lq = [apply(plan, quad)[0] for plan, quad in zip(plans, quads)]
-        return torch.cat(lq), torch.cat([severity(*each) for each in zip(plans, quads, lq)])
-    lq, lq_up = degrade(hq, recipe, g)
-    return 2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), torch.rand(len(hq), generator=g), g
+        lq, _, scores = degrade_and_tell(hq, recipe, g)
+        return lq, scores
+    lq, lq_up, scores = degrade_and_tell(hq, recipe, g) if told else (*degrade(hq, recipe, g), None)
+    scores = scores if told else model.estimate(lq)
+    return 2 * lq_up - 1, 2 * hq - 1, scores, torch.rand(len(hq), generator=g), g
+
+
+def degrade_and_tell(hq, recipe, g):
+    """Degrade each photo by a plan of its own, and say how badly.  -> lq, lq_up, (B, 2) of `severity`"""
+    parts = []
+    for one in hq.split(1):
+        plan = draw_plan(recipe, 1, g)
+        lq, lq_up = apply(plan, one)
+        parts.append((lq, lq_up, severity(plan, one, lq)))
+    return [torch.cat(x) for x in zip(*parts)]
 
 
 def denoise(model, x, bad, g):
-    """Stage prior: Stable Diffusion's own training, on photos and on bad pictures; each has its prompt, one in ten has none.
+    """Stage prior: Stable Diffusion's own training, on photos and bad pictures; each has its prompt, one in ten none.
 
-    x: (B, 3, H, W) in [-1, 1]; bad: (B,) 1 where x is bad, 0 where it is a photo; g: of times, noise and the untold -> {name: loss}
+    x: (B, 3, H, W) in [-1, 1]; bad: (B,) 1 where x is bad, 0 where it is a photo; g: of times, noise and the untold
+    -> {name: loss}
     """
     z, T = model.vae.encode(x), 1000
     t = (torch.rand(len(z), generator=g) * T).long()
-    ends = torch.rand(len(z), generator=g)                      # S3Diff and GramSR work near the ends: one in ten each there
+    ends = torch.rand(len(z), generator=g)      # S3Diff and GramSR work near the ends: one in ten each there
     t = torch.where(ends < 0.1, t % 100 + 900, torch.where(ends < 0.2, t % 10, t))
     eps, told = torch.randn(z.shape, generator=g).to(z), (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)
     a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
@@ -229,16 +243,24 @@ def tell(model, lq, scores):
     return ({"blur": blur, "noise": noise},)
 
 
-# ---- the losses: x_src, x_tgt (B, 3, H, W) in [-1, 1] are the enlarged LQ picture and the photo; scores (B, 2) the estimated degradation
+# ---- the losses
+# x_src, x_tgt: (B, 3, H, W) in [-1, 1], the enlarged LQ picture and the photo; scores: (B, 2), of the estimator
 
 
 def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None):
-    """Part 1. u: (B,) uniform draws, below neg_prob: the bad prompt, and its picture; g: of the posterior's samples -> {name: loss}, y"""
+    """Part 1, without LPIPS where that is None.
+
+    u: (B,) uniform draws, below neg_prob: the bad prompt, and its picture; g: of the posterior's samples
+    -> {name: loss}, y
+    """
     negative = (u < neg_prob).to(x_src.device)
     y = model(x_src, scores, model.prompts[negative.long()], g)
-    target = torch.where(negative.view(-1, 1, 1, 1), x_src, x_tgt)      # online negative prompting: this is what the bad prompt means
-    l2, perceptual = F.mse_loss(y, target), lpips(y, target).mean()
-    return {"l2": recipe.lambda_l2 * l2, "lpips": recipe.lambda_lpips * perceptual}, y  # Eq. S3Diff (6)
+    # online negative prompting: this is what the bad prompt means
+    target = torch.where(negative.view(-1, 1, 1, 1), x_src, x_tgt)
+    terms = {"l2": recipe.lambda_l2 * F.mse_loss(y, target)}
+    if lpips:
+        terms["lpips"] = recipe.lambda_lpips * lpips(y, target).mean()
+    return terms, y     # Eq. S3Diff (6)
 
 
 def beside(D, x, x_src, g):
@@ -255,7 +277,8 @@ def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
 
 def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scores, u, g):
     """Parts 1 and 2 as one function of the model, which DDP can wrap."""
-    if part == "reconstruct":
+    if part != "adversary":
+        lpips = lpips if part == "reconstruct" else None
         return reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g)
     return adversary(model, D, recipe, x_src, scores, g, beside(D, x_src, x_src, g))
 
@@ -265,175 +288,169 @@ def discriminator_loss(D, recipe, x, target, plan=None):
     return ({f"d_{target}": recipe.lambda_gan * D(x, target, plan).mean()},)
 
 
-@torch.no_grad()
-def evaluate(stage, model, objective, test, held_out):
-    """Held-out loss with fixed draws, and what there is to see.
+# ---- what is measured on held-out photos
 
-    test: inputs of the losses; held_out: (16, 3, crop, crop) photos in [-1, 1] -> columns of the log, columns of the sheet
-    """
-    if stage == "adapters":         # the good prompt, no guidance
-        parts = [objective("reconstruct", *(x[i : i + 1] for x in test[:3]), torch.ones(1), None) for i in range(len(held_out))]
-        y, x = torch.cat([y for _, y in parts]).float(), test[0]
-        loss = sum(float(sum(terms.values())) for terms, _ in parts) / len(parts)
-    else:
-        loss = float(sum(objective(*test[:2], *([training.generator(1)] if stage == "prior" else []))[0].values()))
-        if stage == "estimator":
-            ranks = torch.stack([model.denet(test[0]), test[1]]).argsort(1).argsort(1).float()      # (2, B, 2)
-            rank_blur, rank_noise = (float(torch.corrcoef(pair)[0, 1]) for pair in ranks.unbind(2))
-            return {"held_out": loss, "rank_blur": rank_blur, "rank_noise": rank_noise}, {}
-        a, z = alphas_cumprod()[300].item(), model.vae.encode(held_out)
-        z_t = a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=training.generator(2)).to(z)
-        eps = model.unet(z_t, 300, model.prompts[:1].expand(len(z), -1, -1))
-        x, y = model.vae.decode(z_t / a**0.5), model.vae.decode(model.clean(z_t, eps, 300)).float()
-    psnr = -10 * ((y.clamp(-1, 1) - held_out) / 2).square().mean((1, 2, 3)).log10().mean()
-    return {"held_out": loss, "psnr": float(psnr)}, {"noisy" if stage == "prior" else "LQ": x, "result": y, "HQ": held_out}
+
+@torch.no_grad()
+def look_adapters(run):
+    """-> held-out loss, columns of the sheet; the good prompt, no guidance, the mode of the posterior"""
+    x_src, x_tgt, scores = run.test[:3]
+    pairs = zip(x_src.split(1), x_tgt.split(1), scores.split(1))
+    parts = [reconstruct(run.ema, run.lpips, run.recipe, 0.0, *pair, torch.ones(1)) for pair in pairs]
+    loss = sum(float(sum(terms.values())) for terms, _ in parts) / len(parts)
+    return loss, {"LQ": x_src, f"result, step {run.step}": torch.cat([y for _, y in parts]).float(), "HQ": x_tgt}
+
+
+@torch.no_grad()
+def look_prior(run):
+    """-> held-out loss, columns of the sheet: photos with the noise of t = 300, and denoised with the good prompt"""
+    model, hq, t = run.ema, run.held_out, 300
+    loss = float(denoise(model, *run.test[:2], training.generator(1))[0]["eps"])
+    a, z = alphas_cumprod()[t].item(), model.vae.encode(hq)
+    z_t = a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=training.generator(2)).to(z)
+    eps = model.unet(z_t, t, model.prompts[:1].expand(len(z), -1, -1))
+    denoised = model.vae.decode(model.clean(z_t, eps, t)).float()
+    return loss, {"noisy": model.vae.decode(z_t / a**0.5), f"denoised, step {run.step}": denoised, "HQ": hq}
+
+
+@torch.no_grad()
+def look_estimator(run):
+    """-> columns of the log: held-out loss, rank correlation of each score with what the plan did"""
+    lq, scores = run.test
+    ranks = torch.stack([run.ema.denet(lq), scores]).argsort(1).argsort(1).float()      # (2, B, 2)
+    blur, noise = (float(torch.corrcoef(pair)[0, 1]) for pair in ranks.unbind(2))
+    return {"held_out": float(sum(tell(run.ema, lq, scores)[0].values())), "rank_blur": blur, "rank_noise": noise}
+
+
+def evaluate(run):
+    """The averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
+    if run.args.stage == "estimator":
+        return look_estimator(run), {}
+    loss, sheet = (look_prior if run.args.stage == "prior" else look_adapters)(run)
+    _, y, hq = sheet.values()
+    psnr = -10 * ((y.clamp(-1, 1) - hq) / 2).square().mean((1, 2, 3)).log10().mean()
+    return {"held_out": loss, "psnr": float(psnr)}, sheet
+
+
+# ---- a run, part by part; `run` holds what the parts share
+
+
+def prepare(args):
+    """Networks, what is to be learned, optimizers.  -> run"""
+    cfg, recipes = PRESETS[args.preset]
+    run = training.begin(args, recipes[args.stage])
+    model, lpips, D, origin = build(args, cfg)
+    run.origin = f"train_s3diff: {args.preset} {args.stage}, {origin}"
+    run.learns = partial(learns, args.stage)
+    run.params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if run.learns(k)])
+    if model.cfg == S3DiffConfig():
+        n = training.count(run.params)
+        assert n == PUBLIC_PARAMETERS, f"{n:,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
+    if run.dtype != torch.float32 and args.preset != "tiny":
+        in_half(model.unet, run.dtype, adapters=False)      # frozen weights need no float32; official: they have it
+    run.model, run.lpips, run.D = model.to(run.device), lpips.to(run.device), D.to(run.device)
+    run.ema = copy.deepcopy(run.model).eval() if run.recipe.ema else run.model
+    run.G_optimizer, run.D_optimizer = (torch.optim.AdamW(params, run.recipe.lr, weight_decay=1e-2, fused=True)
+                                        for params in (run.params, list(run.D.parameters())))
+    run.columns = ["rank_blur", "rank_noise"] if args.stage == "estimator" else []
+    run.state = {name: getattr(run, name) for name in ("model", "ema", "D", "G_optimizer", "D_optimizer", "scaler")}
+    return run
+
+
+def open_data(run):
+    """Photos to learn from and held-out ones, and their degradation."""
+    args, recipe = run.args, run.recipe
+    photos, hq, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
+    run.recipes = [replace(RECIPES[name], branches_per=recipe.branches_per) for name in recipe.recipes]
+    hq, one_by_one = hq.to(run.device), replace(run.recipes[0], branches_per="image")
+    test = draw(args.stage, run.model, hq, one_by_one, training.generator(0), told=recipe.told_until > 0)
+    run.test = [x.to(run.device) if torch.is_tensor(x) else x for x in test]
+    run.held_out = 2 * hq - 1
+    run.batches = training.batches(photos, range(run.step, recipe.steps), recipe.batch_size, run.rank, run.share,
+                                   run.micro, args.workers, run.device)
+
+
+def backward(run, compute, *inputs):
+    """One part of the batch -> what compute returns beside its losses"""
+    with training.autocast(run.device, run.dtype):
+        terms, *others = compute(*inputs)
+    run.scaler.scale(sum(terms.values()) / run.parts).backward()
+    for name, loss in terms.items():
+        run.sums[name] += loss.detach() / run.parts
+    return others
+
+
+def step(run):
+    """One step of each optimizer that the stage has."""
+    for optimizer in (run.G_optimizer, run.D_optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr
+    batch, recipe = [], run.recipes[run.step % len(run.recipes)]
+    for i in range(run.parts):
+        # the same draws, whoever computes this part
+        g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
+        hq = next(run.batches).to(run.device, non_blocking=True)
+        batch.append(draw(run.args.stage, run.model, hq, recipe, g, run.step < run.recipe.told_until))
+
+    looks = run.step >= run.recipe.looks_from
+    part = [] if run.args.stage != "adapters" else ["reconstruct" if looks else "regress"]
+    for inputs in batch:
+        backward(run, run.generate, *part, *inputs)
+    run.grad_norm = run.health.step(run.G_optimizer, run.scaler)
+    if part and looks:
+        compete(run, batch)
+    if run.recipe.ema:
+        training.ema_update(run.ema, run.model, min(run.recipe.ema, (1 + run.step) / (10 + run.step)))
+
+
+def compete(run, batch):
+    """Parts 2 to 4: generator against discriminator."""
+    fakes = []
+    # official: D keeps what this backward leaves in it, and learns a little to be deceived
+    run.D.requires_grad_(False)
+    for inputs in batch:
+        fakes += backward(run, run.generate, "adversary", *inputs)
+    run.D.requires_grad_(True)
+    run.health.step(run.G_optimizer, run.scaler)
+
+    for x_src, x_tgt, _, _, g in batch:
+        backward(run, run.judge, x_tgt, "real", beside(run.D, x_tgt, x_src, g))
+    run.health.step(run.D_optimizer, run.scaler)
+    for y, (x_src, _, _, _, g) in zip(fakes, batch):
+        backward(run, run.judge, y, "fake", beside(run.D, y, x_src, g))
+    run.health.step(run.D_optimizer, run.scaler)
+
+
+def save(run):
+    """The model's file, then the checkpoint: if that says that the run is over, all is there."""
+    if run.rank == 0 and run.args.preset == "tiny":
+        tensors = {k: v for k, v in run.ema.state_dict().items() if is_known(run.args.stage, k)}
+        note = f"tiny {run.args.stage}, step {run.step}"
+        save_model(run.out / "model.safetensors", run.model.cfg, tensors, note)
+    elif run.rank == 0:
+        training.write(run.out / "s3diff.pkl", run.model.release())
+    training.save_state(run)
 
 
 def main():
     args = parse_args()
-    cfg, recipe = PRESETS[args.preset][0], PRESETS[args.preset][1][args.stage]
-    given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "save_every": args.save_every}
-    recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
-    device, dtype = args.device, training.choose_dtype(args.dtype, args.device)
-    rank, world = training.join(device)
-    share, micro, parts = training.divide(recipe.batch_size, args.micro_batch, world)   # photos of a step: mine, at once, how often
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(args.seed)                # the initial weights; everything later has generators of its own
-    model, lpips, D, origin = build(args, cfg)
-    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if learns(args.stage, k)])
-    if model.cfg == S3DiffConfig():
-        assert training.count(params) == PUBLIC_PARAMETERS, f"{training.count(params):,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
-    if dtype != torch.float32 and args.preset != "tiny":
-        in_half(model.unet, dtype, adapters=False)      # frozen weights need no float32; official: they have it
-    model, lpips, D = model.to(device), lpips.to(device), D.to(device)
-    ema = copy.deepcopy(model).eval() if recipe.ema else model
-    optimizers = {name: torch.optim.AdamW(p, lr=recipe.lr, weight_decay=1e-2, fused=True) for name, p in (("G", params), ("D", list(D.parameters())))}
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    fixed = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "paper", "data", "init", "seed")
-    settings = {name: getattr(args, name) for name in fixed} | {"batch_size": recipe.batch_size}
-    step, names_of_photos = 0, None
-    checkpoint = training.load_checkpoint(out, settings, args.moved)
-    if checkpoint:
-        step, names_of_photos, origin = checkpoint["step"], checkpoint["photos"], f"resumed from {out} at step {checkpoint['step']}"
-        training.load_tensors(model, checkpoint["model"])
-        training.load_tensors(ema, checkpoint["ema"])
-        training.load_tensors(D, checkpoint["D"])
-        for name, optimizer in optimizers.items():
-            training.load_optimizer(optimizer, checkpoint["optimizers"][name])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())      # {} of a run in another type
-    print(f"train_s3diff: {args.preset} {args.stage}, {origin}, on {device} in {dtype}, {world} process{'es' * (world > 1)}".replace("torch.", ""))
-    print(f"{training.count(params):,} trained of {training.count(model.parameters()):,} parameters, discriminator's heads "
-          f"{training.count(D.parameters()):,}; batch {recipe.batch_size} = {world} x {parts} x {micro}; {recipe}")
-    for part in (model.unet, *model.vae.children()):
+    run = prepare(args)
+    training.resume(run, ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step",
+                          "paper", "data", "init", "seed"))
+    for part in (run.model.unet, *run.model.vae.children()):
         part.checkpointing = args.checkpointing
     if args.compile:
-        training.compile_all(model.unet.blocks[:-1], device)
-
-    def objective_of(model):
-        if args.stage == "adapters":
-            return partial(generator_losses, model, lpips, D, recipe, args.neg_prob)
-        return partial({"prior": denoise, "estimator": tell}[args.stage], model)
-
-    generate, judge = objective_of(model), partial(discriminator_loss, D, recipe)
-    if world > 1:
-        generate, judge = training.replicate(model, generate, device), training.replicate(D, judge, device)
-
-    photos, held_out, names_of_photos = training.photos_for(args.data, recipe.crop, args.seed, names_of_photos, flip=True)
-    recipes, held_out = [replace(RECIPES[name], branches_per=recipe.branches_per) for name in recipe.recipes], held_out.to(device)
-    test = draw(args.stage, model, held_out, replace(recipes[0], branches_per="image"), training.generator(0))
-    test, held_out = [x.to(device) if torch.is_tensor(x) else x for x in test], 2 * held_out - 1
-
-    def save():
-        """The first process writes; all have the same."""
-        if rank > 0:
-            return
-        trained, averaged = ({k: v for k, v in m.state_dict().items() if learns(args.stage, k)} for m in (model, ema))
-        if args.preset == "tiny":       # the checkpoint last: if it says that the run is over, all is there
-            save_model(out / "model.safetensors", model.cfg, ema.state_dict(), note=f"{args.preset} {args.stage}, step {step}")
-        else:
-            training.write(out / "s3diff.pkl", model.release())
-        training.save_checkpoint(out, step, args.keep, settings=settings, photos=names_of_photos, model=trained, ema=averaged, D=D.state_dict(),
-                                 optimizers={k: v.state_dict() for k, v in optimizers.items()}, scaler=scaler.state_dict())
-
-    def backward(compute, *inputs):
-        """One part of the batch -> what compute returns beside its losses"""
-        with training.autocast(device, dtype):
-            terms, *others = compute(*inputs)
-        scaler.scale(sum(terms.values()) / parts).backward()
-        for name, loss in terms.items():
-            sums[name] += loss.detach() / parts
-        return others
-
-    loader = training.batches(photos, range(step, recipe.steps), recipe.batch_size, rank, share, micro, args.workers, device)
-    names = {"prior": ["eps"], "estimator": ["blur", "noise"]}.get(args.stage, ["l2", "lpips", "gan", "d_real", "d_fake"])
-    columns = ["step", *names, "grad_norm", "seconds", "held_out", *(["rank_blur", "rank_noise"] if args.stage == "estimator" else ["psnr"])]
-    log = training.Log(out / "log.csv", columns, step or -1) if rank == 0 else None
-    stop, health = training.Stop(), training.Health()
-    bar = tqdm(total=recipe.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
-    sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
-    model.train()
-    while step < recipe.steps and not training.mean_of_all(bool(stop), device):
-        lr = training.learning_rate(step, recipe.steps, recipe.lr, recipe.schedule, recipe.warmup)
-        for group in [group for optimizer in optimizers.values() for group in optimizer.param_groups]:
-            group["lr"] = lr
-
-        # ---------------------------------------------------------------- the step
-        batch = []
-        for i in range(parts):
-            g = training.generator(args.seed, step, rank * parts + i)       # the same numbers, whoever computes this part of the batch
-            hq = next(loader).to(device, non_blocking=True)
-            batch.append(draw(args.stage, model, hq, recipes[step % len(recipes)], g))
-
-        for inputs in batch:
-            backward(generate, *(["reconstruct"] if args.stage == "adapters" else []), *inputs)
-        grad_norm = health.step(optimizers["G"], scaler)
-
-        if args.stage == "adapters" and step >= recipe.gan_from:
-            fakes = []
-            D.requires_grad_(False)     # official: D keeps what this backward leaves in it, and learns a little to be deceived
-            for inputs in batch:
-                fakes += backward(generate, "adversary", *inputs)
-            D.requires_grad_(True)
-            health.step(optimizers["G"], scaler)
-
-            for x_src, x_tgt, _, _, g in batch:
-                backward(judge, x_tgt, "real", beside(D, x_tgt, x_src, g))
-            health.step(optimizers["D"], scaler)
-            for y, (x_src, _, _, _, g) in zip(fakes, batch):
-                backward(judge, y, "fake", beside(D, y, x_src, g))
-            health.step(optimizers["D"], scaler)
-        if recipe.ema:
-            training.ema_update(ema, model, min(recipe.ema, (1 + step) / (10 + step)))
-        step, since = step + 1, since + 1
-        # ------------------------------------------------------------------------
-
-        bar.update()
-        bar.set_postfix({k: f"{v / since:.3f}" for k, v in sums.items()}, refresh=False)
-        due = step % recipe.save_every == 0 or step == recipe.steps
-        if due or step % 50 == 0:                           # once in a while: log
-            row = {"step": step, **{k: training.mean_of_all(v / since, device) for k, v in sums.items()}, "grad_norm": grad_norm,
-                   "seconds": time.time() - seconds}
-            sums, since, seconds = dict.fromkeys(names, 0.0), 0, time.time()
-            if due:                                         # once in a longer while: evaluate, save, draw
-                with training.autocast(device, dtype):
-                    seen, pictures = evaluate(args.stage, ema, objective_of(ema), test, held_out)
-                save()
-                row |= seen
-            if rank == 0:
-                log.write(**row)
-            if rank == 0 and due:
-                if pictures:
-                    training.save_sheet(out / "sheet.png", {title: x[:6] for title, x in pictures.items()})
-                tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in seen.items()))
-                log.draw(out / "loss.png", [*names, "held_out"], f"S3Diff {args.preset}, stage {args.stage}")
-    bar.close()
-    if step < recipe.steps:
-        save()
-        print(f"\nstopped at step {step} and saved; the same command goes on from here")
-    training.leave()
+        training.compile_all(run.model.unet.blocks[:-1], run.device)
+    run.generate = partial({"prior": denoise, "estimator": tell}.get(args.stage, generator_losses), run.model)
+    if args.stage == "adapters":
+        run.generate = partial(run.generate, run.lpips, run.D, run.recipe, args.neg_prob)
+    run.judge = partial(discriminator_loss, run.D, run.recipe)
+    if run.world > 1:
+        run.generate = training.replicate(run.model, run.generate, run.device)
+        run.judge = training.replicate(run.D, run.judge, run.device)
+    open_data(run)
+    terms = {"prior": ["eps"], "estimator": ["blur", "noise"], "adapters": ["l2", "lpips", "gan", "d_real", "d_fake"]}
+    training.fit(run, terms[args.stage], step, evaluate, save, f"S3Diff {args.preset}, stage {args.stage}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""What the three training scripts share: plain functions, nothing that hides a loop.
-
-Set-up and precision, several processes, seeds, learning rate, exponential moving average, checkpoints, logs and pictures of progress.
-"""
+"""What the training scripts share. Each has its networks, losses and its `step`; `fit` below is the loop around it."""
 
 import argparse
 import math
@@ -10,14 +7,18 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from models.support.arguments import Stop, make_lenient  # noqa: F401: scripts say training.Stop, and so on
+from models.support.arguments import (SEED, Stop, between, make_lenient,  # noqa: F401: scripts say training.Stop
+                                      positive)
 from models.support.charts import Log, save_sheet  # noqa: F401
 from models.support.photos import batches, photos_for  # noqa: F401
 from models.support.weights import sha256_of
@@ -29,7 +30,7 @@ class Quit(Exception):
 
 @contextmanager
 def one_line_errors(name):
-    """Turn the errors a user can cause into one line on stderr and exit status 1; nothing printed is one."""
+    """Turn the errors a user can cause into one line on stderr and exit status 1."""
     make_lenient()
     try:
         yield
@@ -50,11 +51,33 @@ def one_line_errors(name):
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 
+def add_arguments(p):
+    """The flags that all three scripts have."""
+    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar, or a .txt list")
+    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
+    p.add_argument("--out", required=True, help="folder for everything this run writes")
+    # optimisation
+    p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
+    p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
+    p.add_argument("--micro-batch", type=positive, help="photos that a process computes at once (default: its share)")
+    p.add_argument("--lr", type=between(1e-9, 1), help="peak learning rate")
+    p.add_argument("--seed", type=SEED, default=0)
+    # machine
+    p.add_argument("--device", type=usable_device, default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="of autocast; trained weights stay float32")  # fmt: skip
+    p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
+    p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
+    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
+    p.add_argument("--keep", type=positive, default=2, metavar="K", help="newest checkpoints that stay (default 2)")
+
+
 def choose_device(name):
     """'auto' is the best one at hand -> torch.device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""   # torchrun numbers the processes of a machine
+    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""      # torchrun's
     return torch.device(name + own)
 
 
@@ -69,7 +92,7 @@ def usable_device(name):
 
 def choose_dtype(name, device, best="bfloat16"):
     """'auto' is `best` on CUDA and float32 elsewhere; tf32 is float32 whose products a GPU rounds -> torch.dtype"""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"    # convolutions do it unasked
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"    # cudnn does it unasked
     if name == "auto":
         name = best if device.type == "cuda" else "float32"
     return torch.float32 if name == "tf32" else getattr(torch, name)
@@ -80,8 +103,8 @@ def autocast(device, dtype):
 
 
 def compile_all(networks, device):
-    """torch.compile networks, which takes minutes when they first run; where nothing can be compiled, a line says so instead."""
-    probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, or one from an earlier day's cache would do
+    """torch.compile networks; where nothing can be compiled, a line says so instead."""
+    probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, which no cache knows
     try:
         torch.compile(lambda x: x.sin() + 1)(probe)
     except Exception as e:      # without a compiler, without Triton, on a card or a Python that it does not know
@@ -92,11 +115,11 @@ def compile_all(networks, device):
         network.compile()
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes
 
 
 def join(device):
-    """Join the processes that torchrun started; all but the first fall silent -> rank, number of processes (0, 1 without torchrun)."""
+    """Join the processes that torchrun started; all but the first fall silent -> rank, their number (else 0, 1)."""
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
@@ -135,19 +158,19 @@ class Replicate(torch.nn.Module):
 
 
 def replicate(model, function, device):
-    """function, whose backward now also averages the gradients of model over the processes, each of which holds all of it (DDP)."""
+    """function, whose backward now also averages the gradients of model over the processes (DDP)."""
     module = Replicate(model, function)
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def shard(module, device):
-    """Spread a transformer's weights, gradients and optimizer state over the processes (FSDP2); a block is whole only while it computes."""
+    """Spread a transformer's weights, gradients and optimizer state over the processes (FSDP2)."""
     from torch.distributed.fsdp import fully_shard      # torch >= 2.6
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # about in-place changes to it, which we do not make
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # we change none in place
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*module.blocks, module):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the outermost too, or its EMA would stay whole after an evaluation
+    for part in (*module.blocks, module):       # the outermost too, or its EMA would stay whole after an evaluation
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(x):
@@ -156,7 +179,7 @@ def whole(x):
 
 
 def gather(state):
-    """A state dict with whole tensors on the CPU of the first process; all must call it, and the others get None for tensors."""
+    """A state dict with whole tensors on the CPU of the first process, None elsewhere; all processes must call it."""
     if isinstance(state, dict):
         return {k: gather(v) for k, v in state.items()}
     if not torch.is_tensor(state):
@@ -174,7 +197,7 @@ def scatter(tensor, like):
 
 
 def divide(batch_size, micro_batch, world):
-    """How a step's photos are computed: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
+    """A step's photos: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
     share = batch_size // world
     micro = micro_batch or max(share, 1)
     if share * world != batch_size or share % micro:
@@ -182,11 +205,11 @@ def divide(batch_size, micro_batch, world):
     return share, micro, share // micro
 
 
-# ---- seeds, parameters, schedules -----------------------------------------------------------------------------------
+# ---- seeds, parameters, schedules
 
 
 def generator(*numbers):
-    """A CPU generator seeded by numbers, e.g. (seed, rank, step): every step's randomness is a function of its number."""
+    """A CPU generator seeded by numbers, e.g. (seed, rank, step)."""
     seed = 0
     for n in numbers:
         seed = (seed * 1_000_003 + n + 1) % 2**63
@@ -198,7 +221,7 @@ def count(parameters):
 
 
 def freeze_all_but(model, params):
-    """Let params learn and nothing else in model -> params. Raises AssertionError if one is not in model, or twice in params."""
+    """Let params learn and nothing else in model -> params. Raises AssertionError if one is not its own, or twice."""
     model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
@@ -224,9 +247,10 @@ class Health:
         self.most, self.skipped, self.in_a_row = most, 0, 0
 
     def step(self, optimizer, scaler):
-        """Clip the gradients at hand to norm 1, step, forget them -> their norm before, inf or NaN if the step was left out. Raises Quit."""
+        """Clip the gradients to norm 1, step, forget them -> their norm before, not finite if left out. Raises Quit."""
         scaler.unscale_(optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)).item()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = whole(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
         if math.isfinite(norm):
             self.in_a_row = 0
             scaler.step(optimizer)
@@ -234,7 +258,8 @@ class Health:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             print(f"a step was left out, its gradient is {norm} ({self.skipped} so far)", file=sys.stderr)
         if self.in_a_row == self.most:
-            raise Quit(f"{self.most} steps in a row had no finite gradient; go on from the last checkpoint with a lower --lr, or --dtype float32")
+            raise Quit(f"{self.most} steps in a row had no finite gradient; "
+                       "go on from the last checkpoint with a lower --lr, or --dtype float32")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
@@ -249,7 +274,7 @@ def ema_update(ema, model, decay):
         e.copy_(b)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints
 
 
 def checkpoints(folder):
@@ -258,7 +283,7 @@ def checkpoints(folder):
 
 
 def write(path, state):
-    """torch.save under a temporary name, then rename: what was there survives any interruption. Raises Quit when it cannot be stored."""
+    """torch.save under a temporary name, then rename: what was there survives any interruption. Raises Quit."""
     part = Path(f"{path}.part")
     try:
         torch.save(state, part)
@@ -267,11 +292,12 @@ def write(path, state):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:        # torch's own writer raises RuntimeError when the disk is full
         part.unlink(missing_ok=True)
-        raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); then the same command goes on from the last checkpoint") from None
+        raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
+                   "then the same command goes on from the last checkpoint") from None
 
 
 def save_checkpoint(folder, step, keep, **state):
-    """Write checkpoint-STEP-HASH.pt, whose name tells later whether it is still what was written; then only the newest `keep` stay."""
+    """Write checkpoint-STEP-HASH.pt, whose name tells whether it is what was written; the newest `keep` stay."""
     path = Path(folder, "checkpoint.new")
     write(path, {"step": step, "cwd": os.getcwd(), **state})
     path.replace(path.with_name(f"checkpoint-{step:08d}-{sha256_of(path)[:16]}.pt"))
@@ -282,8 +308,7 @@ def save_checkpoint(folder, step, keep, **state):
 def load_checkpoint(folder, must_match, moved=False):
     """The newest checkpoint that is whole, or None if there is none at all; what is damaged is named and passed over.
 
-    must_match: settings of this run that may not differ from those of the interrupted one, except paths if they moved
-    Raises Quit naming the first that does.
+    must_match: settings that may not differ from the interrupted run's, except paths if they moved. Raises Quit.
     """
     found = checkpoints(folder)
     for path in found:
@@ -310,7 +335,7 @@ def load_checkpoint(folder, must_match, moved=False):
 
 
 def load_tensors(module, tensors):
-    """Put a checkpoint's tensors into a module, of which it may hold a part, whatever the number of processes now and then."""
+    """Put a checkpoint's tensors into a module, of which it may hold a part, whatever the number of processes."""
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -323,3 +348,101 @@ def load_optimizer(optimizer, state):
     for i, tensors in state["state"].items():
         tensors |= {k: scatter(v, params[i]) for k, v in tensors.items() if v.shape == params[i].shape}
     optimizer.load_state_dict(state)
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def begin(args, recipe):
+    """What all parts of a run share: the arguments, the recipe with what they override, device, type, processes, the folder."""
+    given = {k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)}
+    recipe = replace(recipe, **given)
+    run = SimpleNamespace(args=args, recipe=recipe, out=Path(args.out), step=0, over=False, photos=None)
+    run.device, run.dtype = args.device, choose_dtype(args.dtype, args.device)
+    run.rank, run.world = join(run.device)
+    run.share, run.micro, run.parts = divide(recipe.batch_size, args.micro_batch, run.world)    # photos: mine, at once, how often
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    run.health = Health()
+    run.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)        # the initial weights; everything later has generators of its own
+    return run
+
+
+def resume(run, settings):
+    """Go on where the newest checkpoint in --out stopped, if there is one; say what is trained, where and how.
+
+    settings: names of arguments that must then be the same; run.state: {name: module, optimizer or scaler}, what `save_state` keeps
+    """
+    run.settings = {k: getattr(run.args, k) for k in settings} | {"batch_size": run.recipe.batch_size}
+    checkpoint = load_checkpoint(run.out, run.settings, run.args.moved)
+    if checkpoint:
+        run.step, run.photos = checkpoint["step"], checkpoint["photos"]
+        run.origin = f"resumed from {run.out} at step {run.step}"
+        for name, part in run.state.items():
+            if isinstance(part, torch.nn.Module):
+                load_tensors(part, checkpoint[name])
+            elif isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, checkpoint[name])
+            else:
+                part.load_state_dict(checkpoint[name] or part.state_dict())     # a scaler's is {} in another type
+    print(f"{run.origin}, on {run.device} in {str(run.dtype)[6:]}, {run.world} process{'es' * (run.world > 1)}")
+    print(f"{count(run.params):,} parameters learn; batch {run.recipe.batch_size} = {run.world} x {run.parts} x {run.micro}; {run.recipe}")
+    return checkpoint
+
+
+def save_state(run, **more):
+    """Write a checkpoint: run.state, of the model only what learns. Every process helps to gather what is sharded, the first one writes."""
+    state = {name: part.state_dict() for name, part in run.state.items()}
+    for name in {"model", "ema"} & state.keys():
+        state[name] = {k: v for k, v in state[name].items() if run.learns(k)}
+    state = gather(state)
+    if run.rank == 0:
+        save_checkpoint(run.out, run.step, run.args.keep, settings=run.settings, photos=run.photos, **state, **more)
+
+
+def fit(run, terms, step, evaluate, save, title):
+    """Steps until the end or a stop; a row of log.csv every 50, where it is due also evaluate, save and draw.
+
+    terms: names of the losses, which step(run) adds to run.sums; evaluate(run) -> {column: value}, {title: pictures}
+    """
+    recipe, columns = run.recipe, ["step", *terms, "grad_norm", "lr", "seconds", "held_out", "psnr", *run.columns]
+    table = Log(run.out / "log.csv", columns, run.step or -1) if run.rank == 0 else None
+    if run.step == 0:
+        with autocast(run.device, run.dtype):
+            seen, _ = evaluate(run)
+        if run.rank == 0:
+            table.write(step=0, **seen)
+    stop, clock, since = Stop(), time.time(), 0
+    run.sums = dict.fromkeys(terms, 0.0)
+    bar = tqdm(total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=run.rank > 0)
+    run.model.train()
+    while run.step < recipe.steps and not mean_of_all(bool(stop) or run.over, run.device):
+        run.lr = learning_rate(run.step, recipe.steps, recipe.lr, recipe.schedule, recipe.warmup)
+        step(run)
+        run.step, since = run.step + 1, since + 1
+        bar.update()
+        bar.set_postfix({name: f"{x / since:.3f}" for name, x in run.sums.items()}, refresh=False)
+        due = run.step % recipe.save_every == 0 or run.step == recipe.steps
+        if not due and run.step % 50:
+            continue
+        row = {"step": run.step, "grad_norm": run.grad_norm, "lr": run.lr, "seconds": time.time() - clock}
+        row |= {name: mean_of_all(x / since, run.device) for name, x in run.sums.items()}
+        run.sums, since, clock = dict.fromkeys(terms, 0.0), 0, time.time()
+        if due:
+            with autocast(run.device, run.dtype):
+                run.seen, pictures = evaluate(run)
+            save(run)
+            row |= run.seen
+        if run.rank == 0:
+            table.write(**row)
+        if run.rank == 0 and due:
+            tqdm.write(f"step {run.step}: " + ", ".join(f"{name} {x:.4f}" for name, x in run.seen.items()))
+            table.draw(run.out / "loss.png", [*terms, "held_out"], title)
+            if pictures:
+                save_sheet(run.out / "sheet.png", {name: x[:6] for name, x in pictures.items()})
+    bar.close()
+    if run.step < recipe.steps and not run.over:
+        run.seen = None
+        save(run)
+        print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
+    leave()

@@ -1,17 +1,14 @@
-"""The judge of S3Diff: is this picture real or made?  A frozen DINO looks, three small heads decide; it exists in training only.
+"""The judge of S3Diff, in training only: is this picture real or made?  A frozen DINO looks, three small heads decide.
 
-Papers:  Vision-aided GAN 2112.09130 (a frozen backbone as discriminator), DiffAugment 2006.10738, spectral normalisation 1802.05957.
-Weights: dino_vitbase16_pretrain.pth for the backbone (vit.py). There are none for the heads, which are trained from scratch, with the names
-         they have in the authors' package vision_aided_loss 0.1.0, so that a checkpoint of the one fits the other.
+Papers:  Vision-aided GAN 2112.09130, DiffAugment 2006.10738, spectral normalisation 1802.05957.
+Weights: dino_vitbase16_pretrain.pth for the backbone. The heads, named as in vision_aided_loss 0.1.0, have none.
 Left out: its other backbones and losses, class conditions.
 
         picture -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 ---> map head -> 3 x 3 logits
                                              |-- block 8, patches ----------------> map head -> 3 x 3 logits
                                              `-- block 11, class token -----------> Linear   -> 1 logit
 
-    D = Discriminator(vit)
-    plan = draw_augment(x, torch.Generator().manual_seed(0))
-    loss = D(x, "generator", plan)                              # (B, 1); or "real", "fake"
+    loss = Discriminator(vit)(x, "generator", draw_augment(x, torch.Generator().manual_seed(0)))    # or "real", "fake"
 """
 
 from dataclasses import dataclass
@@ -25,16 +22,15 @@ from torch.nn.utils import spectral_norm
 from models.vit import IMAGENET_STD
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" is smoothed too, so it is pulled back where D is surer than 0.8
+TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" is smoothed, too
 
 
-# -----------------------------------------------------------------------------
-# augmentation: D sees every picture changed, else it learns the few real ones by heart; differentiable, since G learns through it
+# ---- augmentation: else D learns the few real pictures by heart; differentiable, since G learns through it
 
 @dataclass
 class AugmentPlan:
-    """What was drawn: a list each, one entry a picture."""
-    brightness: list    # in [0, 1), 0.5 changes nothing; so do the next two
+    """What was drawn, an entry a picture."""
+    brightness: list    # in [0, 1), as the next two; 0.5 changes nothing
     saturation: list
     contrast: list
     translation: list   # (rows, columns): pixel (i, j) comes from (i + rows, j + columns)
@@ -42,18 +38,16 @@ class AugmentPlan:
 
 
 def draw_augment(x, generator):
-    """A plan for pictures x (B, 3, H, W); every one gets everything."""
-    B, _, H, W = x.shape
+    """A plan for pictures x (B, 3, H, W)."""
+    (B, _, H, W), options = x.shape, {"generator": generator, "device": generator.device}
 
-    def integers(lo, hi):
-        return torch.randint(lo, hi, (B,), generator=generator, device=generator.device).tolist()
+    def pairs(low, high):
+        rows, cols = (torch.randint(low(side), high(side), (B,), **options).tolist() for side in (H, W))
+        return list(zip(rows, cols))
 
-    def pairs(span):
-        return list(zip(integers(*span(H)), integers(*span(W))))
-
-    brightness, saturation, contrast = torch.rand(3, B, generator=generator, device=generator.device).tolist()
-    translation = pairs(lambda side: (-share(side, 1 / 8), share(side, 1 / 8) + 1))
-    cutout = pairs(lambda side: (0, side + 1 - share(side, 1 / 2) % 2))
+    brightness, saturation, contrast = torch.rand(3, B, **options).tolist()
+    translation = pairs(lambda side: -share(side, 1 / 8), lambda side: share(side, 1 / 8) + 1)
+    cutout = pairs(lambda side: 0, lambda side: side + 1 - share(side, 1 / 2) % 2)
     return AugmentPlan(brightness, saturation, contrast, translation, cutout)
 
 
@@ -62,9 +56,9 @@ def share(side, part):
 
 
 def augment(x, plan, steps=None):
-    """Colour, translation and a hole of half the picture's height and width, x (B, 3, H, W) in [-1, 1] -> same shape, not clamped.
+    """Colour, translation and a hole of half the picture's sides.  x: (B, 3, H, W) in [-1, 1] -> like x, not clamped
 
-    steps: a list that receives every (name, intermediate picture).
+    steps: a list that receives every (name, intermediate picture)
     """
     (H, W), steps = x.shape[2:], [] if steps is None else steps
 
@@ -80,7 +74,8 @@ def augment(x, plan, steps=None):
     x = step("saturation", gray + 2 * column(plan.saturation) * (x - gray))
     mean = x.mean((1, 2, 3), keepdim=True)
     x = step("contrast", mean + (column(plan.contrast) + 0.5) * (x - mean))
-    x = step("translation", torch.stack([F.pad(one, (-c, c, -r, r)) for one, (r, c) in zip(x, plan.translation)]))  # zeros follow
+    moved = [F.pad(one, (-cols, cols, -rows, rows)) for one, (rows, cols) in zip(x, plan.translation)]  # zeros follow
+    x = step("translation", torch.stack(moved))
     whole, h, w = torch.ones(len(x), 1, H, W), share(H, 1 / 2), share(W, 1 / 2)
     for one, (row, col) in zip(whole, plan.cutout):
         top, left = row - h // 2, col - w // 2
@@ -88,11 +83,10 @@ def augment(x, plan, steps=None):
     return step("cutout", x * whole.to(x))
 
 
-# -----------------------------------------------------------------------------
-# heads
+# ---- heads
 
 class Blur(nn.Module):
-    """The filter (1, 3, 3, 1) / 8 along rows and columns, before each stride: what is skipped still counts.  side -> side + 2 * padding - 3"""
+    """The filter (1, 3, 3, 1) / 8 along rows and columns, before each stride.  side -> side + 2 * padding - 3"""
 
     def __init__(self, channels, padding):
         super().__init__()
@@ -112,9 +106,9 @@ def map_head(D, width):
 
 
 class Heads(nn.Module):
-    """Spectral norm divides a weight by its largest singular value, so no layer can stretch a difference and D's gradient stays tame.
+    """Spectral norm divides a weight by its largest singular value: no layer can stretch a difference.
 
-    The value is estimated, with one step of power iteration at every forward in training mode; weight_u, weight_v keep the estimate's vectors.
+    It is estimated, by a step of power iteration at every forward in training mode, from vectors weight_u, weight_v.
     """
 
     def __init__(self, D, width):
@@ -129,27 +123,27 @@ class Heads(nn.Module):
         return [first(early).squeeze(1), second(late).squeeze(1), self.out(third(token))]
 
 
-# -----------------------------------------------------------------------------
-# the discriminator
+# ---- the discriminator
 
 def multilevel_loss(logits, target):
-    """Cross entropy with logits of any shapes (B, ...), mean within a level, SUM over levels -> (B, 1)."""
-    losses = [F.binary_cross_entropy_with_logits(level, torch.full_like(level, TARGETS[target]), reduction="none") for level in logits]
+    """Cross entropy with logits (B, ...), mean within a level, SUM over levels -> (B, 1)."""
+    losses = [F.binary_cross_entropy_with_logits(level, torch.full_like(level, TARGETS[target]), reduction="none")
+              for level in logits]
     return sum(loss.flatten(1).mean(1, keepdim=True) for loss in losses)  # Eq. S3Diff (7)
 
 
 class Discriminator(nn.Module):
     """vit: DINO (vit.py, version 1) of 8 blocks or more; it is frozen here.
 
-    The backbone is no submodule: 343 MB that never change stay out of state_dict, parameters() and an optimiser, and requires_grad_(True) on
-    the discriminator does not thaw it. But through _apply it follows .to(device) and .to(dtype).
+    It is no submodule: 343 MB that never change stay out of state_dict, parameters() and requires_grad_(True). But
+    through _apply it follows .to(device) and .to(dtype).
     """
 
     def __init__(self, vit, head_width=128):
         super().__init__()
         self.__dict__["vit"] = vit.requires_grad_(False).eval()     # past nn.Module's register
         self.blocks = [vit.cfg.depth - back for back in (8, 4, 1)]  # 4, 8, 11 of the public model
-        # A list, since the package can ask several backbones. Begins with PyTorch's own numbers: nobody calls the package's init_weights.
+        # A list, since the package can ask several backbones.
         self.decoder = nn.ModuleList([Heads(vit.cfg.embed_dim, head_width)])
 
     def _apply(self, fn, recurse=True):
@@ -161,7 +155,8 @@ class Discriminator(nn.Module):
         """What DINO sees in x (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), the class token (B, D)"""
         side = self.vit.cfg.img_size
         x = F.interpolate(x * 0.5 + 0.5, (side, side), mode="area")
-        mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, IMAGENET_STD))  # official: the mean is CLIP's, the deviation ImageNet's
+        # official: the mean is CLIP's, the deviation ImageNet's
+        mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, IMAGENET_STD))
         outputs = enumerate(self.vit.layers((x - mean) / std))
         early, late, last = (self.vit.norm(tokens) for i, tokens in outputs if i in self.blocks)
         side //= self.vit.cfg.patch_size
@@ -169,29 +164,30 @@ class Discriminator(nn.Module):
         return early, late, last[:, 0]
 
     def logits(self, x, plan=None):
-        """One tensor a level. plan: of `draw_augment`; None = x as it is."""
+        """One tensor a level. plan: None = x as it is."""
         return self.decoder[0](*self.features(x if plan is None else augment(x, plan)))
 
     def forward(self, x, target, plan=None):
-        """Loss of each picture of x (B, 3, H, W) in [-1, 1], taken for `target`: real, fake, or generator (a fake to pass as real) -> (B, 1)"""
+        """Loss of x: (B, 3, H, W) in [-1, 1]; target: real, fake, or generator (a fake to pass as real) -> (B, 1)"""
         return multilevel_loss(self.logits(x, plan), target)
 
 
 class PatchDiscriminator(nn.Module):
-    """The tiny presets' judge, without a backbone that saw ImageNet: four convolutions, a logit for every place of the last three maps.
+    """Ours, the tiny presets' judge: four convolutions, a logit for every place of the last three maps.
 
-    It also sees the picture that was to be restored, so that a sharp picture of something else is no good. Ours; as Discriminator to use.
+    It also sees the picture that was to be restored, so that a sharp picture of something else is no good.
     """
 
     def __init__(self, width=32):
         super().__init__()
         widths = (6, width, 2 * width, 4 * width, 4 * width)
-        self.layers = nn.ModuleList(spectral_norm(nn.Conv2d(c_in, c_out, 3, stride=1 if c_in == c_out else 2, padding=1))
-                                    for c_in, c_out in pairwise(widths))
+        self.layers = nn.ModuleList(
+            spectral_norm(nn.Conv2d(c_in, c_out, 3, stride=1 if c_in == c_out else 2, padding=1))
+            for c_in, c_out in pairwise(widths))
         self.heads = nn.ModuleList(spectral_norm(nn.Conv2d(c, 1, 1)) for c in widths[2:])
 
     def forward(self, x, target, x_src):
-        """x, x_src: (B, 3, H, W) in [-1, 1], the picture to judge and the enlarged LQ picture -> (B, 1)"""
+        """x, x_src: (B, 3, H, W) in [-1, 1], the picture to judge, the enlarged LQ picture -> (B, 1)"""
         h, logits = torch.cat([x, x_src], dim=1), []
         for layer in self.layers:
             h = F.leaky_relu(layer(h), 0.2)

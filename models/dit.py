@@ -1,11 +1,8 @@
 """VOSR's diffusion transformer: predicts the velocity of a latent picture from the low-quality one.
 
 Paper:   VOSR, arXiv 2604.03225; the backbone is LightningDiT (arXiv 2501.01423) with cross-attention added.
-Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR; parameter names are theirs.
-Left out: options that no public checkpoint uses (class labels, learned sigma, fused layers, absolute positions).
-
-Beyond the official network: rectangles of any size, and two switches that only our tiny model flips
-(`precondition` and `rope_rescale` in DiTConfig).
+Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR.
+Left out: options that no public checkpoint uses. Ours: any rectangle, and two switches that only the tiny model flips.
 """
 
 import math
@@ -32,28 +29,12 @@ class DiTConfig:
     z_dims: int = 768           # width of the visual tokens
     encdim_ratio: int = 3       # inner width of the context MLP, in units of D
     auxiliary_time_cond: bool = False   # second time r: the one-step models
-    precondition: bool = False  # start from the best linear guess: see `DiT.forward`
-    rope_rescale: bool = True   # squeeze the positions of other sizes into the trained range, as the official code does
+    precondition: bool = False  # ours: start from the best linear guess, see `DiT.forward`
+    rope_rescale: bool = True   # squeeze the positions of other sizes into the trained range
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads}")
-
-    @classmethod
-    def from_tensors(cls, tensors, path):
-        """The sizes of a public file, read off its tensors: neither its name nor args.json can be wrong about them. Raises ValueError."""
-        shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        try:
-            D, C_in, p, _ = shape["x_embedder.proj.weight"]
-            tokens = shape.get("feat_rope.freqs_cos", [(cls.input_size // p) ** 2])[0]
-            return cls(
-                input_size=round(tokens**0.5) * p, patch_size=p, in_channels=C_in, out_channels=shape["final_layer.linear.weight"][0] // p**2,
-                hidden_size=D, depth=len({name.split(".")[1] for name in shape if name.startswith("blocks.")}),
-                num_heads=D // shape["blocks.0.attn.q_norm.weight"][0], z_dims=shape["layer_norm.weight"][0],
-                encdim_ratio=shape["mlp_ca.fc1.weight"][0] // D, auxiliary_time_cond="r_embedder.mlp.0.weight" in shape,
-            )
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-            raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 4 * num_heads = {4 * self.num_heads}")
 
 
 def modulate(x, shift, scale):
@@ -62,7 +43,7 @@ def modulate(x, shift, scale):
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoids of t: (B,) in [0, 1], NOT multiplied by 1000 -> (B, dim), cosines first."""
+    """Sinusoids of t: (B,) -> (B, dim) float32, cosines first. VOSR's t in [0, 1] is NOT multiplied by 1000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
@@ -71,28 +52,23 @@ def timestep_embedding(t, dim=256):
 def rope_table(rows, cols, head_dim):
     """Rotary tables for tokens at positions rows: (h,) and cols: (w,) -> cos, sin, each (h*w, head_dim).
 
-    The first half of a head's channels turns with the row, the second half with the column;
-    every angle serves the adjacent channel pair (2k, 2k+1).
+    The first half of a head's channels turns with the row, the second with the column, by adjacent pairs (2k, 2k+1).
     """
     d = head_dim // 2
     freqs = 10000 ** (-torch.arange(0, d, 2, device=rows.device).float() / d)           # (d/2,)
     row, col = ((pos[:, None] * freqs).repeat_interleave(2, dim=1) for pos in (rows, cols))
     h, w = len(rows), len(cols)
-    angle = torch.cat([row[:, None].expand(h, w, d), col[None].expand(h, w, d)], dim=-1)
-    angle = angle.reshape(h * w, head_dim)
+    angle = torch.cat([row[:, None].expand(h, w, d), col[None].expand(h, w, d)], dim=-1).flatten(0, 1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, turns):
-    """Turn channel pairs of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin), one product of complex numbers.
-
-    turns: (N, hd/2) complex -> like x, in float32
-    """
+    """Turn channel pairs (a, b) of x: (B, nh, N, hd), as complex numbers a + ib, by turns: (N, hd/2) -> float32."""
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, counted in float32; in half precision only if the weight is, too."""
+    """x / rms(x) * weight over the last axis, counted in float32."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -139,7 +115,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from the picture's tokens, keys and values from the visual context; no rotary."""
+    """The picture's tokens look at the visual ones; no rotary."""
 
     def __init__(self, D, nh):
         super().__init__()
@@ -154,27 +130,27 @@ class CrossAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.nh, -1)).transpose(1, 2)   # (B, N, D) -> (B, nh, N, hd)
 
-    def forward(self, x, ctx, blind, cache=None):
+    def forward(self, x, ctx, no_ctx, cache=None):
         """x: (B, N, D) -> (B, N, D)
 
-        ctx: (S, M, D) context of the first S pictures; blind: (D,) what each context token of the other B - S pictures is
-        cache: a list; the first call puts keys and values there, later ones read them and need no ctx
+        ctx: (n, M, D) context of the first n pictures; no_ctx: (D,) what every context token of the others is
+        cache: a dict, filled by the first call; later ones read keys and values there and need no ctx
         """
         if cache:
-            k, v = cache
+            k, v = cache["k"], cache["v"]
         else:
             v = self.heads(self.v_linear(ctx))
             k = self.k_norm(self.heads(self.k_linear(ctx))).type_as(v)
-        if cache == []:
-            cache += [k, v]
-        S = len(k)
-        q = self.q_norm(self.heads(self.q_linear(x[:S]))).type_as(v)
+        if cache is not None:
+            cache.update(k=k, v=v)
+        n = len(k)
+        q = self.q_norm(self.heads(self.q_linear(x[:n]))).type_as(v)
         y = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        if S == len(x):
+        if n == len(x):
             return y
         # Among equal keys softmax has no choice, and any average of equal values is that value.
-        constant = self.proj(self.v_linear(blind))
-        return torch.cat([y, constant.expand(len(x) - S, x.shape[1], -1)])
+        constant = self.proj(self.v_linear(no_ctx))
+        return torch.cat([y, constant.expand(len(x) - n, x.shape[1], -1)])
 
 
 class SwiGLU(nn.Module):
@@ -209,11 +185,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(D, int(2 / 3 * int(D * cfg.mlp_ratio)))
         self.scale_shift_table = nn.Parameter(torch.empty(6, D))
 
-    def forward(self, x, ctx, blind, c0, rope, cache=None):
-        """x: (B, N, D), c0: (B, 6, D) shared by all blocks; ctx, blind, cache: see CrossAttention -> (B, N, D)."""
+    def forward(self, x, ctx, no_ctx, c0, rope, cache=None):
+        """x: (B, N, D); c0: (B, 6, D) shared by all blocks; ctx, no_ctx, cache: see CrossAttention -> (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + c0).unbind(1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
-        x = x + self.cross_attn(x, ctx, blind, cache)   # official: no norm before it, no gate after it
+        x = x + self.cross_attn(x, ctx, no_ctx, cache)   # official: no norm before it, no gate after it
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
@@ -230,11 +206,11 @@ class FinalLayer(nn.Module):
 
 
 class Rope(nn.Module):
-    """The rotary tables of the trained size: constants that the public files carry as buffers."""
+    """The rotary tables of the trained size, which the public files carry."""
 
     def __init__(self, side, head_dim):
         super().__init__()
-        positions = torch.arange(side, device="cpu").float()    # real numbers even where the rest is built on the meta device
+        positions = torch.arange(side, device="cpu").float()    # real even where all else is on the meta device
         cos, sin = rope_table(positions, positions, head_dim)
         self.register_buffer("freqs_cos", cos)
         self.register_buffer("freqs_sin", sin)
@@ -260,7 +236,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Xavier everywhere, normal(0.02) in the time path, zero for the output: the first velocity is 0."""
+        """Xavier; normal(0.02) in the time path; zero for the output: the first velocity is 0."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
@@ -279,19 +255,18 @@ class DiT(nn.Module):
         """The turns of h x w tokens -> (h*w, hd/2) complex."""
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
         if not h == w == self.side or cos.dtype != torch.float32:       # .to(bfloat16) has rounded them
-            # official: squares only. One factor for both axes keeps a rectangle's aspect,
-            # and its longer side in the trained range.
+            # official: squares only; one factor for both axes keeps a rectangle's aspect
             scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
             rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
             cos, sin = rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)
         return torch.complex(cos[:, ::2], sin[:, ::2])
 
     def context(self, feat):
-        """Visual tokens (B, M, z_dims) -> (B, M, D). A zero token becomes the constant mlp_ca(layer_norm.bias)."""
+        """Visual tokens (B, M, z_dims) -> (B, M, D); zeros become the constant mlp_ca(layer_norm.bias)."""
         return self.mlp_ca(self.layer_norm(feat))
 
     def unpatchify(self, x, h, w):
-        """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token's outputs are ordered (row, column, channel)."""
+        """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token holds (row, column, channel)."""
         p = self.cfg.patch_size
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                             # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
@@ -299,35 +274,36 @@ class DiT(nn.Module):
     def forward(self, z_t, z_lq, feat, t, r=None, cache=None):
         """Velocity of the flow, or its average from t down to r.
 
-        z_t:  (B, C, h, w) noisy latent;  z_lq: (B, C, h, w) LQ latent;  h, w multiples of the patch size
-        feat: (S, M, z_dims) visual tokens of the first S LQ pictures, S <= B; the others have none, and zeros are none too
+        z_t, z_lq: (B, C, h, w) noisy latent and LQ latent; h, w multiples of the patch size
+        feat: (n, M, z_dims) visual tokens of the first n LQ pictures; the others have none, and zeros are none too
         t, r: (B,) in [0, 1], 1 = noise, 0 = clean; r only with auxiliary_time_cond
-        cache: a dict, empty at first; as long as feat stays the same, cross-attention's keys and values are computed once
+        cache: a dict, empty at first: as long as feat stays the same, cross-attention computes keys and values once
         -> (B, C, h, w) velocity eps - hq
         """
+        if not self.cfg.precondition:
+            return self.network(z_t, z_lq, feat, t, r, cache)
+        # As EDM (2206.00364) does for denoisers. Were z_hq normal around z_lq with variance 1, z_t would be so around
+        # (1 - t) z_lq with variance var, and E[z_hq | z_t] = z_lq + (1 - t) / var (z_t - (1 - t) z_lq). The network
+        # sees the second term; its floor lets some noise in at t = 1, or in one step all seeds gave one picture.
+        time = t[:, None, None, None]
+        var = (1 - time) ** 2 + time**2
+        z_in = ((1 - time) / var).clamp(min=0.1) * (z_t - (1 - time) * z_lq)
+        guess = ((2 * time - 1) * z_t - time * z_lq) / var                              # the velocity of that mean
+        return guess - self.network(z_in, z_lq, feat, t, r, cache) / var.sqrt()
+
+    def network(self, z_in, z_lq, feat, t, r, cache):
         p = self.cfg.patch_size
-        h, w = z_t.shape[-2] // p, z_t.shape[-1] // p
-        z_in = z_t
-        if self.cfg.precondition:
-            # As EDM (2206.00364) does for denoisers. If z_hq were normal around z_lq with unit variance, its mean given z_t would be
-            # z_lq + k (z_t - (1 - t) z_lq), k = (1 - t) / D. That second term is what the network sees; the floor lets some noise
-            # in at t = 1, or all seeds would give one picture in one step.
-            time = t[:, None, None, None]
-            D = (1 - time) ** 2 + time**2
-            z_in = ((1 - time) / D).clamp(min=0.1) * (z_t - (1 - time) * z_lq)
-        x = self.x_embedder(torch.cat([z_lq, z_in], dim=1))                              # (B, N, D), LQ first
+        h, w = z_in.shape[-2] // p, z_in.shape[-1] // p
+        x = self.x_embedder(torch.cat([z_lq, z_in], dim=1))                             # (B, N, D), LQ first
         c = self.t_embedder(t)
         if self.r_embedder:
-            c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)                    # exactly c(t) where r = t
+            c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)                   # exactly c(t) where r = t
         c0 = self.t_block(c).unflatten(-1, (6, -1))
         ctx = None if cache else self.context(feat)
-        blind, rope = self.mlp_ca(self.layer_norm.bias), self.rope(h, w, x.device)
+        no_ctx, rope = self.mlp_ca(self.layer_norm.bias), self.rope(h, w, x.device)
         for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, ctx, blind, c0, rope, use_reentrant=False)
+                x = checkpoint(block, x, ctx, no_ctx, c0, rope, use_reentrant=False)
             else:
-                x = block(x, ctx, blind, c0, rope, None if cache is None else cache.setdefault(i, []))
-        out = self.unpatchify(self.final_layer(x, c), h, w)
-        if self.cfg.precondition:
-            out = ((2 * time - 1) * z_t - time * z_lq) / D - out / D.sqrt()     # that mean's velocity, and the network's correction
-        return out
+                x = block(x, ctx, no_ctx, c0, rope, None if cache is None else cache.setdefault(i, {}))
+        return self.unpatchify(self.final_layer(x, c), h, w)

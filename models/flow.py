@@ -1,33 +1,34 @@
-"""VOSR's mathematics: the guided velocity, the sampler and the three losses, as functions of a network and of the draws.
+"""VOSR's mathematics: the guided velocity, the sampler and the losses.
 
 Paper:   VOSR, arXiv 2604.03225; flow matching after 2209.03003, shortcut models 2410.12557.
-Left out: the cosine time schedule of the official code, which nothing uses.
+Left out: the official code's cosine time schedule, which nothing uses.
 
-Letters: z_t = (1 - t) z_hq + t eps is the state, t = 1 noise, t = 0 clean; v its velocity eps - z_hq at t; u the average
-velocity from t down to r. Everything random comes in as an argument (`Draws`).
+Letters: z_t = (1 - t) z_hq + t eps is the state, t = 1 noise, t = 0 clean; v its velocity eps - z_hq at t; u the
+average velocity from t down to r; z_weak = w z_lq the weak condition. Everything random is an argument.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 
-# ---- the velocity and the sampler -----------------------------------------------------------------------------------
+# ---- the velocity and the sampler
 
 
 def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None, cache=None):
-    """Both velocities of a guidance from one batch of twice the size: under z_lq with feat, under z_weak without -> v_cond, v_weak."""
-    return dit(z_t.repeat(2, 1, 1, 1), torch.cat([z_lq, z_weak]), feat, t.repeat(2), r if r is None else r.repeat(2), cache).chunk(2)
+    """Both velocities of a guidance in one batch: under z_lq with feat, under z_weak without -> v_cond, v_weak."""
+    z_t, t, r = z_t.repeat(2, 1, 1, 1), t.repeat(2), r if r is None else r.repeat(2)
+    return dit(z_t, torch.cat([z_lq, z_weak]), feat, t, r, cache).chunk(2)
 
 
 def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1.0), cache=None):
     """Restoration-oriented guidance: the reference is a WEAK condition, not an absent one.
 
     z_t, z_lq: (B, C, h, w); feat: (B, M, z_dims); t, r: numbers in [0, 1], r is read by one-step models only
-    guidance: 1 = conditional only, one pass; 0 = weak only; negative goes past it. Against habit, smaller is more
-              generative and larger more faithful: the weak branch knows less of the picture and invents more.
-    interval: guidance counts for t inside it;  cache: DiT's, a dict to keep from step to step -> (B, C, h, w) velocity
+    guidance: 1 = conditional only, one pass; 0 = weak only. Against habit smaller is more generative, larger more
+              faithful: the weak branch knows less of the picture and invents more.
+    weak: w; interval: of t where guidance counts; cache: DiT's, to keep from step to step -> (B, C, h, w) velocity
     """
     if not interval[0] <= t <= interval[1]:
         guidance = 1
@@ -41,7 +42,7 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
 def sample(velocity, eps, steps):
     """Euler's method from noise at t = 1 to the clean latent at t = 0.
 
-    velocity: function (z_t, t, r) -> velocity from t towards r;  eps: (B, C, h, w) standard normal -> (B, C, h, w)
+    velocity: function (z_t, t, r) -> velocity from t towards r; eps: (B, C, h, w) standard normal -> like eps
     """
     z = eps.float()                                             # many small steps would be lost in half precision
     times = [1 - k / steps for k in range(steps + 1)]
@@ -50,7 +51,7 @@ def sample(velocity, eps, steps):
     return z.to(eps.dtype)
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------------
+# ---- losses
 
 
 @dataclass
@@ -67,18 +68,27 @@ class Draws:
 
     @classmethod
     def flow(cls, z, generator, lognorm=None, weak=(0.05, 0.25)):
-        """For `loss_flow`. lognorm: (mu, sigma) of t = sigmoid(sigma N + mu) instead of a uniform t."""
-        d = cls.distill(z, generator)
-        t = d.t[:, 0] if lognorm is None else torch.sigmoid(lognorm[1] * torch.special.ndtri(d.t[:, 0]) + lognorm[0])
-        return replace(d, t=t, w=weak[0] + (weak[1] - weak[0]) * d.g[0], g=None)
+        """For `loss_flow`. lognorm: mu, sigma of t = sigmoid(sigma N + mu), None = uniform; weak: range of w."""
+        t, n, eps, m, xi, u = draw(z, generator)
+        t, (low, high) = t[:, 0], weak
+        if lognorm is not None:
+            mu, sigma = lognorm
+            t = torch.sigmoid(sigma * torch.special.ndtri(t) + mu)
+        return cls(t, n, eps, m, xi, low + (high - low) * u[0])
 
     @classmethod
     def distill(cls, z, generator, weak=0.1):
-        """For `loss_distill`. weak: the constant w."""
-        B = len(z)
-        t, n, eps, m, xi, g = (draw(shape, generator=generator).to(z.device) for draw, shape in (
-            (torch.rand, (B, 2)), (torch.randn, (B,)), (torch.randn, z.shape), (torch.rand, (B,)), (torch.randn, z.shape), (torch.rand, (B,))))
+        """For `loss_distill`. weak: w, a constant."""
+        t, n, eps, m, xi, g = draw(z, generator)
         return cls(t, n, eps, m, xi, torch.tensor(weak, device=z.device), g)
+
+
+def draw(z, generator):
+    """The numbers behind both kinds of Draws, uniform or normal, for latents z: (B, C, h, w)."""
+    B = len(z)
+    draws = ((torch.rand, (B, 2)), (torch.randn, (B,)), (torch.randn, z.shape),
+             (torch.rand, (B,)), (torch.randn, z.shape), (torch.rand, (B,)))
+    return [function(shape, generator=generator).to(z.device) for function, shape in draws]
 
 
 def column(x):
@@ -87,17 +97,17 @@ def column(x):
 
 
 def conditions(z_lq, feat, d, cfg_ratio, strength):
-    """The LQ condition three times: noised, weak, and mixed (weak where dropped) with its visual tokens.
+    """The LQ condition noised, weak, and mixed: the weak one and no visual tokens where it is dropped.
 
-    z_lq: (B, C, h, w); feat: (B, M, z_dims), never noised -> noised, weak, mixed like z_lq, mixed_feat like feat
+    z_lq: (B, C, h, w); feat: (B, M, z_dims) -> noised, z_weak, mixed like z_lq, mixed_feat like feat
     """
     mu, sigma = strength
     a = column(torch.sigmoid(sigma * d.n + mu))                 # about 0.993
     noised = a * z_lq + (1 - a**2).sqrt() * d.xi                # Eq. noised condition
-    weak = d.w * z_lq                                           # Eq. weak condition
+    z_weak = d.w * z_lq                                         # Eq. weak condition
     dropped = d.m < cfg_ratio
-    mixed = torch.where(column(dropped), weak, noised)
-    return noised, weak, mixed, torch.where(dropped[:, None, None], 0.0, feat)
+    mixed = torch.where(column(dropped), z_weak, noised)
+    return noised, z_weak, mixed, torch.where(dropped[:, None, None], 0.0, feat)
 
 
 def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
@@ -111,34 +121,34 @@ def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
     return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)     # Eq. flow
 
 
-def teach(teacher, z_t, noised, weak, feat, t, omega, interval=(0.0, 1.0)):
-    """The frozen multi-step teacher's guided velocity; omega counts only for t inside the interval, else 1."""
-    v_cond, v_weak = (v.float() for v in two_branches(teacher, z_t, noised, weak, feat, t))
+def teach(teacher, z_t, noised, z_weak, feat, t, omega, interval=(0.0, 1.0)):
+    """The frozen multi-step teacher's guided velocity; outside the interval of t: (B,) omega is 1."""
+    v_cond, v_weak = (v.float() for v in two_branches(teacher, z_t, noised, z_weak, feat, t))
     omega = column(torch.where((interval[0] <= t) & (t <= interval[1]), omega, 1.0))
-    return v_weak + omega * (v_cond - v_weak)
+    return v_weak + omega * (v_cond - v_weak)                   # Eq. teacher
 
 
-def target_shortcut(student, z_t, t, r):
-    """Two half steps make a whole one: the mean of the student's velocities on [t, s] and [s, r]. Shortcut models, 2410.12557."""
+def target_shortcut(u, z_t, t, r):
+    """Two half steps make a whole one: the mean of the student's velocities on [t, s] and [s, r]."""
     s = (t + r) / 2
-    v1 = student(z_t, t, s)
-    v2 = student(z_t - column((t - r) / 2) * v1, s, r)
-    return (v1 + v2) / 2                                        # Eq. shortcut
+    u1 = u(z_t, t, s)
+    u2 = u(z_t - column((t - r) / 2) * u1, s, r)
+    return (u1 + u2) / 2                                        # Eq. shortcut
 
 
 def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
-    """Recursive consistency: go a short way delta along the teacher's v, the rest along the student itself, compare with u.
+    """Recursive consistency: go a short way delta along the teacher's v, the rest along the student, compare with u.
 
     z_t, u, v: (B, C, h, w) state, the student's average velocity on [t, r], the teacher's velocity at t; t, r: (B,)
-    -> (B, C, h, w) what u has too much, scaled by 1/delta; 0 when u is the average velocity of the teacher's flow
+    -> like u: what it has too much, over delta; 0 when u is the average velocity of the teacher's flow
     """
     t_m = torch.maximum(t - delta, r)
     z = z_t - column(t - t_m) * v
     step = (t_m - r) / N
     way = torch.zeros_like(z)                                   # F: the way from t_m to r
     for k in range(N):
-        v_k = student(z, t_m - k * step, t_m - (k + 1) * step)
-        z, way = z - column(step) * v_k, way + column(step) * v_k
+        u_k = student(z, t_m - k * step, t_m - (k + 1) * step)
+        z, way = z - column(step) * u_k, way + column(step) * u_k
     d = column((t - r).clamp(min=1e-6))
     near = column(t < r + delta + 1e-6)                         # then t_m = r and F = 0: u shall be v
     return torch.where(near, u - way / d, (u * d - way) / delta) - v        # Eq. RCGM
@@ -146,25 +156,25 @@ def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
 
 def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, cfg_ratio=0.1, strength=(5.0, 1.0),
                  interval=(0.0, 1.0), **rcgm):
-    """One-step distillation: learn the teacher's guided velocity where r = t, and to be consistent with itself where r < t.
+    """One-step distillation: learn the teacher's guided velocity where r = t, be consistent with oneself where r < t.
 
-    student, teacher: DiT with and without second time; z_hq, z_lq: (B, C, h, w); feat: (B, M, z_dims); d: Draws.distill(...)
-    kind: "rcgm" or "shortcut"; omega: the teacher's guidance, distilled in -> v_loss, u_loss; their sum is the loss
+    student, teacher: DiT with and without second time; kind: "rcgm" or "shortcut"; omega: the guidance that is
+    distilled in; the others as for `loss_flow` -> v_loss, u_loss; their sum is the loss
     """
     t = d.t.amax(1)
     r = t * (1 - d.g)
-    noised, weak, mixed, mixed_feat = conditions(z_lq, feat, d, cfg_ratio, strength)
+    noised, z_weak, mixed, mixed_feat = conditions(z_lq, feat, d, cfg_ratio, strength)
     z_t = (1 - column(t)) * z_hq + column(t) * d.eps
 
-    def S(z, t, r):
+    def u(z, t, r):
         return student(z, mixed, mixed_feat, t, r).float()
 
-    u = S(z_t, t, r)
+    u_t = u(z_t, t, r)
     with torch.no_grad():
         # official: v_cond sees the noised condition and all visual tokens, for dropped samples too
-        v = teach(teacher, z_t, noised, weak, feat, t, omega, interval)
+        v = teach(teacher, z_t, noised, z_weak, feat, t, omega, interval)
         if kind == "shortcut":
-            target = target_shortcut(S, z_t, t, r)
-        else:                                                   # the clamp is a trust region: at first every value sits at it
-            target = u - correction_rcgm(S, z_t, t, r, u, v, **rcgm).clamp(-1, 1)
-    return F.mse_loss(S(z_t, t, t), v), F.mse_loss(u, target)
+            target = target_shortcut(u, z_t, t, r)
+        else:                                                   # the clamp is a trust region, at first always hit
+            target = u_t - correction_rcgm(u, z_t, t, r, u_t, v, **rcgm).clamp(-1, 1)
+    return F.mse_loss(u(z_t, t, t), v), F.mse_loss(u_t, target)

@@ -28,7 +28,8 @@ from models.lora import ALPHA, add_lora
 from models.unet import UNet, UNetConfig
 from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
 from models.vit import DINOv3, DINOv3Config
-from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors, read_tiny
+from models.support.weights import (WeightError, checked, fetch, find_ours, load_ours, load_strictly, nearby, on_paper,
+                                    read_tensors)
 
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
 TEXTURE = "default_unet_dino"       # one adapter for every layer that can take one, 258 of SD's; its own file leaves this name out
@@ -182,17 +183,15 @@ class GramSR(nn.Module):
         Raises FileNotFoundError or ValueError, one line.
         """
         path = Path(name)
-        ours = path / "model.safetensors" if path.is_dir() else path
-        files = {part: fetch(file) if name == "gramsr" else last(path, file) for part, file in RELEASE.items()}
-        if name == "gramsr-tiny" or name != "gramsr" and ours.is_file():
-            ours, config, tensors = read_tiny("gramsr") if name == "gramsr-tiny" else (ours, *read_model(ours))
-            with on_paper(ours, "GramSR"):
-                model = cls(checked(GramSRConfig.from_dict(config)))
-            load_strictly(model, tensors, ours)
-        elif files["model"]:
-            model = cls.from_release(files, None if name == "gramsr" else path)
+        if name == "gramsr":
+            model = cls.from_release({part: fetch(file) for part, file in RELEASE.items()})
+        elif weights := find_ours(name):
+            model = load_ours(cls, GramSRConfig, weights)
+        elif (files := {part: last(path, file) for part, file in RELEASE.items()})["model"]:
+            model = cls.from_release(files, path)
         else:
-            raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or {', '.join(RELEASE.values())}")
+            raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or "
+                                    f"{', '.join(RELEASE.values())}")
         return in_half(model.to(torch.float32), dtype).to(device).eval()
 
     @classmethod

@@ -1,16 +1,11 @@
-"""LPIPS: how different do two pictures look?  The distance between what a classifier of ImageNet sees in them, weighed as people judged.
+"""LPIPS: how different do two pictures look?  The distance between what a classifier sees in them, weighed by people.
 
-Paper:   Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 1801.03924; version 0.1 of the authors' package.
-Weights: two files each, vgg16-397923af.pth of torchvision (the trunk) and lpips_vgg.pth (five small heads), or alexnet-owt-7be5be79.pth and
-         lpips_alex.pth. Parameter names are the public ones of both. VGG is what S3Diff and GramSR learn with, AlexNet what papers report.
-Left out: SqueezeNet, maps instead of numbers, training the heads (with their dropout), version 0.0, which forgot to normalise its input.
+Paper:   "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 1801.03924; version 0.1.
+Weights: a trunk and five small heads: vgg16-397923af.pth, lpips_vgg.pth, or alexnet-owt-7be5be79.pth, lpips_alex.pth.
+         VGG is what S3Diff and GramSR learn with, AlexNet what papers report.
+Left out: SqueezeNet, maps instead of numbers, training the heads, version 0.0.
 
-        x -> trunk -> features of five depths -> unit length at each pixel --.
-                                                                             |--> squared difference -> mean over pixels -> weighted sum
-        y -> trunk -> features of five depths -> unit length at each pixel --'
-
-    lpips = LPIPS.from_pretrained("vgg")
-    loss = lpips(x, y).mean()
+    x, y -> trunk -> features of five depths, unit length at each pixel -> squared difference -> mean -> weighted sum
 """
 
 import torch
@@ -18,14 +13,13 @@ import torch.nn as nn
 
 from models.support.weights import fetch, load_strictly, read_tensors
 
-SHIFT = (-0.030, -0.088, -0.188)    # ImageNet's mean and deviation, moved from [0, 1] to [-1, 1] and rounded
+SHIFT = (-0.030, -0.088, -0.188)    # ImageNet's mean and deviation, for [-1, 1]
 SCALE = (0.458, 0.448, 0.450)
 EPS = 1e-10                         # added to the length of a feature vector
-FAINT = 0.3                         # instead, for random features: what is fainter than this counts less
+FAINT = 0.3                         # instead, for random features: what is fainter counts less
 
 
-# -----------------------------------------------------------------------------
-# trunks: the start of torchvision's `features`, up to the last ReLU that is looked at
+# ---- trunks: torchvision's `features`, up to the last ReLU that is looked at
 
 def vgg():
     layers, c_in = [], 3
@@ -49,10 +43,7 @@ def alex():
 
 
 def random():
-    """No classifier at all: filters drawn once (seed 0), orthogonal and blind for brightness, see edges and grain at three scales.
-
-    Ours, for the tiny presets; that random features do as a loss is known (2103.10571).
-    """
+    """Ours, for the tiny presets: no classifier but orthogonal random filters, as in 2103.10571, deaf to brightness."""
     g, layers = torch.Generator().manual_seed(0), []
     for c_in, width in ((3, 16), (16, 32), (32, 64)):
         conv = nn.Conv2d(c_in, width, 3, padding=1, padding_mode="reflect", bias=False)
@@ -62,29 +53,24 @@ def random():
     return layers[:-1]
 
 
-#       trunk, where its features are taken {layer: channels}, smallest side in pixels, files of trunk and heads
-NETS = {
+NETS = {    # trunk, {layer whose features are taken: channels}, smallest side in pixels, files of trunk and heads
     "vgg": (vgg, {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}, 16, ("vgg16-397923af.pth", "lpips_vgg.pth")),
     "alex": (alex, {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}, 31, ("alexnet-owt-7be5be79.pth", "lpips_alex.pth")),
     "random": (random, {1: 16, 4: 32, 7: 64}, 8, ()),
 }
 
 
-# -----------------------------------------------------------------------------
-# the metric
+# ---- the metric
 
 def unit(f, eps=EPS):
     """Feature vectors to length one, in float32 at least: half precision has no 1e-10.  (B, C, h, w) -> same shape"""
     f = f.to(torch.promote_types(f.dtype, torch.float32))
-    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)   # official: a square root, whose infinite slope at 0 makes the gradient NaN
+    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)   # official: a square root, gradient NaN at 0
     return f / (length + eps)
 
 
 class LPIPS(nn.Module):
-    """x, y: (B, 3, H, W) in [-1, 1], sides of at least 16 (vgg) or 31 (alex) pixels -> (B,), 0 for equal pictures, larger is worse
-
-    Differentiable in both. In training, freeze it (`from_pretrained` does): then the picture without gradient costs no memory.
-    """
+    """x, y: (B, 3, H, W) in [-1, 1], sides of at least 16 (vgg) or 31 (alex) pixels -> (B,), larger is worse"""
 
     def __init__(self, net="vgg"):
         super().__init__()
@@ -104,12 +90,12 @@ class LPIPS(nn.Module):
         with torch.device("meta"):
             model = cls(net)
         trunk, heads = map(fetch, NETS[net][-1])
-        tensors = {k: v for k, v in read_tensors(trunk).items() if k.startswith("features.")}      # the classifier is not needed
+        tensors = {k: v for k, v in read_tensors(trunk).items() if k.startswith("features.")}
         load_strictly(model, tensors | read_tensors(heads), f"{trunk} with {heads}")
         return model.requires_grad_(False).eval().to(device)
 
     def look(self, x):
-        """Features of x at the five depths, one after the other: without gradient only one of them is in memory."""
+        """Features of x, depth by depth: without gradient only one of them is in memory."""
         x = (x - x.new_tensor(SHIFT).view(3, 1, 1)) / x.new_tensor(SCALE).view(3, 1, 1)
         for i, layer in enumerate(self.features):
             x = layer(x)
@@ -117,13 +103,14 @@ class LPIPS(nn.Module):
                 yield unit(x, self.eps)
 
     def levels(self, x, y):
-        """What each of the five depths adds.  x, y: (B, 3, H, W) in [-1, 1] -> (B, 5)"""
+        """What each of the five depths adds.  -> (B, 5). Raises ValueError."""
         if x.shape != y.shape or min(x.shape[-2:]) < self.smallest:
-            raise ValueError(f"LPIPS wants two pictures of one size, at least {self.smallest} px a side, got {tuple(x.shape)} and {tuple(y.shape)}")
+            raise ValueError(f"LPIPS wants two pictures of one size, at least {self.smallest} px a side, "
+                             f"got {tuple(x.shape)} and {tuple(y.shape)}")
         out = []
         for i, (f, g) in enumerate(zip(self.look(x), self.look(y))):
             weight = self.get_submodule(f"lin{i}.model.1").weight.flatten()
-            out.append(((f - g).square().mean((2, 3)) * weight).sum(1))     # the mean first: a 1x1 convolution does not mind
+            out.append(((f - g).square().mean((2, 3)) * weight).sum(1))
         return torch.stack(out, dim=1)
 
     def forward(self, x, y):

@@ -23,7 +23,8 @@ from models.support.precision import in_half
 from models.lora import Modulation, add_lora
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
-from models.support.weights import WeightError, checked, fetch, load_strictly, nearby, on_paper, read_model, read_tensors, read_tiny
+from models.support.weights import (WeightError, checked, fetch, find_ours, load_ours, load_strictly, nearby, on_paper,
+                                    read_tensors)
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
@@ -35,7 +36,7 @@ ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
 TABLES = ["vae_block", "unet_block"]  # of the modulation, the block ids among all its parts
 PARTS = TABLES + [f"{network}_{part}_mlp" for network in ("vae", "unet") for part in ("de", "block", "fuse")]
 TILES_AT_ONCE = 4
-PRIOR = Path(__file__).with_name("prior_tiny.safetensors")      # embedded; read_tiny puts it together with what learned around it
+PRIOR = Path(__file__).with_name("prior_tiny.safetensors")      # embedded; load_ours adds what learned around it
 
 
 def is_trained(name):
@@ -203,18 +204,16 @@ class S3Diff(nn.Module):
         SD-Turbo (a folder sd-turbo) and de_net.pth are looked for beside the .pkl. Raises FileNotFoundError or ValueError, one line.
         """
         path = Path(name)
+        pkl = path / "s3diff.pkl" if path.is_dir() else path
         if name == "s3diff":
             model = cls.from_release(fetch("s3diff.pkl"))
-        elif (weights := path / "model.safetensors" if path.is_dir() else path).suffix == ".safetensors" and weights.is_file() or \
-                name == "s3diff-tiny":
-            weights, config, tensors = read_tiny("s3diff") if name == "s3diff-tiny" else (weights, *read_model(weights))
-            with on_paper(weights, "S3Diff"):
-                model = cls(checked(S3DiffConfig.from_dict(config)))
-            load_strictly(model, tensors, weights)
-        elif (pkl := path / "s3diff.pkl" if path.is_dir() else path).is_file():
+        elif weights := find_ours(name):
+            model = load_ours(cls, S3DiffConfig, weights)
+        elif pkl.is_file():
             model = cls.from_release(pkl, pkl.parent)
         else:
-            raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, or a folder with it or with model.safetensors")
+            raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, "
+                                    "or a folder with it or with model.safetensors")
         model.float()
         for network in (model.unet, model.vae):                     # the others are small, and what they say counts
             in_half(network, dtype)

@@ -1,21 +1,20 @@
-"""The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, told by text (or by any tokens) what is in the picture.
+"""The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, told by tokens what is in the picture.
 
-Papers:  Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2112.10752; SD-Turbo, 2311.17042.
-Weights: unet/diffusion_pytorch_model.safetensors of stabilityai/sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR), 865.9 M
-         parameters; names are diffusers'.
+Papers:  Latent Diffusion, 2112.10752; SD-Turbo, 2311.17042.
+Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR).
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
-Down, through the middle, up. Every map that the way down computes is kept and handed to the way up at the same resolution (skips).
-C, in every forward, goes to the layers: the matrices of their adapters, one entry for each of the ten blocks (lora.py).
+Every map of the way down is kept for the way up at the same resolution (skips). C, in every forward, are the matrices
+of the layers' adapters (lora.py), an entry for each of ten blocks.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.dit import timestep_embedding
 from models.lora import Conv2d, ExactConv2d, Linear
 from models.support.strips import Checkpointing
 
@@ -24,24 +23,17 @@ from models.support.strips import Checkpointing
 class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
-    widths: tuple = (320, 640, 1280, 1280)      # of the four resolutions; diffusers: block_out_channels
-    num_heads: tuple = (5, 10, 20, 20)          # trap: diffusers calls these attention_head_dim; a head is always 64 wide
+    widths: tuple = (320, 640, 1280, 1280)      # of the resolutions
+    num_heads: tuple = (5, 10, 20, 20)          # trap: diffusers calls these attention_head_dim
     layers_per_block: int = 2
     context_dim: int = 1024                     # of the tokens that describe the picture
     norm_groups: int = 32
 
 
 def alphas_cumprod():
-    """The noise schedule SD was trained with: a_t of z_t = sqrt(a_t) z + sqrt(1 - a_t) eps, for t = 0 .. 999.  -> (1000,)"""
+    """SD's noise schedule: a_t of z_t = sqrt(a_t) z + sqrt(1 - a_t) eps, for t = 0 .. 999.  -> (1000,)"""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return (1 - betas).cumprod(0)
-
-
-def sinusoid(t, D):
-    """The time as a vector: cosines first, then sines.  (B,) -> (B, D) float32"""
-    frequency = torch.exp(-math.log(10000) * torch.arange(D // 2, device=t.device) / (D // 2))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class TimeEmbedding(nn.Module):
@@ -55,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + two rounds of norm, SiLU, 3x3 convolution, with the time added between them.  (B, c_in, h, w) -> (B, c_out, h, w)"""
+    """x + two rounds of norm, SiLU, convolution, the time added between.  (B, c_in, h, w) -> (B, c_out, h, w)"""
 
     def __init__(self, cfg, c_in, c_out):
         super().__init__()
@@ -75,7 +67,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens look at each other, or at the context.  x: (B, N, D), context: (B, M, D') -> (B, N, D)"""
+    """Tokens look at the context, or at each other.  x: (B, N, D), context: (B, M, D') -> (B, N, D)"""
 
     def __init__(self, D, context_dim, nh):
         super().__init__()
@@ -83,7 +75,7 @@ class Attention(nn.Module):
         self.to_q = Linear(D, D, bias=False)
         self.to_k = Linear(context_dim, D, bias=False)
         self.to_v = Linear(context_dim, D, bias=False)
-        self.to_out = nn.ModuleList([Linear(D, D)])     # a list of one, for the public name to_out.0
+        self.to_out = nn.ModuleList([Linear(D, D)])
 
     def forward(self, x, context, C):
         q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)       # (B, nh, N, hd)
@@ -105,7 +97,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, D):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout in the public code
+        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])    # 1 is dropout there
 
     def forward(self, x, C):
         return self.net[2](self.net[0](x, C), C)
@@ -129,7 +121,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x + a transformer over all cells of the map, which also looks at the context.  (B, D, h, w) -> (B, D, h, w)"""
+    """x + a transformer over all cells, which also looks at the context.  (B, D, h, w) -> (B, D, h, w)"""
 
     def __init__(self, cfg, D, nh):
         super().__init__()
@@ -139,13 +131,14 @@ class SpatialTransformer(nn.Module):
         self.proj_out = Linear(D, D)
 
     def forward(self, x, context, C):
-        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2), C).type_as(x)      # a residual stream, too
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                # (B, N, D)
+        tokens = self.proj_in(tokens, C).type_as(x)
         tokens = self.proj_out(self.transformer_blocks[0](tokens, context, C), C)
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Downsample(nn.Module):
-    """(B, C, h, w) -> (B, C, h/2, w/2), odd sides rounded up"""
+    """(B, c, h, w) -> (B, c, h/2, w/2), odd sides rounded up"""
 
     def __init__(self, c):
         super().__init__()
@@ -156,7 +149,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, h, w) -> (B, C, *size)"""
+    """(B, c, h, w) -> (B, c, *size)"""
 
     def __init__(self, c):
         super().__init__()
@@ -167,17 +160,18 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Resnets of one resolution, each followed by a transformer if nh is not 0, then half the resolution if asked for."""
+    """Resnets of one resolution, a transformer after each unless nh is 0, then maybe half the resolution."""
 
     def __init__(self, cfg, c_in, c_out, nh, downsample):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(cfg, c_in if i == 0 else c_out, c_out) for i in range(cfg.layers_per_block))
+        widths = [c_in] + [c_out] * (cfg.layers_per_block - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(cfg, width, c_out) for width in widths)
         self.attentions = nn.ModuleList(SpatialTransformer(cfg, c_out, nh) for _ in self.resnets if nh)
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
 
     def forward(self, x, temb, context, C):
-        """-> the map, and a list of all maps on the way to it"""
+        """-> the map, all maps on the way to it"""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb, C)
@@ -207,7 +201,8 @@ class UpBlock(nn.Module):
 
     def __init__(self, cfg, c_in, c_out, c_skips, nh, upsample):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(cfg, (c_in if i == 0 else c_out) + c_skip, c_out) for i, c_skip in enumerate(c_skips))
+        widths = [c_in] + [c_out] * (len(c_skips) - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(cfg, c + c_skip, c_out) for c, c_skip in zip(widths, c_skips))
         self.attentions = nn.ModuleList(SpatialTransformer(cfg, c_out, nh) for _ in self.resnets if nh)
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
@@ -222,8 +217,6 @@ class UpBlock(nn.Module):
 
 
 class UNet(Checkpointing, nn.Module):
-    """eps = UNet(z_t, t, context)."""
-
     def __init__(self, cfg=None):
         super().__init__()
         self.cfg = cfg = cfg or UNetConfig()
@@ -231,25 +224,25 @@ class UNet(Checkpointing, nn.Module):
         self.conv_in = ExactConv2d(cfg.in_channels, w[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(w[0], 4 * w[0])
 
-        # SD's sizes at a latent of 64 x 64:      channels in -> out  heads  resolution
-        #   down_blocks.0                              320 ->  320      5    64 -> 32
-        #   down_blocks.1                              320 ->  640     10    32 -> 16
-        #   down_blocks.2                              640 -> 1280     20    16 -> 8
-        #   down_blocks.3                             1280 -> 1280      -     8
-        #   mid_block                                 1280 -> 1280     20     8
-        #   up_blocks.0    + skips 1280 1280 1280     1280 -> 1280      -     8 -> 16
-        #   up_blocks.1    + skips 1280 1280  640     1280 -> 1280     20    16 -> 32
-        #   up_blocks.2    + skips  640  640  320     1280 ->  640     10    32 -> 64
-        #   up_blocks.3    + skips  320  320  320      640 ->  320      5    64
+        # SD at a latent of 64 x 64:            channels  heads  resolution
+        #   down_blocks.0                     320 ->  320    5   64 -> 32
+        #   down_blocks.1                     320 ->  640   10   32 -> 16
+        #   down_blocks.2                     640 -> 1280   20   16 -> 8
+        #   down_blocks.3, mid_block         1280 -> 1280  -, 20    8
+        #   up_blocks.0 + 1280 1280 1280     1280 -> 1280    -    8 -> 16   + skips
+        #   up_blocks.1 + 1280 1280  640     1280 -> 1280   20   16 -> 32
+        #   up_blocks.2 +  640  640  320     1280 ->  640   10   32 -> 64
+        #   up_blocks.3 +  320  320  320      640 ->  320    5   64
         self.down_blocks, skips = nn.ModuleList(), [w[0]]
+        nh_outer = [*nh[:last], 0]
         for i in range(last + 1):
-            self.down_blocks.append(DownBlock(cfg, w[max(i - 1, 0)], w[i], nh[i] if i < last else 0, downsample=i < last))
+            self.down_blocks.append(DownBlock(cfg, w[max(i - 1, 0)], w[i], nh_outer[i], downsample=i < last))
             skips += [w[i]] * (cfg.layers_per_block + (i < last))
         self.mid_block = MidBlock(cfg, w[-1], nh[-1])
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(last + 1)):
             c_skips = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(cfg, w[min(i + 1, last)], w[i], c_skips, nh[i] if i < last else 0, upsample=i > 0))
+            self.up_blocks.append(UpBlock(cfg, w[min(i + 1, last)], w[i], c_skips, nh_outer[i], upsample=i > 0))
         self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, w[0], eps=1e-5)
         self.conv_out = ExactConv2d(w[0], cfg.out_channels, 3, padding=1)
 
@@ -259,15 +252,16 @@ class UNet(Checkpointing, nn.Module):
         return [*self.down_blocks, self.mid_block, *self.up_blocks, self.conv_out]
 
     def forward(self, z, t, context, C=None):
-        """
+        """The noise in a latent.
+
         z: (B, in_channels, h, w) noisy latent; t: integer or (B,); context: (B, N, context_dim)
-        C: for each block id {adapter: (B or 1, r, r)}; None = all adapters as they are
-        -> (B, out_channels, h, w): the noise in z
+        C: for each block id {adapter: (B or 1, r, r)}; None = all adapters as they are -> (B, out_channels, h, w)
         """
         C = C or [None] * len(self.blocks)
         n = len(self.down_blocks)
         t = (t if torch.is_tensor(t) else torch.full((1,), t, device=z.device)).expand(len(z))
-        temb = self.time_embedding(sinusoid(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype))
+        temb = timestep_embedding(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype)
+        temb = self.time_embedding(temb)
         x = self.conv_in(z, C[0])
         skips = [x]
         for block, C_block in zip(self.down_blocks, C):

@@ -1,11 +1,10 @@
-"""
-The autoencoder of Stable Diffusion 1.x / 2.x / SD-Turbo, and VOSR's light decoder for it.
+"""The autoencoder of Stable Diffusion, VOSR's light decoder for it, and the tiny models' autoencoder.
 
-Papers:  Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2112.10752 (the KL autoencoder, f = 8);
-         VOSR, 2604.03225 (a decoder of a fifth of the size for the same latents).
-Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout (VAE);
-         sd21_lwdecoder.pth of VOSR (LightDecoder). Parameter names are the public ones.
-Left out: training losses (KL, LPIPS, GAN), original LDM key names, tiles: large pictures are computed exactly, in strips (strips.py).
+Papers:  Latent Diffusion, 2112.10752 (the KL autoencoder, f = 8); VOSR, 2604.03225 (a small decoder for its latents).
+Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion in diffusers' layout; sd21_lwdecoder.pth of VOSR.
+Left out: training losses, LDM's own key names.
+
+Large pictures are computed exactly, in strips (strips.py). C: the matrices of an encoder layer's adapters (lora.py).
 """
 
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 
 from models.lora import Conv2d, ExactConv2d, Linear
 from models.support import precision
-from models.support.strips import Checkpointing, attention, fixed, in_strips, in_tiles, norm_silu_conv
-from models.support.winograd import conv3x3_pays
+from models.support.strips import Checkpointing, attention, fixed, in_strips, norm_silu_conv
+from models.support.winograd import conv3x3_pays, conv_of_nearest, pair_kernels
 
-SD_VAE_SCALE = 0.18215  # one over the standard deviation of SD's latents; diffusion happens on latents times this
+SD_VAE_SCALE = 0.18215  # one over the deviation of SD's latents; diffusion happens on latents times this
 
 
 @dataclass
@@ -28,24 +27,20 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    widths: tuple = (128, 256, 512, 512)  # diffusers: block_out_channels; n levels make a factor of 2^(n-1)
+    widths: tuple = (128, 256, 512, 512)  # n levels make a factor of 2^(n-1)
     layers_per_block: int = 2
     norm_groups: int = 32
     scaling_factor: float = SD_VAE_SCALE
 
 
-# -----------------------------------------------------------------------------
-# layers
+# ---- layers
 
 def group_norm(groups, channels):
-    return nn.GroupNorm(groups, channels, eps=1e-6)  # trap: PyTorch's default 1e-5 shows in flat image regions
+    return nn.GroupNorm(groups, channels, eps=1e-6)  # trap: PyTorch's 1e-5 shows in flat regions
 
 
 class ResnetBlock(nn.Module):
-    """x + two rounds of norm, SiLU, 3x3 convolution.  (B, c_in, H, W) -> (B, c_out, H, W)
-
-    C, here and below: the matrices of this layer's adapters (lora.py), if it has any.
-    """
+    """x + two rounds of norm, SiLU, 3x3 convolution.  (B, c_in, H, W) -> (B, c_out, H, W)"""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -62,7 +57,7 @@ class ResnetBlock(nn.Module):
 
 
 def rename_old_attention(module, state_dict, prefix, *_):
-    """Load hook: accept the names (and 1x1 convolution shapes) in which older files store the attention layers."""
+    """Load hook: names and shapes of older files."""
     for old, new in [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")]:
         for kind in ("weight", "bias"):
             if f"{prefix}{old}.{kind}" in state_dict:
@@ -71,7 +66,7 @@ def rename_old_attention(module, state_dict, prefix, *_):
 
 
 class Attention(nn.Module):
-    """x + self-attention over all pixels with one head of full width.  (B, C, H, W) -> (B, C, H, W)"""
+    """x + self-attention over all pixels, one head of full width.  (B, c, H, W) -> same shape"""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -79,24 +74,17 @@ class Attention(nn.Module):
         self.to_q = Linear(channels, channels)
         self.to_k = Linear(channels, channels)
         self.to_v = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list of one, for the public name to_out.0
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
     def forward(self, x, C=None):
-        norm = fixed(self.group_norm, x)
-
-        def attend(x):
-            h = norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
-            q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, H*W, C)
-            h = self.to_out[0](attention(q, k, v).squeeze(1), C)
-            return x + h.transpose(1, 2).reshape(x.shape)
-
-        return [attend(tile) for tile in x] if isinstance(x, list) else attend(x)
+        h = fixed(self.group_norm, x)(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
+        q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, H*W, c)
+        h = self.to_out[0](attention(q, k, v).squeeze(1), C)
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
-    """Resnet, attention, resnet at the lowest resolution.  (B, C, h, w) -> (B, C, h, w)"""
-
     def __init__(self, channels, groups):
         super().__init__()
         self.attentions = nn.ModuleList([Attention(channels, groups)])
@@ -107,56 +95,35 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution.  (B, C, H, W) -> (B, C, H/2, W/2)"""
+    """(B, c, H, W) -> (B, c, H/2, W/2)"""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x, C=None):
-        pad = (0, 1, 0, 1)  # trap: zeros on the right and at the bottom only, not padding=1
+        pad = (0, 1, 0, 1)  # trap: right and bottom only
         return in_strips(lambda x: self.conv(F.pad(x, pad), C), x, rate=0.5)
 
 
-def pair_kernels(W):
-    """A 3x3 kernel over pairs of equal pixels: taps (a, b, c) are (a, b + c) for the first of a pair and (a + b, c) for the second.
-
-    W: (C', C, 3, 3) -> (4 C', C, 2, 2), for each channel four kernels: the first or second row with the first or second column
-    """
-    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(W, non_blocking=True)  # first or second, tap, tap of W
-    return torch.einsum("oiyx,pty,qsx->opqits", W, taps, taps).flatten(0, 2)
-
-
-def conv_of_nearest(x, kernels, bias):
-    """conv(nearest(x)) in 16 of its 36 products.  x: (B, C, H, W); kernels: of `pair_kernels`; bias: (C',) -> (B, C', 2H, 2W)"""
-    y = F.conv2d(x.to(kernels), kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
-    h, w = x.shape[2:]
-    out = y.new_empty(*y.shape[:2], 2 * h, 2 * w)
-    for p in (0, 1):
-        for q in (0, 1):
-            out[:, :, p::2, q::2] = y[:, :, p, q, p : p + h, q : q + w]
-    return out
-
-
 class Upsample(nn.Module):
-    """Twice the resolution: nearest, then a 3x3 convolution.  (B, C, H, W) -> (B, C, 2H, 2W)"""
+    """Nearest, then a 3x3 convolution.  (B, c, H, W) -> (B, c, 2H, 2W)"""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or conv3x3_pays(x[0] if isinstance(x, list) else x, self.conv.weight):
+        if torch.is_grad_enabled() or conv3x3_pays(x, self.conv.weight):
             return in_strips(lambda x: self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), x, rate=2)
-        kernels = pair_kernels(self.conv.fuse())    # 1.8 times as fast as all products, and 0.8 times as conv3x3
+        kernels = pair_kernels(self.conv.fuse())  # 1.8 times as fast as all products, and 0.8 times as conv3x3
         return in_strips(lambda x: conv_of_nearest(x, kernels, self.conv.bias), x, rate=2)
 
 
 class Level(nn.Module):
-    """All resnets of one resolution, then the step to the next one (absent at the last level).
+    """All resnets of one resolution, then the step to the next one, if any.
 
-    A list without a forward, which would hold on to its input while every layer but the first is done with it.
-    (B, c_in, H, W) -> (B, c_out, H, W), half or twice that resolution if there is a step
+    A list without a forward, which would hold on to its input longer than the first layer needs it.
     """
 
     def __init__(self, c_in, c_out, layers, groups, step=None):
@@ -171,21 +138,20 @@ class Level(nn.Module):
         return (layer for layers in self.children() for layer in layers)
 
 
-# -----------------------------------------------------------------------------
-# the two halves
+# ---- the two halves
 
 class Encoder(Checkpointing, nn.Module):
     """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8) with four widths
 
-    C: for each block id {adapter: (B or 1, r, r)}: the levels, the middle, then conv_in with conv_out
+    C: for each block id {adapter: (B or 1, r, r)}; blocks are the levels, the middle, conv_in with conv_out
     """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
         steps = [Downsample] * (len(widths) - 1) + [None]
         self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList([Level(c_in, c_out, layers, groups, step)
-                                          for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
+        self.down_blocks = nn.ModuleList(Level(c_in, c_out, layers, groups, step)
+                                         for c_in, c_out, step in zip([widths[0], *widths], widths, steps))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
@@ -200,10 +166,7 @@ class Encoder(Checkpointing, nn.Module):
 
 
 class Decoder(Checkpointing, nn.Module):
-    """Latent to picture, the encoder backwards with one more resnet per level.
-
-    z: (B, in_channels, h, w) unscaled latent -> (B, out_channels, 8h, 8w) with four widths, not clamped
-    """
+    """The encoder backwards, one more resnet a level.  (B, in_channels, h, w) unscaled -> (B, out_channels, 8h, 8w)"""
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
@@ -211,8 +174,8 @@ class Decoder(Checkpointing, nn.Module):
         steps = [Upsample] * (len(widths) - 1) + [None]
         self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList([Level(c_in, c_out, layers + 1, groups, step)
-                                        for c_in, c_out, step in zip([widths[0], *widths], widths, steps)])
+        self.up_blocks = nn.ModuleList(Level(c_in, c_out, layers + 1, groups, step)
+                                       for c_in, c_out, step in zip([widths[0], *widths], widths, steps))
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
@@ -224,82 +187,73 @@ class Decoder(Checkpointing, nn.Module):
         return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
-# -----------------------------------------------------------------------------
-# the models
+# ---- the models
+
+def mean_and_deviation(h):
+    mean, logvar = h.chunk(2, dim=1)
+    return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+
+
+def draw(mean, std, generator=None):
+    """A sample, or the mean. The noise comes from the generator's device in float32: one seed, one noise everywhere."""
+    if generator is None:
+        return mean
+    noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+    return mean + std * noise.to(mean, non_blocking=True)
+
 
 class VAE(nn.Module):
     """Stable Diffusion's AutoencoderKL.
 
-    Pictures are (B, 3, H, W) in [-1, 1]; latents (B, 4, H/8, W/8), scaled to about unit variance outside this class.
-    H and W should be multiples of 8: the encoder drops what is left over.
-    tiles: None, or (1024, 224) to cut large pictures, and latents, as S3Diff's released code does: close to the whole, with seams.
+    Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, h, w), h = H/8, of about unit variance.
     """
-
-    tiles = None
 
     def __init__(self, config=None):
         super().__init__()
         self.config = c = config or VAEConfig()
         self.factor = 2 ** (len(c.widths) - 1)  # pixels per latent cell side
-        self.blocks = len(c.widths) + 2  # of the encoder, that adapters tell apart: the resolutions, the middle, what is outside
+        self.blocks = len(c.widths) + 2  # of the encoder, that adapters tell apart
         self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)
         self.decoder = Decoder(c.latent_channels, c.out_channels, c.widths, c.layers_per_block, c.norm_groups)
         self.quant_conv = precision.ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
         self.post_quant_conv = precision.ExactConv2d(c.latent_channels, c.latent_channels, 1)
 
     def moments(self, x, C=None):
-        """Mean and standard deviation of the posterior q(z | x).
-
-        x: (B, 3, H, W) in [-1, 1]; C: of the encoder's adapters -> two of (B, 4, h, w), unscaled
-        """
-        encoder = partial(self.encoder, C=C)
-        h = in_tiles(encoder, x, self.tiles[0], 32, 1 / self.factor) if self.tiles else encoder(x)
-        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
-        return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+        """Mean and deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 4, h, w), unscaled"""
+        return mean_and_deviation(self.quant_conv(self.encoder(x, C=C)))
 
     def encode(self, x, generator=None, C=None):
-        """Latent of a picture: the posterior's mode, or a sample of it when a generator is given.
-
-        x: (B, 3, H, W) in [-1, 1]; C: of the encoder's adapters -> (B, 4, h, w) scaled latent
-        """
-        z, std = self.moments(x, C)
-        if generator is not None:  # drawn where the generator lives, in float32: one seed, one noise on any device and dtype
-            z = z + std * torch.randn(z.shape, generator=generator, device=generator.device).to(z, non_blocking=True)
-        return z * self.config.scaling_factor
+        """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
+        return draw(*self.moments(x, C), generator) * self.config.scaling_factor
 
     def decode(self, z):
-        """Picture of a latent.  z: (B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
-        z = self.post_quant_conv(z / self.config.scaling_factor)
-        return in_tiles(self.decoder, z, self.tiles[1], 11, self.factor) if self.tiles else self.decoder(z)
+        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
 
 
 class LightDecoder(Decoder):
-    """VOSR's small decoder for SD's latents; there is no post_quant_conv in front of it.
-
-    The published file is {"config": keyword arguments of this class, "model_state_dict": ...}.
-    """
+    """VOSR's small decoder for SD's latents. Its file holds these arguments."""
 
     def __init__(self, in_channels=4, out_channels=3, block_out_channels=(64, 128, 256, 256), layers_per_block=2):
         super().__init__(in_channels, out_channels, block_out_channels, layers_per_block, groups=32)
 
     def decode(self, z):
-        """Picture of a latent.  z: (B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
+        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
         return self(z / SD_VAE_SCALE)
 
 
-# -----------------------------------------------------------------------------
-# the embedded default's autoencoder
+# ---- the tiny models' autoencoder
 
 @dataclass
 class TinyVAEConfig:
     latent_channels: int = 64  # of 192 numbers in 8x8x3 pixels
-    whitening: float = 0.5  # latents are divided by std^whitening: 0 weighs errors as pixels do, 1 gives noise-like detail the same say
-    scale: float = 2.0  # of the latents' deviation against that of the flow's noise
-    finish: int = 0  # channels of the decoder's convolutions after the linear transform; 0 = none
+    whitening: float = 0.5  # latents are divided by std^whitening: 0 weighs errors as pixels do, 1 all channels alike
+    scale: float = 2.0  # of the latents, whose noise has 1
+    finish: int = 0  # channels of the convolutions after the linear decoder; 0 = none
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside an identity, without normalisation: a picture's contrast is information."""
+    """x + two convolutions, without norm: contrast is information."""
 
     def __init__(self, channels):
         super().__init__()
@@ -310,7 +264,7 @@ class ResBlock(nn.Module):
 
 
 class Finish(nn.Module):
-    """What to add to a linearly decoded picture: convolutions at an eighth and at half of its size; nothing at first."""
+    """What to add to a linearly decoded picture: convolutions at an eighth and half of its size; nothing at first."""
 
     def __init__(self, latent_channels, wide, narrow=32):
         super().__init__()
@@ -324,7 +278,7 @@ class Finish(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, z, x):
-        """z: (B, C, h, w) scaled latent; x: (B, 3, 8h, 8w) -> like x"""
+        """z: (B, c, h, w) scaled latent; x: (B, 3, 8h, 8w) -> like x"""
         h = F.pixel_shuffle(self.up(self.deep(self.conv_in(z))), 4) + self.conv_x(F.pixel_unshuffle(x, 2))
         return F.pixel_shuffle(self.conv_out(self.fine(h)), 2)
 
@@ -336,7 +290,6 @@ def rename_weight(module, state_dict, prefix, *_):
 
 
 def autoencoder(cfg):
-    """The VAE or TinyVAE that a config describes."""
     return TinyVAE(cfg) if isinstance(cfg, TinyVAEConfig) else VAE(cfg)
 
 
@@ -345,11 +298,10 @@ def autoencoder_config(d):
 
 
 class TinyVAE(nn.Module):
-    """A learned lapped transform: one strided convolution, and its transpose back.  Ours, for laptops; there is no paper.
+    """A learned lapped transform: one strided convolution, and its transpose back.
 
-    Like PCA it is linear, and tied weights make it (nearly) orthonormal, so an error in the latent is an error in the picture.
-    Unlike PCA on blocks, its 16x16 windows overlap by half. The errors of a diffusion transformer, one token each, still show as a faint
-    grid; convolutions behind the linear decoder, trained on what the transformer makes, take it away (`finish`).
+    Like PCA it is linear, and tied weights make it (nearly) orthonormal; unlike blocks, its 16x16 windows overlap by
+    half. A transformer's errors, one token each, still show as a faint grid, which `finish` takes away.
     """
 
     factor = 8
@@ -359,9 +311,9 @@ class TinyVAE(nn.Module):
         super().__init__()
         self.register_load_state_dict_pre_hook(rename_weight)
         self.cfg = cfg
-        self.encoder = ExactConv2d(3, cfg.latent_channels, 16, stride=8, bias=False)  # its weight is the decoder's, too
+        self.encoder = ExactConv2d(3, cfg.latent_channels, 16, stride=8, bias=False)  # also the decoder's weight
         nn.init.normal_(self.encoder.weight, std=768**-0.5)
-        self.register_buffer("std", torch.ones(cfg.latent_channels))  # of each channel before scaling, measured in training
+        self.register_buffer("std", torch.ones(cfg.latent_channels))  # of each channel, measured in training
         self.finish = Finish(cfg.latent_channels, cfg.finish) if cfg.finish else None
 
     def gain(self):
@@ -374,27 +326,24 @@ class TinyVAE(nn.Module):
         return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.encoder.weight, stride=8, padding=12)
 
     def encode(self, x, generator=None, C=None):
-        """x: (B, 3, H, W) in [-1, 1], sides multiples of 8; C: of the one block's adapters -> (B, C, H/8, W/8) scaled latent
-
-        Nothing is random here; the generator is taken as by VAE.
-        """
+        """(B, 3, H, W) in [-1, 1], sides multiples of 8 -> (B, c, H/8, W/8) scaled latent; nothing is random here."""
         return self.analyse(x, C and C[0]) * self.gain()
 
     def decode(self, z):
-        """z: (B, C, h, w) scaled latent -> (B, 3, 8h, 8w), about [-1, 1]"""
+        """(B, c, h, w) scaled latent -> (B, 3, 8h, 8w), about [-1, 1]"""
         x = self.synthesise(z / self.gain())
         return x if self.finish is None else x + self.finish(z, x)
 
     def loss(self, x, generator):
-        """Nested dropout (Rippel et al., 1402.0915): any first k channels must do, which sorts them by importance as PCA does.
+        """Nested dropout (1402.0915): any first k channels must do, which sorts them by importance as PCA does.
 
-        x: (B, 3, H, W) in [-1, 1]; generator draws k per picture -> squared error with all channels plus that with k of them
+        x: (B, 3, H, W) in [-1, 1]; generator draws k for each picture -> squared errors with all channels and with k
         """
         y = self.analyse(x)
         if self.training:
             with torch.no_grad():
                 self.std.lerp_(y.std((0, 2, 3)).float(), 0.02)
-        B, C = y.shape[:2]
-        k = torch.randint(1, C + 1, (B, 1, 1, 1), generator=generator).to(x.device)
-        first = torch.arange(C, device=x.device).view(1, C, 1, 1) < k
+        B, c = y.shape[:2]
+        k = torch.randint(1, c + 1, (B, 1, 1, 1), generator=generator).to(x.device)
+        first = torch.arange(c, device=x.device).view(1, c, 1, 1) < k
         return F.mse_loss(self.synthesise(y), x), F.mse_loss(self.synthesise(y * first), x)

@@ -1,19 +1,16 @@
-"""DINO's vision transformer, three generations: the judge of S3Diff (DINO), the eyes of VOSR (DINOv2), the words of GramSR (DINOv3).
+"""DINO's vision transformer: the judge of S3Diff (DINO), the eyes of VOSR (DINOv2), the words of GramSR (DINOv3).
 
 Papers:  DINO 2104.14294, DINOv2 2304.07193, DINOv3 2508.10104.
-Weights: dino_vitbase16_pretrain.pth of facebookresearch/dino; dinov2_vitb14_pretrain.pth, dinov2_vitl14_pretrain.pth of facebookresearch/dinov2;
-         model.safetensors of facebook/dinov3-vitb16-pretrain-lvd1689m and -vits16plus- in transformers' layout. Parameter names are theirs.
-Left out: DINOv2 with registers, SwiGLU (the giant DINOv2), DINOv3's jitter of coordinates in training, stochastic depth, training heads.
-          DINO is checked at 224 px only, the one size its user feeds; other sizes would go DINOv2's way.
+Weights: dino_vitbase16_pretrain.pth, dinov2_vit{b,l}14_pretrain.pth of facebookresearch; model.safetensors of
+         facebook/dinov3-vitb16-pretrain-lvd1689m and -vits16plus-.
+Left out: DINOv2 with registers, the giant DINOv2, DINO at other sizes than 224 px, what training needs.
 
-A picture is cut into patches, each patch becomes a token, a class token (and in DINOv3 four registers, scratch space) goes in front. What changed:
+Each patch of a picture becomes a token, a class token (and in DINOv3 four registers, scratch space) goes in front:
 
             where is a patch?                        residual branches    q, k, v
     DINO    learned table, added once                as they are          one matrix
     DINOv2  the same, resampled to other sizes       scaled (layer scale) one matrix
     DINOv3  q and k turned by angles (RoPE)          scaled               three, k without bias
-
-The first two share the class ViT, DINOv3 has its own below.
 """
 
 import math
@@ -29,14 +26,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def standardised(x):
-    """(B, 3, H, W) in [0, 1] -> with ImageNet's mean and deviation taken out, as all of these networks want it"""
+    """(B, 3, H, W) in [0, 1] -> less ImageNet's mean, over its deviation, as all of these networks want it"""
     mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
 
 @dataclass
 class ViTConfig:
-    img_size: int = 518         # pixels per side the position table was trained on
+    img_size: int = 518         # pixels per side of the position table
     patch_size: int = 14
     embed_dim: int = 768        # D
     depth: int = 12
@@ -65,8 +62,7 @@ PRESETS = {
 }
 
 
-# -----------------------------------------------------------------------------
-# DINO and DINOv2
+# ---- DINO and DINOv2
 
 class Attention(nn.Module):
     def __init__(self, D, nh):
@@ -133,7 +129,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, D))
         if cfg.version > 1:
-            self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)       # in the files, never used here
+            self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)      # in the files only
         self.patch_embed = PatchEmbed(cfg.patch_size, D)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
@@ -154,16 +150,16 @@ class ViT(nn.Module):
         if h == w == side:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # official: DINOv2 passes the scale factor with 0.1 added, which moves the sampling points; the size would not.
+        # official: the scale factor with 0.1 added, which moves the sampling points; the size would not
         grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
         grid = grid.flatten(2).transpose(1, 2).type_as(self.pos_embed)
         return torch.cat([self.pos_embed[:, :1], grid], dim=1)
 
     def layers(self, x):
-        """What the blocks put out, one after another; a block runs when its output is asked for.
+        """What the blocks put out, without the final norm; each runs when its output is asked for.
 
-        x: (B, 3, H, W) normalised by ImageNet's mean and deviation, sides multiples of the patch size
-        -> yields (B, 1 + N, D): class token, then N = H/p * W/p patches row by row; without the final norm
+        x: (B, 3, H, W) standardised, sides multiples of the patch size
+        -> yields (B, 1 + N, D): class token, then N = H/p * W/p patches row by row
         """
         p = self.cfg.patch_size
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
@@ -173,36 +169,32 @@ class ViT(nn.Module):
             yield tokens
 
     def forward(self, x, layer=None):
-        """Patch tokens, the class token dropped.  x as in `layers` -> (B, N, D)
-
-        layer: tokens after this block, without the final norm; None = last block and final norm
-        """
+        """Patch tokens.  x as in `layers`; layer: after this block, None = last block and final norm -> (B, N, D)"""
         tokens = take(self.layers(x), len(self.blocks) - 1 if layer is None else layer)
         return (self.norm(tokens) if layer is None else tokens)[:, 1:]
 
 
 def take(outputs, i):
-    """Output i of a generator; what comes after it is never computed."""
+    """Output i of a generator."""
     return next(islice(outputs, i, None))
 
 
-# -----------------------------------------------------------------------------
-# DINOv3
+# ---- DINOv3
 
 def rope_table(h, w, head_dim, device=None):
-    """Cosines and sines for h x w patches -> two float32 tables (h*w, hd/2): first the angles that grow with the row, then with the column.
+    """Cosines and sines for h x w patches, two (h*w, hd/2): angles that grow with the row, then with the column.
 
-    Centres of patches lie in (-1, 1) on each axis, whatever its length: a rectangle is a stretched square, and any size fits the trained range.
+    Centres of patches lie in (-1, 1) on each axis, so any size fits the trained range.
     """
     row, col = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in (h, w))
-    frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)       # (hd/4,)
+    frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)   # (hd/4,)
     centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1).view(h * w, 2, 1)
     angle = (2 * math.pi * centre * frequency).flatten(1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn channel pairs (d, d + hd/2) of x: (B, nh, N, hd): (a, b) -> (a cos - b sin, b cos + a sin), in float32."""
+    """Turn channel pairs (d, d + hd/2) of x: (B, nh, N, hd), in float32."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -217,8 +209,9 @@ class DINOv3Attention(nn.Module):
         self.o_proj = nn.Linear(D, D)
 
     def forward(self, x, rope):
-        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)       # (B, nh, N, hd)
+        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)                 # (B, nh, N, hd)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -255,7 +248,7 @@ class Embeddings(nn.Module):
         super().__init__()
         D, p = cfg.embed_dim, cfg.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)        # in the files, never used here
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)       # in the files only
         self.register_tokens = nn.Parameter(torch.zeros(1, cfg.registers, D))
         self.patch_embeddings = nn.Conv2d(3, D, kernel_size=p, stride=p)
 
@@ -265,8 +258,6 @@ class Embeddings(nn.Module):
 
 
 class DINOv3(nn.Module):
-    """Made to load public weights: nothing is initialised beyond PyTorch's defaults."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -276,12 +267,12 @@ class DINOv3(nn.Module):
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
     def rope(self, h, w, device=None):
-        """Tables for all tokens (front + h*w, hd/2); those in front of the patches are nowhere: turned by the angle 0."""
+        """Tables for all tokens (front + h*w, hd/2); those in front are nowhere: turned by the angle 0."""
         cos, sin = rope_table(h, w, self.cfg.embed_dim // self.cfg.num_heads, device)
         return F.pad(cos, (0, 0, self.front, 0), value=1.0), F.pad(sin, (0, 0, self.front, 0))
 
     def layers(self, x):
-        """What the blocks put out, one after another.  x as for ViT -> yields (B, 1 + registers + N, D), without the final norm"""
+        """As ViT's -> yields (B, 1 + registers + N, D)"""
         p = self.cfg.patch_size
         tokens, rope = self.embeddings(x), self.rope(x.shape[-2] // p, x.shape[-1] // p, x.device)
         for block in self.layer:
@@ -289,7 +280,7 @@ class DINOv3(nn.Module):
             yield tokens
 
     def forward(self, x, layer=None):
-        """All tokens: class, registers, patches row by row.  -> (B, 1 + registers + N, D); layer as for ViT"""
+        """All tokens: class, registers, patches row by row; arguments as ViT's -> (B, 1 + registers + N, D)"""
         tokens = take(self.layers(x), len(self.layer) - 1 if layer is None else layer)
         return self.norm(tokens) if layer is None else tokens
 

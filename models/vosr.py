@@ -1,8 +1,8 @@
 """VOSR: super-resolution by a diffusion transformer that never saw a text prompt.
 
 Paper:   VOSR, arXiv 2604.03225.
-Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need, see `PUBLIC` and support/weights.py;
-         vosr_tiny.safetensors beside this file: ours, trained by train_vosr.py.
+Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need; vosr_tiny.safetensors
+         beside this file: ours, trained by train_vosr.py.
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
 A system is wiring. Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the
@@ -12,7 +12,6 @@ clean latent, conditioned on both (DiT, and flow.py for the mathematics); clean 
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.nn as nn
@@ -20,15 +19,15 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
+from models.support.authors import believe, dit_config, weak_of
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
-from models.support.weights import (WeightError, checked, fetch, find_args, find_weights, load_strictly, nearby, on_paper, read_json, read_model,
-                            read_tensors)
+from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
+                                    load_strictly, nearby, on_paper, read_config, read_json, read_tensors)
 
-TINY = Path(__file__).with_name("vosr_tiny.safetensors")
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
 TILES_AT_ONCE = 4
 
@@ -43,9 +42,9 @@ class VOSRConfig:
     vit_layer: int | None = 8       # its tokens after this block; None = after the last block and the final norm
     steps: int = 25                 # Euler steps of the sampler
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
-    weak: float = 0.15              # strength of the weak condition in sampling
-    temperature: float = 1.0        # deviation of the starting noise; below 1 a one-step result is smoother and more faithful
-    torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does in training, not as the official scripts do (Pillow)
+    weak: float = 0.15              # strength of the weak condition
+    temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
+    torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does, not by Pillow as the official scripts
     blind: bool = False             # no visual tokens, as in the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
     tile: int = 0                   # pixels per tile side, 0 = the whole picture at once
@@ -61,56 +60,26 @@ class VOSRConfig:
         return VOSRConfig(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
 
 
-# The two published sizes: the transformer, and the frozen networks around it.
-SIZES = {
+SIZES = {   # published: the transformer, and the frozen networks around it
     "0.5b": VOSRConfig(light_decoder={}, tile=512),
     "1.4b": VOSRConfig(
         dit=DiTConfig(in_channels=32, out_channels=16, hidden_size=1536, depth=36, num_heads=24, z_dims=1024),
         vit=ViTConfig(embed_dim=1024, depth=24, num_heads=16), vit_layer=17, vae=QwenVAEConfig(), tile=512,
     ),
 }
-PUBLIC = {      # name: size, folder of the release (ms: multi-step, os: one step)
+PUBLIC = {      # name: size, folder of the release
     "vosr-0.5b": ("0.5b", "VOSR_0.5B_ms"), "vosr-0.5b-1step": ("0.5b", "VOSR_0.5B_os"),
     "vosr-1.4b": ("1.4b", "VOSR_1.4B_ms"), "vosr-1.4b-1step": ("1.4b", "VOSR_1.4B_os"), "vosr-2": ("1.4b", "VOSR2"),
 }
-ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
-        "mlp_ratio": 4}         # of args.json: what the transformer here can be
 
 
 def light_settings(content, path):
-    """LightDecoder's arguments in what the authors' file holds, where more settings may stand beside them -> dict. Raises WeightError."""
+    """LightDecoder's arguments among the settings in the authors' file -> dict. Raises WeightError."""
     with on_paper(path, "a light decoder"):
         config = content.get("config", {})
         settings = {k: config[k] for k in signature(LightDecoder).parameters if k in config}
         LightDecoder(**settings)
     return settings
-
-
-def believe(cfg, settings, path):
-    """cfg as args.json, file path of somebody's own training, has it beyond what the tensors say.
-
-    Raises WeightError, which names the setting that cannot be followed.
-    """
-    def take(name, otherwise, good):
-        value = settings.get(name, otherwise)
-        if not good(value):
-            raise WeightError(f"{path}: {name} is {value!r:.60}, which cannot be followed here; use weights trained otherwise")
-        return value
-
-    def whole(low, high, step=1):
-        return lambda x: type(x) is int and low <= x <= high and x % step == 0
-
-    for name, value in ONLY.items():
-        take(name, value, lambda x: x == value)
-    side, last = 8 * cfg.dit.input_size, cfg.vit.depth - 1
-    take("resolution", side, lambda x: x == side)
-    layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
-    p = cfg.vit.patch_size
-    return replace(
-        cfg, vit_input=take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), tile=side,
-        vit_layer=None if layers[0] in (-1, last) else layers[0],   # the authors replace the last block's tokens by the normed ones
-        steps=take("infer_steps", cfg.steps, whole(1, 1000)),
-        guidance=take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100))
 
 
 class VOSR(nn.Module):
@@ -134,10 +103,10 @@ class VOSR(nn.Module):
         return (self.light_decoder or self.vae).decode(z)
 
     def tokens(self, x):
-        """What the vision encoder makes of x: (B, 3, H, W) in [-1, 1], the enlarged LQ picture -> (B, M, z_dims)."""
+        """What the vision encoder makes of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
         if self.cfg.blind:
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
-        side = (self.cfg.vit_input, self.cfg.vit_input)         # official: whatever the aspect, the picture is squeezed
+        side = (self.cfg.vit_input, self.cfg.vit_input)     # official: whatever the aspect, the picture is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
         return self.vit(standardised(x).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
@@ -145,20 +114,21 @@ class VOSR(nn.Module):
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
         """Sample the clean latent, in tiles where it is larger than one.
 
-        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, tile 0 = off, which B > 1 needs
-        -> (B, C, h, w)
+        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels
+        tile 0 = off, which B > 1 needs -> like z_lq
         """
         (h, w), f, p = z_lq.shape[-2:], self.vae.factor, self.cfg.dit.patch_size
         side = tile // f // p * p
         if side == 0 or (h <= side and w <= side):
             feat, cache = self.tokens(x), {} if steps > 1 else None
-            return sample(lambda z, t, r: guided(self.dit, z, z_lq, feat, t, r, guidance, weak, cache=cache), eps, steps)
+            return sample(lambda z, t, r: guided(self.dit, z, z_lq, feat, t, r, guidance, weak, cache=cache),
+                          eps, steps)
 
         boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
         z_lqs = torch.cat([z_lq[..., row, col] for row, col in boxes])
         crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes]
         feats = torch.cat([self.tokens(crop) for crop in crops])    # every tile has its own visual tokens
-        # Keys and values of one tile take 235 MB (0.5B, float32), so those of many tiles are made anew in every step.
+        # Keys and values of a tile take 235 MB (0.5B, float32): those of many tiles are made anew in every step.
         cache = {} if 1 < steps and len(boxes) <= TILES_AT_ONCE else None
 
         def velocity(z, t, r):
@@ -173,80 +143,69 @@ class VOSR(nn.Module):
                 color=None):
         """Super-resolution of one picture.
 
-        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; steps, guidance, weak, temperature: None = the checkpoint's own
-        tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet, none; None = the checkpoint's
+        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
+        None, and 0 of tile and overlap: as the checkpoint has it
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
-        def own(name, value):
-            return getattr(self.cfg, name) if value is None else value
-
         if self.blunt and (guidance, weak) != (None, None):
-            raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; leave them out")
+            raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
+                              "leave them out")
+        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, color=color,
+                     tile=tile or None, overlap=overlap or None)
+        cfg = replace(self.cfg, **{k: v for k, v in given.items() if v is not None})
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq = lq if self.cfg.torch_bicubic else resize(lq, (H, W))
+        lq = lq if cfg.torch_bicubic else resize(lq, (H, W))
         lq = lq.to(self.dit.t_block[1].weight.device, non_blocking=True)
-        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if self.cfg.torch_bicubic else lq
-        generator = torch.Generator().manual_seed(seed)             # of this picture alone: order and device do not matter
-        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * self.cfg.dit.patch_size)
-        z_lq = self.vae.encode(x)                                   # official: a sample of the posterior at first, now its mode
-        eps = own("temperature", temperature) * torch.randn(z_lq.shape, generator=generator).to(z_lq, non_blocking=True)
-        z = self.restore(z_lq, x, eps, own("steps", steps), own("guidance", guidance), own("weak", weak),
-                         tile or self.cfg.tile, overlap or self.cfg.overlap)
+        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if cfg.torch_bicubic else lq
+        x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * cfg.dit.patch_size)
+        z_lq = self.vae.encode(x)                           # official: a sample of the posterior at first, now its mode
+        noise = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed))  # of this picture alone
+        eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
+        z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
         sr = (self.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
-        return color_fix(sr, lq_up, own("color", color))
+        return color_fix(sr, lq_up, cfg.color)
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):
-        """A model by its name (vosr-tiny, or one of PUBLIC, whose files are fetched), or from a file or folder.
+        """A model by its name (vosr-tiny, or of PUBLIC, whose files are fetched), or from a file or folder.
 
-        A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError, one line with the remedy.
+        A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError.
         """
+        path = EMBEDDED["vosr-tiny"] if name == "vosr-tiny" else Path(name)
         if name in PUBLIC:
             size, folder = PUBLIC[name]
             args, weights = fetch(f"{folder}/args.json"), fetch(f"{folder}/checkpoints/ema_model.safetensors")
             model = cls.from_release(weights, args, size)
+        elif weights := find_weights(path):
+            ours = read_config(weights)
+            model = load_ours(cls, VOSRConfig, weights) if ours else cls.from_release(weights, find_args(path))
         else:
-            path = TINY if name == "vosr-tiny" else Path(name)
-            weights = find_weights(path)
-            if weights is None:
-                raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, or a folder with a .safetensors file")
-            config, tensors = read_model(weights)
-            model = cls.from_ours(config, tensors, weights) if config else cls.from_release(weights, find_args(path))
+            raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, "
+                                    "or a folder with a .safetensors file")
         return in_half(model.to(torch.float32), dtype).to(device).eval()
-
-    @classmethod
-    def from_ours(cls, config, tensors, path):
-        """What `save_model` wrote: all networks in one file."""
-        with on_paper(path, "VOSR"):
-            model = cls(checked(VOSRConfig.from_dict(config)))
-        load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
-        return model
 
     @classmethod
     def from_release(cls, weights, args, size=None):
         """The authors' transformer in file weights, with the public networks around it.
 
-        args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError, WeightError.
+        args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError.
         """
         tensors, settings, custom = read_tensors(weights), read_json(args) if args else {}, size is None
-        dit = DiTConfig.from_tensors(tensors, weights)
-        if custom and "feat_rope.freqs_cos" not in tensors and settings.get("resolution") in range(16, 4097, 16):
-            dit = replace(dit, input_size=int(settings["resolution"]) // 8)
+        dit = dit_config(DiTConfig, tensors, weights, settings if custom else {})
         if custom:
-            size = next((s for s, c in SIZES.items() if (c.dit.out_channels, c.dit.z_dims) == (dit.out_channels, dit.z_dims)), None)
+            around = {(c.dit.out_channels, c.dit.z_dims): size for size, c in SIZES.items()}
+            size = around.get((dit.out_channels, dit.z_dims))
         elif dit != replace(SIZES[size].dit, auxiliary_time_cond=dit.auxiliary_time_cond):
-            raise WeightError(f"{weights}: is not the public {size} model but {dit}; delete it, then it is downloaded again")
+            raise WeightError(f"{weights}: is not the public {size} model but {dit}; "
+                              "delete it, then it is downloaded again")
         if size is None:
-            raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} are no public combination")
-        weak = settings.get("weak_cond_strength_aelq_list") or [SIZES[size].weak]
-        try:
-            # official: wavelet colours since 2026, adain before; the multi-step script still has adain
-            cfg = replace(SIZES[size], dit=dit, weak=fmean(weak), color="wavelet")
-        except TypeError:
-            raise WeightError(f"{args}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
+            raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} "
+                              "are no public combination")
+        # official: wavelet colours since 2026, adain before; the multi-step script still has adain
+        cfg = replace(SIZES[size], dit=dit, weak=weak_of(settings, SIZES[size].weak, args), color="wavelet")
         if custom:
-            cfg = believe(cfg, settings, args)
-        if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # a newer one-step model has no second time
+            cfg = replace(cfg, **believe(cfg, settings, args))
+        if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time
             cfg = replace(cfg, steps=1, guidance=1.0)
         with on_paper(weights, "VOSR"):
             DiT(checked(dit))                   # before gigabytes are fetched for it
@@ -258,7 +217,7 @@ class VOSR(nn.Module):
     def with_frozen(cls, cfg, release=None):
         """Autoencoder and vision transformer from their public files, the DiT without numbers, on the meta device.
 
-        release: the authors' release folder; what is not there is fetched. Raises WeightError.
+        release: the authors' folder; what is not there is fetched. Raises WeightError.
         """
         if cfg.light_decoder is not None:
             light_file = nearby("sd21_lwdecoder.pth", release)
@@ -267,7 +226,8 @@ class VOSR(nn.Module):
         with torch.device("meta"):
             model = cls(cfg)
         qwen = isinstance(cfg.vae, QwenVAEConfig)
-        vae_file = nearby(f"{'Qwen-Image-vae-2d' if qwen else 'stable-diffusion-2-1-base/vae'}/diffusion_pytorch_model.safetensors", release)
+        folder = "Qwen-Image-vae-2d" if qwen else "stable-diffusion-2-1-base/vae"
+        vae_file = nearby(f"{folder}/diffusion_pytorch_model.safetensors", release)
         vae = read_tensors(vae_file)
         if cfg.light_decoder is not None:
             load_strictly(model.light_decoder, light.get("model_state_dict", light), light_file)

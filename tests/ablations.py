@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from degrade import RECIPES, degrade  # noqa: E402
+from models.lpips import LPIPS  # noqa: E402
 from models.support.evaluation import METRICS, find_metrics  # noqa: E402
 from models.vosr import VOSR  # noqa: E402
 from training import generator, photos_for  # noqa: E402
@@ -70,7 +71,7 @@ def main():
     crops = photos_for(args.data, CROP, 0)[1][::2]                 # 8 of the 16
     recipe = replace(RECIPES["s3diff"], branches_per="image")
     lq, _ = degrade(crops, recipe, generator(0))
-    pairs, metrics = list(zip(crops.split(1), lq.split(1))), find_metrics(True, 4, args.niqe)[0]
+    pairs, metrics = list(zip(crops.split(1), lq.split(1))), find_metrics(True, 4, args.niqe, lpips=LPIPS.from_pretrained)[0]
     names, digits, _ = zip(*(METRICS[m] for m in metrics))
     print("| trained | sampled |", " | ".join(names), "|\n|---|---|" + "---|" * len(names))
     for name, jobs in runs.items():

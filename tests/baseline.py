@@ -20,6 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training  # noqa: E402
 from degrade import RECIPES, degrade  # noqa: E402
+from models.lpips import LPIPS  # noqa: E402
 from models.support.evaluation import average, find_metrics, measure, report, row_of  # noqa: E402
 from models.support.imaging import list_pictures, read_picture, resize, round8, write_picture  # noqa: E402
 from models.support.photos import batches, photos_for  # noqa: E402
@@ -121,7 +122,7 @@ def compare(args):
     """Upscale args.lq into OUT/pictures and print the averages of its metrics, bicubic beside."""
     model, rows = Baseline().eval(), []
     model.load_state_dict(torch.load(Path(args.out, "baseline.pt"), weights_only=True)["ema"])
-    metrics, absent, _ = find_metrics(True, 4, args.niqe, torch.device("cpu"))
+    metrics, absent, _ = find_metrics(True, 4, args.niqe, torch.device("cpu"), LPIPS.from_pretrained)
     for path in list_pictures([args.lq]):
         (lq, _), (hq, _) = read_picture(path), read_picture(args.ref / path.name)
         sr = round8(model(lq).clamp(0, 1))

@@ -5,7 +5,6 @@ A row is one step, or one of its parts, in autocast's precision: degradation, lo
 """
 
 import time
-from argparse import Namespace
 from copy import deepcopy
 from dataclasses import replace
 
@@ -57,12 +56,12 @@ def vosr(args, hq, device, dtype):
             teacher, model.dit = model.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True)).to(device)
         ema = deepcopy(model, {id(m): m for m in frozen.values()})
         step = Step(training.freeze_all_but(model, [*model.dit.parameters()]), device, dtype)
-        options, recipe = Namespace(stage=name, distill=None), RECIPES[stage.recipes[0]]
+        recipe = RECIPES[stage.recipes[0]]
 
         def whole():
             g = training.generator(0)
             lq = degrade(hq, recipe, g)[1]
-            step(lambda: train_vosr.losses(options, stage, model, teacher, 2 * hq - 1, 2 * lq - 1, g))
+            step(lambda: train_vosr.losses(name, stage, model, teacher, 2 * hq - 1, 2 * lq - 1, g))
             training.ema_update(ema, model, stage.ema)
 
         yield f"VOSR {name}", {"degradation": lambda: degrade(hq, recipe, training.generator(0)), "step": whole}, [model.dit]

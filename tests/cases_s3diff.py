@@ -3,7 +3,12 @@
 Each function takes the case as stored and `get(name)`, which builds an input by its recipe, and returns {output name: array}.
 """
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import fill
 import torch
@@ -13,6 +18,7 @@ from cases_vosr import fill_module, known, tensors
 from models.clip import TextConfig, TextEncoder, Tokenizer
 from models.denet import DegradationEstimator
 from models.discriminator import AugmentPlan, Discriminator, augment, multilevel_loss
+from models.support import strips
 from models.support.imaging import adain, low_frequencies, pad_to_multiple, tile_boxes
 from models.lora import Conv2d, Linear, Modulation
 from models.lpips import LPIPS
@@ -102,6 +108,7 @@ def clip_file(name):
     return path
 
 
+@cache
 def tokenizer(length=77):
     return Tokenizer(clip_file("vocab.json"), clip_file("merges.txt"), length)
 
@@ -202,6 +209,61 @@ def train_forward(case, get):
     return {"latent": z, "eps": eps, "x0": model.clean(z, eps, 999), "x_tgt_pred": model(x, scores, context)}
 
 
+def tile_spans(size, tile, pad):
+    """One axis as S3Diff's released code cuts it, all but the outer `pad`, in equal lengths that powers of two divide.
+
+    -> for each part (start, stop) of what is read, and of what is written: up to the border if that is within the pad
+    """
+    n = max(1, math.ceil((size - 2 * pad) / tile))
+    length = math.ceil((size - 2 * pad) / n)
+    longer = (math.ceil(length / k) * k for k in (32, 16, 8, 4, 2))
+    length = next((x for x in longer if x <= tile), length)
+    parts = [(pad + k * length, min(pad + (k + 1) * length, size)) for k in range(n)]
+    return [((max(start - pad, 0), min(stop + pad, size)),
+             (start if start > pad else 0, stop if stop < size - pad else size)) for start, stop in parts]
+
+
+def in_step(network, tiles):
+    """network of each tile, in threads that meet at every group norm, which has the statistics of all tiles."""
+    statistics, found, barrier = strips.statistics, {}, threading.Barrier(len(tiles), timeout=600)
+
+    def shared(x, groups):
+        found[threading.get_ident()] = x[0, 0].numel(), *statistics(x, groups)
+        barrier.wait()
+        cells, means, variances = zip(*found.values())
+        barrier.wait()
+        shares = (torch.tensor(cells) / sum(cells)).view(-1, 1, 1)
+        # official: what tiles share counts several times, and the variance of their means is left out
+        return tuple((shares * torch.stack(s)).sum(0) for s in (means, variances))
+
+    with patch.multiple(strips, plain=lambda *_: False, rows_at_a_time=lambda *_: 10**9, statistics=shared), \
+            ThreadPoolExecutor(len(tiles)) as pool:
+        return list(pool.map(torch.no_grad()(network), tiles))
+
+
+def in_tiles(network, x, tile, pad, rate):
+    """network on tiles of x that keep step with each other at every group norm; mid-block attention sees its own tile.
+
+    x: (B, C, H, W), whole where it is not larger than tile + 2 pad; tile, pad: cells of x; rate: cells of the result
+    per cell of x -> (B, C', H * rate, W * rate)
+    """
+    H, W = x.shape[2:]
+    if max(H, W) <= tile + 2 * pad:
+        return network(x)
+    boxes = [(row, col) for row in tile_spans(H, tile, pad) for col in tile_spans(W, tile, pad)]
+    results = in_step(network, [x[:, :, slice(*row), slice(*col)] for (row, _), (col, _) in boxes])
+    out = results[0].new_zeros(*results[0].shape[:2], int(H * rate), int(W * rate))
+
+    def place(read, written):     # in the result of its tile, and in the whole
+        start, stop, origin = (int(i * rate) for i in (*written, read[0]))
+        return slice(start - origin, stop - origin), slice(start, stop)
+
+    for result, (row, col) in zip(results, boxes):
+        (rows, rows_out), (cols, cols_out) = place(*row), place(*col)
+        out[:, :, rows_out, cols_out] = result[:, :, rows, cols]
+    return out
+
+
 @torch.no_grad()
 def vae_tiled(case, get):
     c = case["config"]
@@ -209,11 +271,11 @@ def vae_tiled(case, get):
     model = make_s3diff({**c, "unet": cfg, "rank_unet": 1}, case["fill"]["salt"], parts=["vae"])
     vae = model.vae
     image, latent, scores = tensors(get, "image", "latent", "scores")
-    C, out = model.matrices("vae", scores), {}
-    for kind, tiles in (("untiled", None), ("tiled", (get("encoder_tile"), get("decoder_tile")))):
-        vae.tiles = tiles
-        out |= {f"mode_{kind}": vae.moments(image, C)[0], f"decoded_{kind}": vae.decode(latent * vae.config.scaling_factor)}
-    return out
+    C = model.matrices("vae", scores)
+    mean = in_tiles(partial(vae.encoder, C=C), image, get("encoder_tile"), 32, 1 / vae.factor)
+    return {"mode_untiled": vae.moments(image, C)[0], "decoded_untiled": vae.decode(latent * vae.config.scaling_factor),
+            "mode_tiled": vae.quant_conv(mean).chunk(2, dim=1)[0],
+            "decoded_tiled": in_tiles(vae.decoder, vae.post_quant_conv(latent), get("decoder_tile"), 11, vae.factor)}
 
 
 @torch.no_grad()

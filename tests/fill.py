@@ -1,11 +1,12 @@
 """The goldens' rule for numbers out of nothing: a name and a shape settle an array, on every machine and in any order.
 
-Each array comes from numpy's legacy RandomState, whose stream never changes, seeded with the CRC-32 of salt + name. `summary` is what a golden
-file keeps of an output, `compare` holds an array against it.
+Each array comes from numpy's legacy RandomState, whose stream never changes, seeded with the CRC-32 of salt + name.
+`summary` is what a golden file keeps of an output, `compare` holds an array against it.
 """
 
 import math
 import zlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,8 +16,15 @@ def _source(name, salt):
 
 
 def weight(name, shape, salt=""):
-    """A parameter of a state dict -> float32. Matrices and filters: std 1/sqrt(fan-in); gains ("...weight", 1-D): 1 +- 0.1; the rest: +- 0.1."""
-    shape = tuple(shape)
+    """A parameter of a state dict -> float32.
+
+    Matrices and filters: std 1/sqrt(fan-in); gains ("...weight", 1-D): 1 +- 0.1; the rest: +- 0.1.
+    """
+    return _weight(name, tuple(shape), salt).copy()
+
+
+@lru_cache(maxsize=5000)       # several cases fill the same networks
+def _weight(name, shape, salt):
     z = _source(name, salt).standard_normal(math.prod(shape))
     if len(shape) > 1:
         z = z / math.sqrt(math.prod(shape) / shape[0])
@@ -44,7 +52,8 @@ def summary(x, samples=32):
     flat = x.ravel()
     at = np.linspace(0, flat.size - 1, min(samples, flat.size)).round().astype(int)
     values = [float(f"{v:.7g}") for v in flat[at]]
-    return {"shape": list(x.shape), "mean": flat.mean(), "std": flat.std(), "absmax": np.abs(flat).max(), "at": at.tolist(), "values": values}
+    return {"shape": list(x.shape), "mean": flat.mean(), "std": flat.std(), "absmax": np.abs(flat).max(),
+            "at": at.tolist(), "values": values}
 
 
 def compare(x, golden, rtol=1e-3, atol=1e-4):

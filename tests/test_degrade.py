@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import degrade as module  # noqa: E402
-from degrade import (GRAMSR, KINDS, PULSE, RECIPES, S3DIFF, SIZES, VOSR, Fields, apply, blur, degrade, draw_kernel, draw_plan,  # noqa: E402
-                     jpeg, kernel, noise_field, severity, stack_kernels)
+from degrade import (GRAMSR, KINDS, PULSE, RECIPES, S3DIFF, SIZES, VOSR, Fields, apply, blur, degrade,  # noqa: E402
+                     draw_kernel, draw_plan, jpeg, kernel, noise_field, severity, stack_kernels)
 
 STORED = json.loads((ROOT / "tests" / "golden" / "degrade.json").read_text())
 
@@ -33,7 +34,8 @@ def generator(seed=0):
 def pictures(n=2, height=64, width=80, seed=0):
     """Smooth with some detail, like a photograph.  -> (n, 3, height, width) in [0, 1]"""
     g = generator(seed)
-    coarse = F.interpolate(torch.rand(n, 3, 6, 8, generator=g), size=(height, width), mode="bilinear", align_corners=False)
+    coarse = F.interpolate(torch.rand(n, 3, 6, 8, generator=g), size=(height, width), mode="bilinear",
+                           align_corners=False)
     return (0.8 * coarse + 0.2 * torch.rand(n, 3, height, width, generator=g)).clamp(0, 1)
 
 
@@ -62,9 +64,12 @@ def test_recipes_are_the_published_settings():
         assert recipe.first.blur == 1 and recipe.second.blur == s["second blur probability"]
         assert recipe.clean == s["no-degradation probability"]
         assert list(SIZES) == s["kernel sizes (each of three kernels)"]
-        assert list(KINDS.values()) == s["kernel types iso, aniso, generalized_iso, generalized_aniso, plateau_iso, plateau_aniso"]
-        assert module.SINC == s["sinc probability, kernels 1 and 2"] and module.FINAL_SINC == s["final sinc probability"]
-        assert module.GAUSSIAN == s["first stage: gaussian noise probability"] and module.GRAY == s["gray noise probability (both stages)"]
+        kinds = "kernel types iso, aniso, generalized_iso, generalized_aniso, plateau_iso, plateau_aniso"
+        assert list(KINDS.values()) == s[kinds]
+        assert module.SINC == s["sinc probability, kernels 1 and 2"]
+        assert module.FINAL_SINC == s["final sinc probability"]
+        assert module.GAUSSIAN == s["first stage: gaussian noise probability"]
+        assert module.GRAY == s["gray noise probability (both stages)"]
 
 
 def test_plans_stay_in_their_ranges_and_follow_the_odds():
@@ -98,6 +103,13 @@ def test_kernels_sum_to_one_and_keep_a_flat_picture():
         w = kernel(**k)
         assert w.shape == (k["size"],) * 2 and abs(w.sum() - 1) < 1e-9 and w.isfinite().all()
         assert torch.allclose(blur(torch.full((1, 3, 30, 24), 0.3), w.float()[None]), torch.tensor(0.3), atol=1e-6)
+
+
+@pytest.mark.parametrize("type", ["gaussian", "Iso", "aniso_generalized", ""])
+def test_an_unknown_kernel_is_named(type):
+    """It was a Gaussian once, in silence."""
+    with pytest.raises(ValueError, match=f"^unknown blur kernel '{type}'; choose from pulse, sinc, iso, aniso, .*plateau_aniso$"):
+        stack_kernels([PULSE, {"type": type, "size": 7, "sigma_x": 1.0}])
 
 
 def test_blur_of_the_true_size_is_the_padded_one():
@@ -178,10 +190,6 @@ def test_clean_replacement_leaves_lq_degraded():
 # -----------------------------------------------------------------------------
 # the command
 
-def run(*args):
-    return subprocess.run([sys.executable, str(ROOT / "degrade.py"), *map(str, args)], capture_output=True, text=True)
-
-
 def files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -190,9 +198,9 @@ def test_command_makes_pairs_and_names_a_bad_file(tmp_path):
     folder = save_photos(tmp_path / "hr", [(66, 50), (40, 40), (20, 20)])  # the last is too small
     save_photos(folder / "more", [(48, 48)], ".jpg")
     (folder / "bad.png").write_text("no picture")
-    result = run(folder, tmp_path / "out", "--seed", 5)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 2 and "bad.png" in result.stderr and "2.png" in result.stderr
+    status, _, err = runs.here(ROOT / "degrade.py", folder, tmp_path / "out", "--seed", 5)
+    assert status == 1 and "Traceback" not in err
+    assert len(err.splitlines()) == 2 and "bad.png" in err and "2.png" in err
     made = files(tmp_path / "out")
     assert set(made) == {f"{kind}/{name}" for kind in ("lq", "hq") for name in ("0.png", "1.png", "more/0.png")}
     hq = Image.open(tmp_path / "out" / "hq" / "0.png")
@@ -201,7 +209,7 @@ def test_command_makes_pairs_and_names_a_bad_file(tmp_path):
 
     for name in ("bad.png", "0.png", "2.png"):  # fewer files, the same bytes
         (folder / name).unlink()
-    assert run(folder, tmp_path / "fewer", "--seed", 5).returncode == 0
+    assert runs.here(ROOT / "degrade.py", folder, tmp_path / "fewer", "--seed", 5)[0] == 0
     fewer = files(tmp_path / "fewer")
     assert len(fewer) == 4 and all(made[name] == data for name, data in fewer.items())
 
@@ -211,8 +219,10 @@ def test_command_refuses_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
         tar.add(folder / "0.png", "0.png")
-    for args, reason in (((tmp_path / "nowhere", tmp_path / "out"), "no such folder"), ((folder, folder / "out"), "lies inside"),
-                         ((tmp_path / "tars", tmp_path / "out"), "no pictures in this folder, only 1 x .tar"), ((folder / "0.png", tmp_path / "out"), "is no folder")):
+    for args, reason in (((tmp_path / "nowhere", tmp_path / "out"), "no such folder"),
+                         ((folder, folder / "out"), "lies inside"),
+                         ((tmp_path / "tars", tmp_path / "out"), "no pictures in this folder, only 1 x .tar"),
+                         ((folder / "0.png", tmp_path / "out"), "is no folder")):
         monkeypatch.setattr(sys, "argv", ["degrade.py", *map(str, args)])
         with pytest.raises(SystemExit, match=reason) as stop:
             module.main()
@@ -223,13 +233,16 @@ def test_command_refuses_in_one_line(tmp_path, monkeypatch):
 def test_severity_knows_the_plan():
     """More blur: more blur, and nothing else. More noise: more noise. No damage but shrinking: neither."""
     hq, g = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
-    plan = draw_plan(replace(S3DIFF, first=replace(S3DIFF.first, resize=(0, 0, 1)), second=replace(S3DIFF.second, resize=(0, 0, 1), blur=0)), 2, g)
+    plan = draw_plan(replace(S3DIFF, first=replace(S3DIFF.first, resize=(0, 0, 1)),
+                             second=replace(S3DIFF.second, resize=(0, 0, 1), blur=0)), 2, g)
 
     def told(sigma, strength):
         """Two pictures, the second twice as bad as the first."""
         kernels = [{"type": "iso", "size": 21, "sigma_x": sigma * k} for k in (1, 2)]
-        first = replace(plan.first, kernels=kernels, noise="gaussian", strength=[strength, 2 * strength], gray=[False] * 2, jpeg=[95] * 2)
-        changed = replace(plan, first=first, second=replace(plan.second, strength=[0, 0], jpeg=[95] * 2), sinc=[PULSE] * 2, mode="area")
+        first = replace(plan.first, kernels=kernels, noise="gaussian", strength=[strength, 2 * strength],
+                        gray=[False] * 2, jpeg=[95] * 2)
+        changed = replace(plan, first=first, second=replace(plan.second, strength=[0, 0], jpeg=[95] * 2),
+                          sinc=[PULSE] * 2, mode="area")
         return severity(changed, hq, apply(changed, hq)[0])
 
     blurred, noisy, none = told(2.0, 0), told(0.1, 10), told(0.1, 0)
@@ -258,25 +271,29 @@ def test_stop_and_go_on(tmp_path, monkeypatch, capsys):
         assert main(tmp_path / "out") == 130 and "stopped after 2 of 4; add --skip-existing" in capsys.readouterr().err
         assert set(files(tmp_path / "out")) == {f"{kind}/{i}.png" for kind in ("lq", "hq") for i in (0, 1)}
         (tmp_path / "out" / "hq" / "1.png").unlink()       # half of a pair is none
-        assert main(tmp_path / "out", "--skip-existing") == 0 and calls == ["0.png", "1.png", "2.png", "1.png", "2.png", "3.png"]
+        assert main(tmp_path / "out", "--skip-existing") == 0
+        assert calls == ["0.png", "1.png", "2.png", "1.png", "2.png", "3.png"]
         assert main(whole) == 0 and files(whole) == files(tmp_path / "out")
     finally:
         signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
 
 
 def test_names_and_files_of_others(tmp_path):
-    """In a code page that lacks the name; with results that are not ours, a folder of other things, two names that are one PNG."""
+    """In a code page that lacks the name; with results that are not ours, other things, two names that are one PNG."""
     folder = save_photos(tmp_path / "hr", [(40, 40)])
     (folder / "0.png").rename(folder / "東京.png")
-    save_photos(folder / "sub", [(40, 40)], ".bmp"), save_photos(folder / "sub", [(40, 40)], ".png"), save_photos(folder / ".trash", [(40, 40)])
+    save_photos(folder / "sub", [(40, 40)], ".bmp"), save_photos(folder / "sub", [(40, 40)], ".png")
+    save_photos(folder / ".trash", [(40, 40)])
     (folder / "a.heic").touch()
     (tmp_path / "東" / "lq" / "sub").mkdir(parents=True)
     (tmp_path / "東" / "lq" / "sub" / "0.png").write_text("mine")
     done = subprocess.run([sys.executable, ROOT / "degrade.py", folder, tmp_path / "東"], capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"})
     out, err = done.stdout.decode("cp1252"), done.stderr.decode("cp1252")
-    assert done.returncode == 1 and "Traceback" not in err and "did not write" in err and "left out 1 x .heic (HEIC)" in out
-    assert "2 pictures in" in out and "\\u6771" in out and (tmp_path / "東" / "lq" / "sub" / "0.png").read_text() == "mine"
+    assert done.returncode == 1 and "Traceback" not in err and "did not write" in err
+    assert "left out 1 x .heic (HEIC)" in out
+    assert "2 pictures in" in out and "\\u6771" in out
+    assert (tmp_path / "東" / "lq" / "sub" / "0.png").read_text() == "mine"
     assert {"lq/東京.png", "hq/東京.png", "lq/sub/0-2.png", "hq/sub/0-2.png", "lq/sub/0.png"} == set(files(tmp_path / "東"))
 
 

@@ -1,14 +1,15 @@
-"""Training on several processes, here two on one CPU with gloo: the same numbers as one process. Run: python -m pytest tests/test_distributed.py"""
+"""Training on several processes, here two on one CPU with gloo: the same numbers as one process.
+
+Run: python -m pytest tests/test_distributed.py
+"""
 
 import csv
-import os
-import socket
 import sys
 from dataclasses import replace
 
 import pytest
+import runs
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_train import STAGE, launch, photos  # noqa: F401 (photos is a fixture)
 from test_vosr import SMALL
@@ -25,29 +26,20 @@ def train_here(photos, out, words, stop_at):  # noqa: F811
         launch(patch, photos, out, *words, stop_at=stop_at)
 
 
-def work(rank, world, port, *run):
-    """One process of several, as torchrun would start it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    train_here(*run)
-
-
 def run(photos, out, world, *words, stop_at=None):  # noqa: F811
     """Train on `world` processes, 0 = without torchrun -> weights of the EMA, figures of the log."""
     if world:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        mp.spawn(work, (world, port, photos, out, words, stop_at), nprocs=world)
+        runs.together(world, train_here, photos, out, words, stop_at)
     else:
         train_here(photos, out, words, stop_at)
     with open(out / "log.csv", newline="") as f:
-        losses = {(row["step"], name): float(row[name]) for row in csv.DictReader(f) for name in ("loss", "held_out", "grad_norm") if row[name]}
+        losses = {(row["step"], name): float(row[name]) for row in csv.DictReader(f)
+                  for name in ("loss", "held_out", "grad_norm") if row[name]}
     return load_file(out / "model.safetensors"), losses
 
 
 def same(a, b, resumed=False):
-    """Equal up to the order of additions; weights were stored in float16. The log's loss is a mean since the run began."""
+    """Equal up to the order of additions; weights are stored in float16. A log's loss is a mean since its run began."""
     assert a[0].keys() == b[0].keys()
     for name, tensor in a[0].items():
         torch.testing.assert_close(tensor, b[0][name], atol=2e-3, rtol=2e-3, msg=name)
@@ -76,7 +68,8 @@ def test_two_processes_equal_one(photos, start, tmp_path, stage):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def straight(photos, start, tmp_path_factory):  # noqa: F811
-    return run(photos, tmp_path_factory.mktemp("straight"), 0, "flow", "--init", start["flow"], "--batch-size", 4, "--micro-batch", 2)
+    return run(photos, tmp_path_factory.mktemp("straight"), 0, "flow", "--init", start["flow"], "--batch-size", 4,
+               "--micro-batch", 2)
 
 
 @pytest.mark.parametrize("before, after", [((2, []), (0, [])), ((0, []), (2, ["--fsdp"])), ((2, ["--fsdp"]), (2, []))])
@@ -90,11 +83,13 @@ def test_resume_on_another_number_of_processes(photos, start, straight, tmp_path
 
 def test_each_process_needs_its_photos(photos, tmp_path, monkeypatch):  # noqa: F811
     """Three photos cannot be shared by two processes, and FSDP is nothing for one."""
-    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "autoencoder", "--data", str(photos), "--out", str(tmp_path), "--batch-size", "3"])
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "autoencoder", "--data", str(photos),
+                                      "--out", str(tmp_path), "--batch-size", "3"])
     monkeypatch.setattr(training, "join", lambda device: (0, 2))
     with pytest.raises(training.Quit, match="--batch-size 3 is not 2 processes x"):
         train_vosr.main()
     monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "flow", "--init", "x", "--data", str(photos), "--out", str(tmp_path), "--fsdp"])
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "flow", "--init", "x", "--data", str(photos),
+                                      "--out", str(tmp_path), "--fsdp"])
     with pytest.raises(training.Quit, match="torchrun"):
         train_vosr.main()

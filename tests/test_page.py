@@ -166,9 +166,9 @@ def example(number=1, references=True, names=None, side=None):
         found, failed = measure(sr, bicubic, y if has else None, METRICS if references and number < 50 and not names else {}, f"no reference named {i}")
         absent = {"lpips": "needs a.pth"} | ({} if references else dict.fromkeys(METRICS, "needs --ref"))
         rows.append(row_of(names[i] if names else f"example-{i}.png", y.shape[-2:], 0.5, found, absent | failed))
-        figures.append(figure_of(rows[-1], [bicubic, sr, y][: 2 + has], versions, number * len(versions)))
+        figures.append(figure_of(rows[-1:], [bicubic, sr, y][: 2 + has], versions, number * len(versions)))
     record = record_of(rows, "python sample.py lq/ --ref hq/ --page --prompt '<b>'", {"seed": 0, "scale": 4}, {}, [ROOT / "LICENSE"])
-    return page_of(figures, versions, record)
+    return page_of(figures, versions, [record])
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,12 @@
-"""Half precision: every system and every tiny training in all three types, close to float32.    python -m pytest tests/test_precision.py"""
+"""Half precision: every system and every tiny training in all three types, close to float32.
+
+Run: python -m pytest tests/test_precision.py
+"""
 
 from dataclasses import replace
 
 import pytest
+import runs
 import test_train
 import test_train_s3diff
 import torch
@@ -21,7 +25,8 @@ from models.support.imaging import blend_tiles, read_picture, tile_boxes
 from models.support.precision import Exact, in_half
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-SYSTEMS = {"vosr": lambda: Vosr("tiny", ARGS, "cpu"), "s3diff": lambda: S3(ARGS, "cpu"), "gramsr": lambda: Gram(ARGS, "cpu")}
+SYSTEMS = {"vosr": lambda: Vosr("tiny", ARGS, "cpu"), "s3diff": lambda: S3(ARGS, "cpu"),
+           "gramsr": lambda: Gram(ARGS, "cpu")}
 
 
 def difference(x, y):
@@ -31,10 +36,11 @@ def difference(x, y):
 
 @HALF
 def test_sample_in_half(tmp_path, dtype):
-    """The first command of README, as a GPU would run it, on a smaller picture: tiles, several of them, and a picture of another shape."""
+    """The first command of README, as a GPU would run it, on a smaller picture: several tiles, and another shape."""
     Image.effect_noise((48, 40), 60).convert("RGB").save(tmp_path / "lq.png")
     for name in ("float32", str(dtype).removeprefix("torch.")):
-        assert sample.main([str(tmp_path / "lq.png"), "--out", str(tmp_path / name), "--dtype", name, "--device", "cpu"]) == 0
+        assert sample.main([str(tmp_path / "lq.png"), "--out", str(tmp_path / name), "--dtype", name,
+                            "--device", "cpu"]) == 0
     pictures = [read_picture(tmp_path / name / "lq.png")[0] for name in ("float32", str(dtype).removeprefix("torch."))]
     assert 0 < difference(*pictures) < 1
 
@@ -48,7 +54,8 @@ def test_systems_in_half(name, dtype):
     whole = system.model.upscale(lq, **options)
     system.to(dtype)
     half = system.model.upscale(lq, **options)
-    most = 4 if name != "vosr" and dtype == torch.bfloat16 else 1       # random weights are harsher than trained ones, as those of vosr are
+    # random weights are harsher than trained ones, as those of vosr are
+    most = 4 if name != "vosr" and dtype == torch.bfloat16 else 1
     assert half.dtype == torch.float32 and 0 < difference(half, whole) < most
 
 
@@ -71,7 +78,8 @@ def test_what_is_stored_in_half():
     exact = tuple(k for k, m in model.named_modules() if isinstance(m, Exact))
     norms = tuple(k for k, m in model.named_modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)))
     assert exact and norms and not any(k.startswith(exact + norms + ("denet", "modulation")) for k in stored)
-    products = {f"{k}.weight" for k, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and not k.startswith((*exact, "denet", "modulation"))}
+    products = {f"{k}.weight" for k, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+                and not k.startswith((*exact, "denet", "modulation"))}
     assert {k for k in stored if k.endswith("weight")} == products
     assert any("lora_" in k for k in stored)
     other = in_half(S3(ARGS, "cpu").model.unet, torch.float16, adapters=False)
@@ -115,10 +123,14 @@ def test_blending_in_half(dtype):
 
 
 TRAININGS = {
-    "autoencoder": (train_vosr, "--preset small --stage autoencoder"), "flow": (train_vosr, "--preset small --stage flow --init {autoencoder}"),
-    "refine": (train_vosr, "--preset small --stage refine --init {flow}"), "distill": (train_vosr, "--preset small --stage distill --init {flow}"),
-    "decoder": (train_vosr, "--preset small --stage decoder --init {distill}"), "s3diff": (train_s3diff, "--preset tiny --init none"),
-    "prior": (train_s3diff, "--preset tiny --stage prior"), "estimator": (train_s3diff, "--preset tiny --stage estimator --init none"),
+    "autoencoder": (train_vosr, "--preset small --stage autoencoder"),
+    "flow": (train_vosr, "--preset small --stage flow --init {autoencoder}"),
+    "refine": (train_vosr, "--preset small --stage refine --init {flow}"),
+    "distill": (train_vosr, "--preset small --stage distill --init {flow}"),
+    "decoder": (train_vosr, "--preset small --stage decoder --init {distill}"),
+    "s3diff": (train_s3diff, "--preset tiny --init none"),
+    "prior": (train_s3diff, "--preset tiny --stage prior"),
+    "estimator": (train_s3diff, "--preset tiny --stage estimator --init none"),
     **{stage: (train_gramsr, f"--preset tiny --stage {stage}" + f" --init {before}")
        for stage, before in (("pixel", "none"), ("semantic", "{pixel}"), ("texture", "{semantic}"))},
 }
@@ -126,7 +138,7 @@ TRAININGS = {
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
-    """launch(name in TRAININGS, folder, --dtype, --steps) -> the --out folder; networks are small, and tiny's switches of VOSR are on"""
+    """launch(name in TRAININGS, folder, --dtype, --steps) -> the --out folder; networks are small"""
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.effect_noise((90, 90), 60).convert("RGB").save(tmp_path / "photos" / f"{i}.png")
@@ -134,21 +146,24 @@ def launch(tmp_path, monkeypatch):
     cfg = replace(test_train.SMALL, dit=replace(test_train.SMALL.dit, precondition=True, rope_rescale=False))
     monkeypatch.setitem(train_vosr.PRESETS, "small", (cfg, stages))
     small = replace(train_gramsr.TINY, unet=test_train_s3diff.SMALL_TINY.unet, vae=test_train_s3diff.SMALL_TINY.vae)
-    monkeypatch.setitem(train_gramsr.PRESETS, "tiny", (small, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
-    test_train_s3diff.shrink(monkeypatch)
+    monkeypatch.setitem(train_gramsr.PRESETS, "tiny",
+                        (small, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
+    test_train_s3diff.shrink(monkeypatch), runs.watch_less(monkeypatch)
     folders = {}
 
     def launch(name, folder, dtype, steps):
         script, flags = TRAININGS[name]
         folders[name] = tmp_path / folder
-        argv = [*flags.format(**folders).split(), "--data", tmp_path / "photos", "--out", folders[name], "--steps", steps, "--batch-size", 2]
+        argv = [*flags.format(**folders).split(), "--data", tmp_path / "photos", "--out", folders[name],
+                "--steps", steps, "--batch-size", 2]
         monkeypatch.setattr("sys.argv", [script.__name__, *map(str, argv), "--dtype", dtype, "--device", "cpu"])
         script.main()
         return folders[name]
     return launch
 
 
-@pytest.mark.parametrize("names", [("autoencoder", "flow", "refine", "distill", "decoder"), ("prior", "estimator"), ("s3diff",), ("pixel", "semantic", "texture")], ids=" ".join)
+@pytest.mark.parametrize("names", [("autoencoder", "flow", "refine", "distill", "decoder"), ("prior", "estimator"),
+                                   ("s3diff",), ("pixel", "semantic", "texture")], ids=" ".join)
 def test_trainings_in_half(launch, names):
     """A step of each stage in all types, one after the other; the loss is that of float32, nearly.
 
@@ -173,7 +188,8 @@ def test_resume_in_another_type(launch, name):
 def test_device_and_type(monkeypatch):
     """A process of torchrun has its own GPU, by whatever name; float32 is float32, and TF32 a choice."""
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert training.choose_device("cuda") == torch.device("cuda", 3) and training.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert training.choose_device("cuda") == torch.device("cuda", 3)
+    assert training.choose_device("cuda:1") == torch.device("cuda", 1)
     assert training.choose_device("cpu") == torch.device("cpu")
     for name, allowed in (("tf32", True), ("float32", False)):
         assert training.choose_dtype(name, torch.device("cuda")) == torch.float32

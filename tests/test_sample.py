@@ -1,17 +1,17 @@
 """The command that users run.    python -m pytest tests/test_sample.py
 
-Files, messages and exit statuses are tried with a stand-in for the network; the last test runs the real one as users do.
+Files, messages and exit statuses are tried with a stand-in for the network; one test runs the real one as users do.
 """
 
 import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -31,7 +31,7 @@ class Bicubic:
 
     @classmethod
     def from_pretrained(cls, name, device, dtype):
-        if name != "vosr-tiny":
+        if name not in sample.TINY:
             raise FileNotFoundError(f"{name}: no such model")
         return cls()
 
@@ -82,7 +82,8 @@ def test_files_folders_and_scale(run):
     status, out, err = run("a.png", "folder", "--scale", "2.5", "--out", "deep/out")
     assert (status, err) == (0, []) and names("deep/out") == ["a.png", "b.png", "c.png", "sheet.png"]
     assert read_picture("deep/out/c.png")[0].shape == (1, 3, round(5 * 2.5), round(7 * 2.5))
-    assert any("device cpu" in line and "float32" in line for line in out) and any("24x16 ->" in line and "60x40" in line for line in out)
+    assert any("device cpu" in line and "float32" in line for line in out)
+    assert any("24x16 ->" in line and "60x40" in line for line in out)
 
 
 def test_alpha_is_kept(run):
@@ -93,11 +94,14 @@ def test_alpha_is_kept(run):
 
 
 def test_bad_files_do_not_stop_the_rest(run):
-    picture("in/good.png"), Path("in/bad.png").write_text("no"), picture("in/memory.png", 8, 13), picture("in/nan.png", 8, 14)
+    picture("in/good.png"), Path("in/bad.png").write_text("no"), picture("in/memory.png", 8, 13)
+    picture("in/nan.png", 8, 14)
     status, out, err = run("in", "missing.png")
     assert status == 1 and names("out") == ["good.png", "sheet.png"]
-    for words in ("in/bad.png: is not a picture", "in/memory.png: not enough memory; try --tile 256", "--dtype float32", "missing.png: no such"):
-        assert sum(words.replace("/", os.sep) in line for line in err) == 2, "once when it happens, once in the list at the end"
+    for words in ("in/bad.png: is not a picture", "in/memory.png: not enough memory; try --tile 256",
+                  "--dtype float32", "missing.png: no such"):
+        found = sum(words.replace("/", os.sep) in line for line in err)
+        assert found == 2, "once when it happens, once in the list at the end"
     assert err[4] == "done 1, failed 4:"
 
 
@@ -142,11 +146,13 @@ def test_folders_in_folders(run):
     assert (status, err) == (0, []) and "lq: left out 1 x .avif (AVIF)" in out and "hq: left out 1 x .txt" in out
     with open("out/metrics.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [row["picture"] for row in rows] == ["a.png", "s/a.png", "s/t/b.png", "sweep/a-2.png"] and all(row["psnr_y"] for row in rows)
+    assert [row["picture"] for row in rows] == ["a.png", "s/a.png", "s/t/b.png", "sweep/a-2.png"]
+    assert all(row["psnr_y"] for row in rows)
     found = {path.relative_to("out").as_posix() for path in Path("out").rglob("*.png")}
     assert found == {"sheet.png", *(row["picture"] for row in rows), *(f"sweep/{row['picture']}" for row in rows)}
     html = Path("out/page.html").read_text(encoding="utf-8")
-    assert "<h2>s/t/b.png</h2>" in html and sum("lq/s/a.png".replace("/", os.sep) in line and "PSNR-Y" in line for line in out) == 1
+    assert "<h2>s/t/b.png</h2>" in html
+    assert sum("lq/s/a.png".replace("/", os.sep) in line and "PSNR-Y" in line for line in out) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -168,17 +174,24 @@ def test_stop_and_go_on(run, monkeypatch, number, during):
         monkeypatch.setattr(Bicubic, "upscale", upscale_or_stop)
         status, out, err = run(*command)
         assert status == 130 and err == ["stopped after 3 of 6; add --skip-existing to go on"]
-        assert names("out") == ["0.png", "1.png", "2.png", "metrics.csv", "metrics.json", "page.html", "sheet.png", "sweep"]
-        assert names("out/sweep") == ["0.png", "1.png", "2.png"] and len(Path("out/metrics.csv").read_text().splitlines()) == 4
-        monkeypatch.setattr(Bicubic, "upscale", lambda self, lq, *args, **knobs: calls.append(lq.shape[2]) or upscale(self, lq, *args, **knobs))
+        assert names("out") == ["0.png", "1.png", "2.png", "metrics.csv", "metrics.json", "page.html", "sheet.png",
+                                "sweep"]
+        assert names("out/sweep") == ["0.png", "1.png", "2.png"]
+        assert len(Path("out/metrics.csv").read_text().splitlines()) == 4
+        monkeypatch.setattr(Bicubic, "upscale", lambda self, lq, *args, **knobs: calls.append(lq.shape[2])
+                            or upscale(self, lq, *args, **knobs))
         calls.clear()
         status, out, err = run(*command, "--skip-existing")
-        assert (status, err) == (0, []) and sorted(set(calls)) == [19, 20, 21] and sum("is kept" in line for line in out) == 3
+        assert (status, err) == (0, []) and sorted(set(calls)) == [19, 20, 21]
+        assert sum("is kept" in line for line in out) == 3
     finally:
         signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
-    figures = [[row[column] for column in ("picture", "psnr_y", "ssim_y")] for row in csv.DictReader(open("out/metrics.csv"))]
-    assert run(*command, "--out", "whole")[0] == 0 and Path("out/page.html").read_text(encoding="utf-8").count("made earlier") == 3
-    assert figures == [[row[column] for column in ("picture", "psnr_y", "ssim_y")] for row in csv.DictReader(open("whole/metrics.csv"))]
+    figures = [[row[column] for column in ("picture", "psnr_y", "ssim_y")]
+               for row in csv.DictReader(open("out/metrics.csv"))]
+    assert run(*command, "--out", "whole")[0] == 0
+    assert Path("out/page.html").read_text(encoding="utf-8").count("made earlier") == 3
+    assert figures == [[row[column] for column in ("picture", "psnr_y", "ssim_y")]
+                       for row in csv.DictReader(open("whole/metrics.csv"))]
     for name in names("out/sweep"):
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
@@ -233,14 +246,16 @@ def test_references_and_metrics(run):
     picture("hq/0.png", 64, 96), picture("hq/1.png", 72, 80), picture("hq/2.png", 60, 60)
     status, out, err = run("lq", "--ref", "hq")
     assert status == 0 and len(err) == 2 and "is 60x60, not 68x68" in err[0] and "no reference named 3" in err[1]
-    assert sum("PSNR-Y" in line for line in out) == 3 and any(line.startswith("protocol: pictures 4, references 2") for line in out)
+    assert sum("PSNR-Y" in line for line in out) == 3
+    assert any(line.startswith("protocol: pictures 4, references 2") for line in out)
     with open("out/metrics.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["picture"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"] and rows[2]["psnr_y"] == ""
     assert 0 < float(rows[0]["psnr_y"]) < float(rows[0]["psnr_y_bicubic"]) + 3 and -1 < float(rows[1]["ssim_y"]) < 1
     assert "is 60x60" in rows[2]["not_measured"] and "no reference named 3" in rows[3]["not_measured"]
     record = json.loads(Path("out/metrics.json").read_text(encoding="utf-8"))
-    assert record["command"].endswith("sample.py --device cpu lq --ref hq") and record["average"]["psnr_y"]["pictures"] == 2
+    assert record["command"].endswith("sample.py --device cpu lq --ref hq")
+    assert record["average"]["psnr_y"]["pictures"] == 2
     assert f"protocol: {record['protocol']}" in out and "lpips" in record["not_measured"] and record["weights"] == {}
     run("lq/0.png", "--ref", "hq/0.png", "--out", "one")
     assert "metrics.csv" in names("one")
@@ -249,7 +264,8 @@ def test_references_and_metrics(run):
 def test_what_cannot_be_measured_is_named(run):
     picture("a.png"), picture("hq/a.png", 64, 96)
     _, out, _ = run("a.png", "--ref", "hq")
-    assert any(all(f in line for f in (*evaluation.LPIPS_FILES, evaluation.NIQE_FILE)) for line in out if line.startswith("protocol"))
+    assert any(all(f in line for f in (*evaluation.LPIPS_FILES, evaluation.NIQE_FILE)) for line in out
+               if line.startswith("protocol"))
     picture("hq/a.png", 8, 8)
     status, out, err = run("a.png", "--ref", "hq", "--out", "none")
     assert status == 0 and "average  of nothing" in out and "is 8x8, not 96x64" in err[0]
@@ -260,10 +276,12 @@ def test_page(run):
     picture("a.png"), picture("<b>.png"), picture("hq/a.png", 64, 96)
     status, out, err = run("a.png", "<b>.png", "--ref", "hq", "--page")
     html = Path("out/page.html").read_text(encoding="utf-8")
-    assert status == 0 and any("to look at: " in line for line in out) and html.count("<img") == 5 and "&lt;b&gt;.png" in html
+    assert status == 0 and any("to look at: " in line for line in out) and html.count("<img") == 5
+    assert "&lt;b&gt;.png" in html
     assert "sample.py --device cpu a.png &#x27;&lt;b&gt;.png&#x27; --ref hq --page" in html and "vosr-tiny" in html
     run("a.png", "--page", "--out", "plain")        # nothing to measure: nothing is written but said
-    assert names("plain") == ["a.png", "page.html", "sheet.png"] and "needs --ref" in Path("plain/page.html").read_text(encoding="utf-8")
+    assert names("plain") == ["a.png", "page.html", "sheet.png"]
+    assert "needs --ref" in Path("plain/page.html").read_text(encoding="utf-8")
 
 
 def test_seed_is_used(run):
@@ -275,9 +293,10 @@ def test_seed_is_used(run):
     assert results[0] == results[1] != results[2]
 
 
-@pytest.mark.parametrize("arguments", ["--scale 9", "--scale x", "--tile -1", "--steps 0", "--ref nowhere", "--niqe nowhere", "--color sepia",
-                                       "--dtype int8", "--seed -1", "--device abacus", "--no-such-flag", "--tile 7", "--tile 64 --overlap 64",
-                                       "--overlap 0", "--temperature nan", "--guidance inf", "--weak 2", "--start-step 1000", "--out big.png"])
+@pytest.mark.parametrize("arguments", [
+    "--scale 9", "--scale x", "--tile -1", "--steps 0", "--ref nowhere", "--niqe nowhere", "--color sepia",
+    "--dtype int8", "--seed -1", "--device abacus", "--no-such-flag", "--tile 7", "--tile 64 --overlap 64", "--overlap 0",
+    "--temperature nan", "--guidance inf", "--weak 2", "--start-step 1000", "--out big.png"])
 def test_usage_errors(run, arguments):
     status, _, err = run(*arguments.split())
     assert status == 2 and "error: " in err[-1] and "Traceback" not in "".join(err)
@@ -320,23 +339,25 @@ def test_niqe_from_the_weights_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason=f"{WEIGHTS} is not there yet; train_vosr.py makes it")
-def test_example_with_the_real_model(tmp_path):
-    """From any folder, without arguments."""
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--device", "cpu", "--ref", ROOT / "assets" / "example_hq.png"],
-                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+def test_example_with_the_real_model(monkeypatch, tmp_path):
+    """From any folder; without a picture it is the example, beside its original."""
+    monkeypatch.chdir(tmp_path)
+    status, said, err = runs.here(ROOT / "sample.py", "--device", "cpu", "--model", "vosr-tiny")
+    assert status == 0, err
     with Image.open(ROOT / "assets" / "example.png") as lq, Image.open(tmp_path / "out" / "example.png") as sr:
         assert sr.size == (lq.width * 4, lq.height * 4)
-    assert names(tmp_path / "out") == ["example.png", "metrics.csv", "metrics.json", "sheet.png"] and "PSNR-Y" in done.stdout
+    assert names(tmp_path / "out") == ["example.png", "metrics.csv", "metrics.json", "sheet.png"] and "PSNR-Y" in said
 
 
 def test_compile(run, monkeypatch):
     """--compile reaches the networks that do the work, of every system; what it gains only a benchmark shows."""
     names = {}
     with torch.device("meta"):
-        for name, system, config in (("vosr", vosr.VOSR, vosr.VOSRConfig()), ("s3diff", S3Diff, S3DiffConfig()), ("gramsr", GramSR, GramSRConfig())):
+        for name, system, config in (("vosr", vosr.VOSR, vosr.VOSRConfig()), ("s3diff", S3Diff, S3DiffConfig()),
+                                     ("gramsr", GramSR, GramSRConfig())):
             names[name] = {part for part, _ in system(config).named_modules()} & set(sample.COMPILED)
-    assert names == {"vosr": {"dit", "vit", "vae.encoder", "vae.decoder"}, "s3diff": {"unet", "vae.encoder", "vae.decoder"},
+    assert names == {"vosr": {"dit", "vit", "vae.encoder", "vae.decoder"},
+                     "s3diff": {"unet", "vae.encoder", "vae.decoder"},
                      "gramsr": {"unet", "vit", "vae.encoder", "vae.decoder"}}
     seen = []
 
@@ -353,14 +374,52 @@ def test_compile(run, monkeypatch):
     assert run("a.png", "--compile")[0] == 0 and seen == ["dit"]
 
 
+class Dark(Bicubic):
+    """Another stand-in, with a knob of its own."""
+
+    def upscale(self, lq, scale, seed, noise=None, **knobs):
+        return super().upscale(lq, scale, seed) * (0.5 if noise is None else noise)
+
+
+def test_three_models_side_by_side(run, monkeypatch):
+    """A folder for each model's results and metrics, one sheet, one page; a knob goes to the models that have it."""
+    monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
+    picture("a.png"), picture("b.png"), picture("hq/a.png", 64, 96)
+    status, out, err = run("a.png", "b.png", "--ref", "hq", "--model", "all", "--page", "--noise", 0.25)
+    assert status == 0 and len(err) == 1
+    assert names("out") == sorted([*sample.TINY, "page.html", "sheet.png"])
+    for name in sample.TINY:
+        assert names(f"out/{name}") == ["a.png", "b.png", "metrics.csv", "metrics.json"]
+        assert any(line.startswith(f"average  {name}  PSNR-Y") for line in out)
+    means = [read_picture(f"out/{name}/a.png")[0].mean() for name in sample.TINY]
+    assert means[0] == means[2] and 0.2 < means[1] / means[0] < 0.3
+    html = Path("out/page.html").read_text(encoding="utf-8")
+    assert html.count("<img") == 5 + 4 and html.count('type="radio"') == 10 and "vosr-tiny, s3diff-tiny, gramsr-tiny" in html
+    assert Image.open("out/sheet.png").width > 6 * 96 and run("a.png", "--model", "all", "--sweep")[0] == 0
+    assert names("out/gramsr-tiny/sweep") == ["a.png"]
+    status, _, err = run("a.png", "--model", "all", "--pixel", 1)
+    assert status == 1 and err == ["sample.py: --pixel is no knob of all"]
+
+
+def test_without_arguments(run, monkeypatch):
+    """All three on the example, beside its original."""
+    monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
+    status, out, err = run()
+    assert (status, err) == (0, []) and sum("average  " in line for line in out) == 3
+    lq = Image.open(sample.EXAMPLE)
+    assert all(Image.open(f"out/{name}/example.png").width == 4 * lq.width for name in sample.TINY)
+
+
 def test_many_pictures_keep_their_order(run):
-    """Files are read and written beside the device's work; lines, tables and sheet are as if they were not."""
+    """Files are written beside the device's work; lines, tables and sheet are as if they were not."""
     for i in range(9):
         picture(f"in/{i}.png", 8 + i, 12)
     Path("in/4.png").write_text("no picture")
     picture("ref/5.png", 26, 24)
     status, out, err = run("in", "--ref", "ref", "--scale", 2)
-    assert status == 1 and [line.split(":")[0] for line in out if "->" in line] == [f"in/{i}.png".replace("/", os.sep) for i in range(9) if i != 4]
+    assert status == 1
+    assert [line.split(":")[0] for line in out if "->" in line] == [f"in/{i}.png".replace("/", os.sep) for i in range(9)
+                                                                    if i != 4]
     with open("out/metrics.csv") as f:
         assert [row["picture"] for row in csv.DictReader(f)] == [f"{i}.png" for i in range(9) if i != 4]
     assert names("out") == [f"{i}.png" for i in range(9) if i != 4] + ["metrics.csv", "metrics.json", "sheet.png"]

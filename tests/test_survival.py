@@ -4,7 +4,6 @@ Run: python -m pytest tests/test_survival.py
 """
 
 import errno
-import multiprocessing as mp
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import runs
 import test_train
 import test_train_gramsr
 import test_train_s3diff
@@ -37,7 +37,9 @@ def vosr(patch, photos, out, **more):  # noqa: F811
 
 def s3diff(patch, photos, out, **more):  # noqa: F811
     test_train_s3diff.shrink(patch)
-    patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL_TINY, {"adapters": replace(test_train_s3diff.RECIPE, steps=6, save_every=2, crop=32)}))
+    patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL_TINY,
+                                                 {"adapters": replace(test_train_s3diff.RECIPE, steps=6, save_every=2,
+                                                                      crop=32)}))
     test_train_s3diff.launch(patch, photos, out, *more.pop("more", ()), **more)
 
 
@@ -59,36 +61,23 @@ def work(name, *args):
         SCRIPTS[name](patch, *args)
 
 
-@pytest.fixture(scope="module")
-def fork():
-    """Processes that start with everything imported."""
-    context = mp.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)        # of the server, which before Python 3.13 forgets to take over sys.path
-    context.set_forkserver_preload([__name__])
-    return lambda *args: context.Process(target=work, args=args)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@pytest.mark.parametrize("moments", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_killed_at_twenty_moments(name, photos, tmp_path, fork):  # noqa: F811
-    """Wherever SIGKILL strikes, the end is that of a run that nothing disturbed, to the last bit: weights, optimizers and all."""
-    def start(out):
-        process = fork(name, photos, out)
-        process.start()
-        return process
-
-    start(tmp_path / "warm-up").join()
-    began, process = time.time(), start(tmp_path / "whole")
+def test_killed_at_many_moments(name, moments, photos, tmp_path):  # noqa: F811
+    """Wherever SIGKILL strikes, the end is that of an undisturbed run, to the last bit, optimizers and all."""
+    runs.fork(int).join()       # the server has begun
+    began, process = time.time(), runs.fork(work, name, photos, tmp_path / "whole")
     process.join()
-    seconds, luck, kills, runs = time.time() - began, random.Random(0), 0, 0
+    seconds, luck, kills, tries = time.time() - began, random.Random(0), 0, 0
     assert process.exitcode == 0
     whole = flat(newest(tmp_path / "whole"))
-    while kills < 20:
-        runs, out = runs + 1, tmp_path / f"run{runs}"
-        while (process := start(out)).join(luck.uniform(0, seconds)) or process.is_alive():
+    while kills < moments:
+        tries, out, patience = tries + 1, tmp_path / f"run{tries}", seconds
+        while (process := runs.fork(work, name, photos, out)).join(luck.uniform(0, patience)) or process.is_alive():
             process.kill()
             process.join()
-            kills += 1
+            kills, patience = kills + 1, 1.2 * patience     # however busy the machine is by now, it comes to an end
         assert process.exitcode == 0 and same(whole, flat(newest(out)))
         assert len(training.checkpoints(out)) == 2, "older ones are cleared away"
         with open(out / "log.csv") as f:
@@ -185,7 +174,8 @@ def test_photos_that_moved_as_a_whole(monkeypatch, photos, tmp_path, capsys, nam
     shutil.copytree(photos, tmp_path / "here")
     SCRIPTS[name](monkeypatch, tmp_path / "here", tmp_path / "out", stop_at=2)
     (tmp_path / "here").rename(tmp_path / "there")
-    with pytest.raises(training.Quit, match="--data: .* was written with .*here, not .*there; .* or --moved if it is the same"):
+    with pytest.raises(training.Quit,
+                       match="--data: .* was written with .*here, not .*there; .* or --moved if it is the same"):
         SCRIPTS[name](monkeypatch, tmp_path / "there", tmp_path / "out")
     capsys.readouterr()
     SCRIPTS[name](monkeypatch, tmp_path / "there", tmp_path / "out", more=["--moved"])
@@ -193,7 +183,8 @@ def test_photos_that_moved_as_a_whole(monkeypatch, photos, tmp_path, capsys, nam
     assert same(flat(newest(tmp_path / "stayed")), flat(newest(tmp_path / "out")))
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "empty" / "another.png")
-    with pytest.raises(ValueError, match="has none of the photos of this run's beginning, as 0.png; put them or a link there"):
+    with pytest.raises(ValueError,
+                       match="has none of the photos of this run's beginning, as 0.png; put them or a link there"):
         SCRIPTS[name](monkeypatch, tmp_path / "empty", tmp_path / "out", more=["--moved"])
 
 
@@ -206,7 +197,8 @@ def test_flags_that_matter(monkeypatch, photos, half, flag, value):  # noqa: F81
 
 
 def test_flags_that_may_change(monkeypatch, photos, half):  # noqa: F811
-    test_train.launch(monkeypatch, photos, half, "autoencoder", "--steps", 9, "--micro-batch", 1, "--workers", 1, "--keep", 1, "--lr", 1e-4)
+    test_train.launch(monkeypatch, photos, half, "autoencoder", "--steps", 9, "--micro-batch", 1, "--workers", 1,
+                      "--keep", 1, "--lr", 1e-4)
     assert newest(half)["step"] == 9 and len(training.checkpoints(half)) == 1
 
 
@@ -242,7 +234,8 @@ def test_too_many_of_them_end_the_run(monkeypatch, photos, half):  # noqa: F811
     """With a sentence; what the checkpoints hold is what was learned before."""
     before = newest(half)["model"]
     monkeypatch.setattr(training.Health, "__init__", lambda self: self.__dict__.update(most=5, skipped=0, in_a_row=0))
-    monkeypatch.setattr(train_vosr, "losses", lambda args, stage, model, teacher, hq, lq, g: {"all": model.vae.encoder.weight.sum() * float("inf")})
+    monkeypatch.setattr(train_vosr, "losses",
+                        lambda name, stage, model, *_: {"all": model.vae.encoder.weight.sum() * float("inf")})
     with pytest.raises(training.Quit, match="5 steps in a row had no finite gradient"):
         vosr(monkeypatch, photos, half)
     assert all(torch.equal(x, before[k]) for k, x in newest(half)["model"].items() if k != "vae.std")     # a buffer

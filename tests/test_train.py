@@ -1,15 +1,14 @@
 """train_vosr.py on networks of a few thousand parameters. Run: python -m pytest tests/test_train.py"""
 
 import os
-import re
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +27,8 @@ STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipes=("s3diff", "vosr"), ema=0.
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
-    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "refine": replace(STAGE, branches_per="image"), "distill": STAGE,
+    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "refine": replace(STAGE, branches_per="image"),
+              "distill": STAGE,
               "decoder": STAGE}
     monkeypatch.setitem(train_vosr.PRESETS, "small", (replace(SMALL, tile=64), stages))
 
@@ -45,15 +45,9 @@ def photos(tmp_path_factory):
 
 def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="small"):
     """Run a stage in this process; stop_at: steps after which Ctrl-C comes."""
-    class Stop:
-        steps = 0
-
-        def __bool__(self):
-            self.steps += 1
-            return stop_at is not None and self.steps > stop_at
-
-    monkeypatch.setattr(training, "Stop", Stop)
-    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", preset, "--stage", stage, "--data", str(photos), "--out", str(out),
+    runs.watch_less(monkeypatch), runs.stop_after(monkeypatch, stop_at)
+    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", preset, "--stage", stage, "--data", str(photos),
+                                      "--out", str(out),
                                       "--device", "cpu", *map(str, more)])
     train_vosr.main()
 
@@ -84,17 +78,20 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
     refined = train(monkeypatch, photos, tmp_path / "refine", "refine", "--init", tmp_path / "flow")
     assert {k.split(".")[0] for k in flow if not torch.equal(flow[k], refined[k])} == {"dit", "vit"}
     for kind in ("rcgm", "shortcut"):
-        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "refine", "--distill", kind, "--micro-batch", 1)
+        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "refine", "--distill", kind,
+              "--micro-batch", 1)
         model = VOSR.from_pretrained(tmp_path / kind)
         assert model.cfg.dit.auxiliary_time_cond and model.cfg.steps == 1
     a, b = load_file(tmp_path / "refine" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
-    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("vae.", "vit.")))            # distillation trains the DiT alone
+    # distillation trains the DiT alone
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("vae.", "vit.")))
     for name in ("log.csv", "loss.png", "sheet.png"):
         assert (tmp_path / "rcgm" / name).stat().st_size > 0
     said = capsys.readouterr().out
     assert "small distill, from" in said and "float32" in said and "batch 2 = 1 x 2 x 1" in said
     Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
-    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path / "rcgm"), "--out", str(tmp_path / "out")]) == 0
+    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path / "rcgm"),
+                        "--out", str(tmp_path / "out")]) == 0
     assert Image.open(tmp_path / "out" / "teal.png").size == (36, 28)
 
 
@@ -105,7 +102,8 @@ def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
         launch(monkeypatch, photos, tmp_path / "no", "decoder", "--init", tmp_path / "flow")
     before = train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
     after = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)
-    assert all(torch.equal(after[k], before[k]) for k in before) and {k.split(".")[1] for k in after.keys() - before.keys()} == {"finish"}
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert {k.split(".")[1] for k in after.keys() - before.keys()} == {"finish"}
     model, z = VOSR.from_pretrained(tmp_path / "decoder"), torch.randn(1, 8, 3, 4)
     assert model.cfg.steps == 1 and model.decode(z).shape == (1, 3, 24, 32)
     assert not torch.equal(model.decode(z), VOSR.from_pretrained(tmp_path / "one").decode(z))
@@ -117,7 +115,8 @@ def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
 def test_ablations_last(monkeypatch, photos, autoencoder, tmp_path, ablation):
     """What a flow has learned without, its refinement and its one-step student do without."""
     runs = {}
-    for stage, init, *more in (("flow", autoencoder, "--ablate", ablation), ("refine", tmp_path / "flow"), ("distill", tmp_path / "refine")):
+    for stage, init, *more in (("flow", autoencoder, "--ablate", ablation), ("refine", tmp_path / "flow"),
+                               ("distill", tmp_path / "refine")):
         steps = 12 if stage == "flow" else 1        # the condition is dropped for one picture in ten
         runs[stage] = train(monkeypatch, photos, tmp_path / stage, stage, "--init", init, *more, "--steps", steps)
         cfg = VOSR.from_pretrained(tmp_path / stage).cfg
@@ -145,12 +144,14 @@ def test_resumed_equals_uninterrupted(monkeypatch, photos, autoencoder, tmp_path
     assert same(whole, parts) and not same(half, parts)
     states = [newest(tmp_path / run) for run in ("whole", "parts")]
     assert states[0]["step"] == states[1]["step"] == 4
-    for part in ("model", "ema"):                                                              # float32, to the last bit
+    # float32, to the last bit
+    for part in ("model", "ema"):
         assert same(states[0][part], states[1][part])
 
 
 def test_workers_and_order_of_files_change_nothing(monkeypatch, photos, autoencoder, tmp_path):
-    runs = [train(monkeypatch, photos, tmp_path / str(n), "flow", "--init", autoencoder, "--workers", n) for n in (0, 2)]
+    runs = [train(monkeypatch, photos, tmp_path / str(n), "flow", "--init", autoencoder, "--workers", n)
+            for n in (0, 2)]
     assert same(*runs)
 
 
@@ -224,30 +225,21 @@ def test_groups_freeze_the_rest():
     assert not any(p.requires_grad for p in [*model.vae.parameters(), *model.vit.parameters()])
 
 
-def script(*words, **kwargs):
-    return [sys.executable, str(ROOT / "train_vosr.py"), *map(str, words)], {"text": True, "stderr": subprocess.PIPE, **kwargs}
+def script(tmp_path, *words):
+    return runs.Script(tmp_path / "said", ROOT / "train_vosr.py", "--stage", "autoencoder", "--out", tmp_path / "out",
+                       *words)
 
 
 def test_user_errors_are_one_line(tmp_path):
-    words, kwargs = script("--stage", "autoencoder", "--data", tmp_path / "none", "--out", tmp_path / "out")
-    done = subprocess.run(words, **kwargs)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
-
-
-def wait_for_a_step(process):
-    """Until the bar on stderr counts one; by then a training listens to signals."""
-    said = ""
-    while not re.search(r" [1-9]\d*/\d+ \[", said) and (more := process.stderr.read(1)):
-        said += more
+    status, _, errors = script(tmp_path, "--data", tmp_path / "none").end()
+    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(photos, tmp_path, number):
-    words, kwargs = script("--stage", "autoencoder", "--data", photos, "--out", tmp_path, "--batch-size", 2, stdout=subprocess.PIPE)
-    process = subprocess.Popen(words, **kwargs)
-    wait_for_a_step(process)
-    process.send_signal(number)
-    said, errors = process.communicate()
-    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert newest(tmp_path)["step"] > 0
+    run = script(tmp_path, "--data", photos, "--batch-size", 2)
+    run.wait_for_a_step()
+    status, said, errors = run.end(number)
+    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert newest(tmp_path / "out")["step"] > 0

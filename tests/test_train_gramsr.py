@@ -3,19 +3,17 @@
 import csv
 import os
 import signal
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import newest, photos, same, wait_for_a_step  # noqa: F401 (photos is a fixture)
+from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
 from test_train_s3diff import flat, trunk
 
 import sample
@@ -32,22 +30,15 @@ from train_gramsr import GRAM, STAGES, is_learned, losses
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = GramSRConfig(
     unet=UNetConfig(widths=(16,), num_heads=(1,), layers_per_block=1, context_dim=8, norm_groups=4),
-    vae=VAEConfig(widths=(8, 8, 8), layers_per_block=0, norm_groups=4), vit=DINOv3Config(embed_dim=12, depth=1, num_heads=3), ranks={},
+    vae=VAEConfig(widths=(8, 8, 8), layers_per_block=0, norm_groups=4),
+    vit=DINOv3Config(embed_dim=12, depth=1, num_heads=3), ranks={},
 )
 SMALL_STAGES = {name: replace(stage, steps=4, before=4 * i, batch_size=2, lr=1e-3, crop=48, rank=2, patience=0)
                 for i, (name, stage) in enumerate(STAGES.items())}
 TERMS = {"pixel": ["l2"], "semantic": ["l2", "lpips", "csd"], "texture": ["l2", "lpips", "csd", "gram"]}
 
 
-photos_for = training.photos_for
-
-
 def shrink(patch):
-    def fewer(*args, **options):
-        found, crops, names = photos_for(*args, **options)
-        return found, crops[:2], names
-
-    patch.setattr(training, "photos_for", fewer)
     patch.setitem(train_gramsr.PRESETS, "tiny", (SMALL, SMALL_STAGES))
     patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
 
@@ -59,16 +50,10 @@ def small_networks(monkeypatch):
 
 def launch(patch, photos, out, stage, *more, stop_at=None, preset="tiny"):  # noqa: F811
     """Run a stage in this process; stop_at: steps after which Ctrl-C comes -> checkpoint"""
-    class Stop:
-        steps = 0
-
-        def __bool__(self):
-            self.steps += 1
-            return stop_at is not None and self.steps > stop_at
-
-    patch.setattr(training, "Stop", Stop)
+    runs.watch_less(patch), runs.stop_after(patch, stop_at)
     more = [*map(str, more)] + ["--init", "none"] * (preset == "tiny" and stage == "pixel" and "--init" not in more)
-    patch.setattr(sys, "argv", ["train_gramsr.py", "--stage", stage, "--preset", preset, "--data", str(photos), "--out", str(out),
+    patch.setattr(sys, "argv", ["train_gramsr.py", "--stage", stage, "--preset", preset, "--data", str(photos),
+                                "--out", str(out),
                                 "--device", "cpu", *more])
     train_gramsr.main()
     return newest(out)
@@ -96,7 +81,8 @@ def trained(photos, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         for name in SETS:
-            done[name] = folder / name, launch(patch, photos, folder / name, name, *init, "--micro-batch", 1, "--save-every", 2)
+            done[name] = folder / name, launch(patch, photos, folder / name, name, *init, "--micro-batch", 1,
+                                               "--save-every", 2)
             init = ["--init", folder / name]
     return done
 
@@ -116,24 +102,28 @@ def test_what_a_stage_writes(trained, tmp_path, capsys, stage):
     folder, checkpoint = trained[stage]
     n = 4 * (1 + list(SETS).index(stage))           # steps of all stages
     texture = {f"lora_weights_dino_{n}.safetensors"} if stage == "texture" else set()
-    assert models_in(folder) == {f"model_{n}.pkl", f"adapter_{n}.pth", "model.safetensors"} | texture, "and nothing of older steps"
+    expected = {f"model_{n}.pkl", f"adapter_{n}.pth", "model.safetensors"} | texture
+    assert models_in(folder) == expected, "and nothing of older steps"
     for name in ("log.csv", "loss.png", "sheet.png"):
         assert (folder / name).stat().st_size > 0
     row = rows(folder)[-1]
     assert all(float(row[name]) > 0 for name in (*TERMS[stage], "grad_norm", "held_out", "psnr"))
     assert [name for name in row if name in ("l2", "lpips", "csd", "gram")] == TERMS[stage]
     model = GramSR.from_pretrained(folder)
-    assert list(model.cfg.ranks) == list(SETS)[: n // 4] and model.upscale(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
+    assert list(model.cfg.ranks) == list(SETS)[: n // 4]
+    assert model.upscale(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
     for k, p in model.state_dict().items():
         if is_learned(k):
-            torch.testing.assert_close(p, checkpoint["model"][k].half().float(), rtol=0, atol=0)        # the file is float16
+            # the file is float16
+            torch.testing.assert_close(p, checkpoint["model"][k].half().float(), rtol=0, atol=0)
     Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
-    assert sample.main([str(tmp_path / "teal.png"), "--model", str(folder), "--out", str(tmp_path / "out"), "--semantic", "0.5"]) == 0
+    assert sample.main([str(tmp_path / "teal.png"), "--model", str(folder), "--out", str(tmp_path / "out"),
+                        "--semantic", "0.5"]) == 0
     assert Image.open(tmp_path / "out" / "teal.png").size == (36, 28) and "semantic 0.5" in capsys.readouterr().out
 
 
 def test_earlier_sets_do_not_change_by_a_bit(trained):
-    """A stage moves its own set and the adapter; earlier sets and all of the prior stay as they came, through the files and 4 steps."""
+    """A stage moves its own set and the adapter; earlier sets and the prior stay as they came."""
     for stage in ("semantic", "texture"):
         earlier = list(SETS)[: list(SETS).index(stage)]
         init, ours = (load_file(trained[name][0] / "model.safetensors") for name in (earlier[-1], stage))
@@ -160,7 +150,8 @@ def test_all_of_the_new_set_moves(monkeypatch, photos, trained, tmp_path, stage)
 
 def test_sets_start_differently(trained):
     """Each stage draws A anew: with one seed for all, the second set would span what the first does already."""
-    pixel, semantic = (of(trained["semantic"][1], name)[f"unet.conv_in.lora_A.default_encoder_{name[:3]}.weight"] for name in ("pixel", "semantic"))
+    pixel, semantic = (of(trained["semantic"][1], name)[f"unet.conv_in.lora_A.default_encoder_{name[:3]}.weight"]
+                       for name in ("pixel", "semantic"))
     assert (pixel - semantic).abs().mean() > 0.1
 
 
@@ -191,13 +182,15 @@ def overfit(stage, kind=(), steps=15):
     torch.manual_seed(0)
     model = GramSR(replace(SMALL, ranks=dict.fromkeys(list(SETS)[: list(SETS).index(stage)], 2)))
     model.add_set(stage, 2)
-    frozen = {k: v.clone() for k, v in model.state_dict().items() if k not in {f"unet.{n}" for n in model.lora(stage)} and "adapter" not in k}
+    frozen = {k: v.clone() for k, v in model.state_dict().items() if k not in {f"unet.{n}" for n in model.lora(stage)}
+              and "adapter" not in k}
     params = training.freeze_all_but(model, [*model.lora(stage).values(), *model.adapter.parameters()])
     vit, lpips = DINOv3(replace(SMALL.vit, gated_mlp=True)).requires_grad_(False), LPIPS().requires_grad_(False)
     for i in range(len(lpips.taps)):
         torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
     g = torch.Generator().manual_seed(0)
-    x = torch.nn.functional.interpolate(2 * torch.rand(2, 1, 3, 6, 6, generator=g).flatten(0, 1) - 1, (48, 48), mode="bicubic").clamp(-0.9, 0.9)
+    x = torch.nn.functional.interpolate(2 * torch.rand(2, 1, 3, 6, 6, generator=g).flatten(0, 1) - 1, (48, 48),
+                                        mode="bicubic").clamp(-0.9, 0.9)
     optimizer, found = torch.optim.AdamW(params, lr=1e-2), []
     for _ in range(steps):
         terms, _ = losses(model, lpips, vit, SMALL_STAGES[stage], dict(kind), x[:1], x[1:], training.generator(0))
@@ -214,8 +207,10 @@ def test_each_stage_learns(stage):
     values = overfit(stage)
     assert list(values[0]) == TERMS[stage]
     assert sum(values[-1].values()) < 0.8 * sum(values[0].values())
-    most = max(values[0], key=values[0].get)        # of the loss: l2, lpips, gram; what CSD is worth, its value does not say
-    assert most == {"pixel": "l2", "semantic": "lpips", "texture": "gram"}[stage] and values[-1][most] < 0.8 * values[0][most]
+    # of the loss: l2, lpips, gram; what CSD is worth, its value does not say
+    most = max(values[0], key=values[0].get)
+    assert most == {"pixel": "l2", "semantic": "lpips", "texture": "gram"}[stage]
+    assert values[-1][most] < 0.8 * values[0][most]
 
 
 @pytest.mark.parametrize("kind", GRAM)
@@ -232,7 +227,8 @@ def test_the_prior_learns_nothing_and_tells_no_gradient_to_the_context():
     seen = []
     model.prior, prior = lambda z, t, context: seen.append((t, context)) or prior(z, t, context), model.prior
     stage = replace(SMALL_STAGES["semantic"], lambda_l2=0.0, lambda_lpips=0.0)
-    terms, _ = losses(model, None, None, stage, {}, torch.rand(3, 3, 48, 48), torch.rand(3, 3, 48, 48), training.generator(7))
+    terms, _ = losses(model, None, None, stage, {}, torch.rand(3, 3, 48, 48), torch.rand(3, 3, 48, 48),
+                      training.generator(7))
     terms["csd"].backward()
     (t, context), = seen
     assert len(t) == 6 and torch.equal(t[:3], t[3:]) and 20 <= t.min() and t.max() < 500
@@ -245,7 +241,7 @@ def test_the_prior_learns_nothing_and_tells_no_gradient_to_the_context():
 
 
 def test_early_stopping(monkeypatch, photos, trained, tmp_path, capsys):  # noqa: F811
-    """The held-out measure falls and then does not: the stage is over after two in vain, and the model is the best one."""
+    """The held-out measure falls and then does not: the stage is over after two in vain, the model is the best one."""
     values, evaluate = iter([3.0, 2.0, 2.5, 2.0, 1.0]), train_gramsr.evaluate
     monkeypatch.setattr(train_gramsr, "evaluate", lambda *args: (next(values), *evaluate(*args)[1:]))
     words = [*before(trained, "texture"), "--patience", 2, "--save-every", 1, "--steps", 9]
@@ -253,10 +249,15 @@ def test_early_stopping(monkeypatch, photos, trained, tmp_path, capsys):  # noqa
     said = capsys.readouterr().out
     assert checkpoint["step"] == 4 and checkpoint["waited"] == 2 and checkpoint["best"] == {"held_out": 2.0}
     assert "stopped early at step 4: held_out was no better 2 times" in said and "goes on from here" not in said
-    assert models_in(tmp_path) == {"model_10.pkl", "lora_weights_dino_10.safetensors", "adapter_10.pth", "model.safetensors"}   # 8 and 2
-    assert not torch.equal(torch.load(tmp_path / "adapter_10.pth", weights_only=True)["0.bias"], checkpoint["model"]["adapter.0.bias"])
-    assert launch(monkeypatch, photos, tmp_path, "texture", *words)["step"] == 4 and "stopped early" in capsys.readouterr().out
-    more = launch(monkeypatch, photos, tmp_path, "texture", *words[:2], "--patience", 3, "--save-every", 1, "--steps", 5)
+    # 8 and 2
+    assert models_in(tmp_path) == {"model_10.pkl", "lora_weights_dino_10.safetensors", "adapter_10.pth",
+                                   "model.safetensors"}
+    assert not torch.equal(torch.load(tmp_path / "adapter_10.pth", weights_only=True)["0.bias"],
+                           checkpoint["model"]["adapter.0.bias"])
+    assert launch(monkeypatch, photos, tmp_path, "texture", *words)["step"] == 4
+    assert "stopped early" in capsys.readouterr().out
+    more = launch(monkeypatch, photos, tmp_path, "texture", *words[:2], "--patience", 3, "--save-every", 1,
+                  "--steps", 5)
     assert more["step"] == 5 and more["best"] == {"held_out": 1.0} and "model_13.pkl" in models_in(tmp_path)
 
 
@@ -268,12 +269,13 @@ def test_interrupted_before_any_evaluation(monkeypatch, photos, tmp_path):  # no
 
 
 def test_judged_by_niqe(monkeypatch, photos, tmp_path):  # noqa: F811
-    """With NIQE's parameters at hand and pictures large enough for it. Pictures too flat for a number are passed over."""
+    """With NIQE's parameters at hand and pictures large enough for it. Those too flat for a number are passed over."""
     monkeypatch.setattr(train_gramsr, "find_niqe", lambda path: "parameters")
     monkeypatch.setattr(train_gramsr, "niqe", lambda x, parameters: 5.0 + float(x.mean()))
     monkeypatch.setattr(train_gramsr, "BLOCK", 24)
     checkpoint = launch(monkeypatch, photos, tmp_path, "pixel", "--steps", 1)
-    assert checkpoint["best"].keys() == {"niqe"} and 5 < checkpoint["best"]["niqe"] < 6 and float(rows(tmp_path)[0]["niqe"]) > 5
+    assert checkpoint["best"].keys() == {"niqe"} and 5 < checkpoint["best"]["niqe"] < 6
+    assert float(rows(tmp_path)[0]["niqe"]) > 5
     monkeypatch.setattr(train_gramsr, "niqe", lambda x, parameters: float("nan"))
     checkpoint = launch(monkeypatch, photos, tmp_path, "pixel", "--steps", 2)
     assert checkpoint["waited"] == 1 and checkpoint["best"]["niqe"] > 5 and rows(tmp_path)[1]["niqe"] == "nan"
@@ -281,14 +283,13 @@ def test_judged_by_niqe(monkeypatch, photos, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("stage", SETS)
 def test_half_precision(monkeypatch, photos, trained, tmp_path, stage):  # noqa: F811
-    checkpoint = launch(monkeypatch, photos, tmp_path, stage, *before(trained, stage), "--dtype", "bfloat16", "--steps", 1)
+    checkpoint = launch(monkeypatch, photos, tmp_path, stage, *before(trained, stage), "--dtype", "bfloat16",
+                        "--steps", 1)
     assert all(x.isfinite().all() and x.dtype == torch.float32 for x in checkpoint["model"].values())
     assert float(rows(tmp_path)[0]["held_out"]) == pytest.approx(float(rows(trained[stage][0])[0]["held_out"]), rel=0.3)
 
 
-def work(rank, port, photos, out, words):  # noqa: F811
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(photos, out, words):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         launch(patch, photos, out, "texture", *words)
@@ -296,10 +297,7 @@ def work(rank, port, photos, out, words):  # noqa: F811
 
 def test_two_processes_equal_one(photos, trained, tmp_path):  # noqa: F811
     """DDP: the same batch in the same parts gives the same losses, up to the order of additions."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(work, (port, photos, tmp_path, [*before(trained, "texture"), "--micro-batch", 1, "--save-every", 2]), nprocs=2)
+    runs.together(2, work, photos, tmp_path, [*before(trained, "texture"), "--micro-batch", 1, "--save-every", 2])
     folder, one = trained["texture"]
     two = newest(tmp_path)
     for name in (*TERMS["texture"], "held_out"):
@@ -309,32 +307,37 @@ def test_two_processes_equal_one(photos, trained, tmp_path):  # noqa: F811
 
 
 def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F811
-    """The way of --preset sd-2.1: public files, three stages through the authors' layouts in float32, frozen weights in half precision."""
+    """--preset sd-2.1: public files, three stages through the authors' layouts in float32, frozen weights in half."""
     torch.manual_seed(0)
     model = GramSR(SMALL)
     for network, name in PRIOR.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(getattr(model, network).state_dict(), tmp_path / name)
-    gated, features = replace(SMALL.vit, gated_mlp=True), tmp_path / "dinov3-vits16plus-pretrain-lvd1689m" / "model.safetensors"
+    gated = replace(SMALL.vit, gated_mlp=True)
+    features = tmp_path / "dinov3-vits16plus-pretrain-lvd1689m" / "model.safetensors"
     features.parent.mkdir()
     save_file(DINOv3(gated).state_dict(), features)
     for name, letter in (("vgg16-397923af.pth", "f"), ("lpips_vgg.pth", "l")):
-        torch.save({k: v.abs() if letter == "l" else v for k, v in LPIPS().state_dict().items() if k[0] == letter}, tmp_path / name)
+        torch.save({k: v.abs() if letter == "l" else v for k, v in LPIPS().state_dict().items() if k[0] == letter},
+                   tmp_path / name)
     for module in ("models.gramsr", "models.support.weights", "models.lpips", "train_gramsr"):
         monkeypatch.setattr(f"{module}.fetch", lambda name: tmp_path / name)
     monkeypatch.setitem(train_gramsr.VITS, "dinov3_vits16plus", gated)
     monkeypatch.setattr(gramsr, "GramSRConfig", partial(GramSRConfig, unet=SMALL.unet, vae=SMALL.vae, vit=SMALL.vit))
-    monkeypatch.setitem(train_gramsr.PRESETS, "sd-2.1", (SMALL, {k: replace(v, steps=2) for k, v in SMALL_STAGES.items()}))
+    monkeypatch.setitem(train_gramsr.PRESETS, "sd-2.1",
+                        (SMALL, {k: replace(v, steps=2) for k, v in SMALL_STAGES.items()}))
 
     init, pixel = [], None
     for stage in SETS:
         out = tmp_path / stage
-        checkpoint = launch(monkeypatch, photos, out, stage, *init, "--dtype", "bfloat16", "--steps", 2, preset="sd-2.1")
+        checkpoint = launch(monkeypatch, photos, out, stage, *init, "--dtype", "bfloat16", "--steps", 2,
+                            preset="sd-2.1")
         assert not (out / "model.safetensors").exists()
         loaded = GramSR.from_pretrained(out)
         assert all(torch.equal(p, checkpoint["model"][k]) for k, p in loaded.state_dict().items() if is_learned(k))
         pixel = pixel or of(checkpoint, "pixel")
-        assert same(of(checkpoint, "pixel"), pixel), "to the last bit of float32, whatever the frozen prior is rounded to"
+        ours = of(checkpoint, "pixel")
+        assert same(ours, pixel), "to the last bit of float32, whatever the frozen prior is rounded to"
         assert loaded.upscale(torch.rand(1, 3, 6, 6)).shape == (1, 3, 24, 24)
         init = ["--init", out]
     with pytest.raises(training.Quit, match="not those of --preset tiny"):
@@ -366,8 +369,10 @@ def test_the_wrong_init(monkeypatch, photos, trained, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("words, what", [
-    (["--seed", 1], "--seed: .* with 0, not 1"), (["--batch-size", 1], "--batch-size: .* with 2, not 1"), (["--rank", 3], "--rank: .* with 2, not 3"),
-    (["--gram", "style"], "--gram: .* with patches, not style"), (["--freeze-adapter"], "--freeze-adapter: .* with False, not True"),
+    (["--seed", 1], "--seed: .* with 0, not 1"), (["--batch-size", 1], "--batch-size: .* with 2, not 1"),
+    (["--rank", 3], "--rank: .* with 2, not 3"),
+    (["--gram", "style"], "--gram: .* with patches, not style"),
+    (["--freeze-adapter"], "--freeze-adapter: .* with False, not True"),
 ])
 def test_settings_must_match(monkeypatch, photos, trained, words, what):  # noqa: F811
     with pytest.raises(training.Quit, match=f"{what}; use that or another --out"):
@@ -381,9 +386,12 @@ def test_a_stage_does_not_go_on_in_the_folder_of_another(monkeypatch, photos, tr
 
 
 @pytest.mark.parametrize("words, why", [
-    (["--stage", "pixel", "--init", "x"], "pixel comes first"), (["--stage", "pixel", "--freeze-adapter"], "pixel comes first"),
-    (["--stage", "semantic"], "needs --init"), (["--stage", "semantic", "--init", "x", "--gram", "raw"], "--gram is not read by --stage semantic"),
-    (["--stage", "pixel", "--patience", "-1"], "--patience: -1 is no"), (["--stage", "pixel", "--rank", "0"], "--rank: 0 is no"), ([], "required: --stage"),
+    (["--stage", "pixel", "--init", "x"], "pixel comes first"),
+    (["--stage", "pixel", "--freeze-adapter"], "pixel comes first"),
+    (["--stage", "semantic"], "needs --init"),
+    (["--stage", "semantic", "--init", "x", "--gram", "raw"], "--gram is not read by --stage semantic"),
+    (["--stage", "pixel", "--patience", "-1"], "--patience: -1 is no"),
+    (["--stage", "pixel", "--rank", "0"], "--rank: 0 is no"), ([], "required: --stage"),
     (["--stage", "flow"], "invalid choice"),
 ])
 def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
@@ -396,14 +404,13 @@ def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_command_line(photos, tmp_path):  # noqa: F811
     """As users run it: an error is one line; Ctrl-C saves and says how to go on."""
-    command = [sys.executable, str(ROOT / "train_gramsr.py"), "--preset", "tiny", "--stage", "pixel", "--init", "none",
-               "--out", str(tmp_path), "--device", "cpu"]
-    done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
-    process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_a_step(process)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
-    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert newest(tmp_path)["step"] > 0
-    assert GramSR.from_pretrained(tmp_path).cfg.ranks == {"pixel": 4}
+    command = [ROOT / "train_gramsr.py", "--preset", "tiny", "--stage", "pixel", "--init", "none",
+               "--out", tmp_path / "out", "--device", "cpu"]
+    status, _, errors = runs.Script(tmp_path / "no", *command, "--data", tmp_path / "none").end()
+    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
+    run = runs.Script(tmp_path / "yes", *command, "--data", photos)
+    run.wait_for_a_step()
+    status, said, errors = run.end(signal.SIGINT)
+    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert newest(tmp_path / "out")["step"] > 0
+    assert GramSR.from_pretrained(tmp_path / "out").cfg.ranks == {"pixel": 4}

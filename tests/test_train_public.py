@@ -1,4 +1,7 @@
-"""Training at the public sizes' code path, tiny and with random files: from scratch, warm, distilled. Run: python -m pytest tests/test_train_public.py"""
+"""Training at the public sizes' code path, tiny and with random files: from scratch, warm, distilled.
+
+Run: python -m pytest tests/test_train_public.py
+"""
 
 import csv
 import json
@@ -43,13 +46,15 @@ def test_from_scratch_to_one_step(run, size, capsys):
     assert a.keys() == b.keys() and c.keys() - b.keys() == {k for k in c if k.startswith("r_embedder")} != set()
     assert all(tensor.dtype == torch.float32 for tensor in c.values())
     name = "blocks.0.attn.qkv.weight"
-    assert 0 < abs(a[name] - b[name]).max() < 0.02 and 0 < abs(b[name] - c[name]).max() < 0.02, "each goes on from the one before"
+    for before, after in ((a, b), (b, c)):
+        assert 0 < abs(before[name] - after[name]).max() < 0.02, "each goes on from the one before"
     public = VOSR.from_pretrained(next(n for n in PUBLIC if n == f"vosr-{size}"))
     for out, steps in ((second, 25), (third, 1)):
         model = VOSR.from_pretrained(out)
         assert model.cfg.steps == steps and model.cfg.weak == pytest.approx(0.15)
         assert model.upscale(torch.rand(1, 3, 9, 14), steps=min(steps, 2)).shape == (1, 3, 36, 56)
-        for part in ("vae", "vit"):                                         # the frozen networks are the public ones, to the bit
+        # the frozen networks are the public ones, to the bit
+        for part in ("vae", "vit"):
             ours, theirs = getattr(model, part).state_dict(), getattr(public, part).state_dict()
             assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     assert json.loads((third / "args.json").read_text())["stage"] == "distill"
@@ -60,17 +65,20 @@ def test_warm_start_from_a_public_name(run, capsys):
     out, tensors = run("0.5b", "flow", "--init", "vosr-0.5b", "--lr", 1e-6)
     assert "from vosr-0.5b, on cpu" in capsys.readouterr().out
     public = VOSR.from_pretrained("vosr-0.5b").dit.state_dict()
-    assert all(torch.allclose(tensors[k], public[k], atol=1e-4) for k in public) and not torch.equal(tensors["t_block.1.weight"], public["t_block.1.weight"])
+    assert all(torch.allclose(tensors[k], public[k], atol=1e-4) for k in public)
+    assert not torch.equal(tensors["t_block.1.weight"], public["t_block.1.weight"])
 
 
 def test_resumed_equals_uninterrupted(run):
     _, whole = run("0.5b", "flow", out="whole")
     _, half = run("0.5b", "flow", out="parts", stop_at=2)
     _, parts = run("0.5b", "flow", out="parts")
-    assert all(torch.equal(whole[k], parts[k]) for k in whole) and not torch.equal(half["t_block.1.weight"], parts["t_block.1.weight"])
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert not torch.equal(half["t_block.1.weight"], parts["t_block.1.weight"])
 
 
-@pytest.mark.parametrize("size, stage, init", [("1.4b", "flow", "vosr-0.5b"), ("0.5b", "flow", "vosr-0.5b-1step"), ("0.5b", "distill", "vosr-0.5b-1step")])
+@pytest.mark.parametrize("size, stage, init", [("1.4b", "flow", "vosr-0.5b"), ("0.5b", "flow", "vosr-0.5b-1step"),
+                                               ("0.5b", "distill", "vosr-0.5b-1step")])
 def test_a_start_that_does_not_fit(run, size, stage, init):
     with pytest.raises(training.Quit, match=f"{init}: is not what stage {stage} of preset {size} starts from"):
         run(size, stage, "--init", init)

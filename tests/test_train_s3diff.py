@@ -3,20 +3,18 @@
 import csv
 import os
 import signal
-import socket
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-import torch.multiprocessing as mp
 import torch.nn as nn
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import newest, photos, same, wait_for_a_step  # noqa: F401 (photos is a fixture)
+from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
 
 import models.s3diff
 import sample
@@ -28,12 +26,14 @@ from models.s3diff import S3Diff, S3DiffConfig, is_prior, is_trained
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import VAE, TinyVAEConfig, VAEConfig
 from models.vit import ViT, ViTConfig
-from train_s3diff import Recipe, adversary, denoise, learns, reconstruct
+from train_s3diff import Recipe, adversary, denoise, reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = S3DiffConfig(unet=UNetConfig(widths=(16, 16), num_heads=(1, 1), layers_per_block=1, context_dim=8, norm_groups=4),
+SMALL = S3DiffConfig(unet=UNetConfig(widths=(16, 16), num_heads=(1, 1), layers_per_block=1, context_dim=8,
+                                     norm_groups=4),
                      vae=VAEConfig(widths=(8, 8, 8, 8), layers_per_block=1, norm_groups=4), r_unet=4, r_vae=2)
-SMALL_TINY = replace(SMALL, unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(finish=8), vae_targets="encoder",
+SMALL_TINY = replace(SMALL, unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(finish=8),
+                     vae_targets="encoder",
                      denet_widths=(8, 8, 8, 8), tokens=4)
 RECIPE = Recipe(4, 2, 1e-3, crop=64)
 
@@ -44,7 +44,8 @@ def trunk():
 
 
 def shrink(patch, **changes):
-    patch.setitem(train_s3diff.PRESETS, "tiny", (SMALL_TINY, {stage: replace(RECIPE, **changes) for stage in ("prior", "estimator", "adapters")}))
+    patch.setitem(train_s3diff.PRESETS, "tiny",
+                  (SMALL_TINY, {stage: replace(RECIPE, **changes) for stage in ("prior", "estimator", "adapters")}))
     patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
 
 
@@ -55,25 +56,23 @@ def small_networks(monkeypatch):
 
 def launch(patch, photos, out, *more, stop_at=None, preset="tiny"):  # noqa: F811
     """Run in this process; stop_at: steps after which Ctrl-C comes -> checkpoint"""
-    class Stop:
-        steps = 0
-
-        def __bool__(self):
-            self.steps += 1
-            return stop_at is not None and self.steps > stop_at
-
-    patch.setattr(training, "Stop", Stop)
+    runs.watch_less(patch), runs.stop_after(patch, stop_at)
     more = [*map(str, more)] + ["--init", "none"] * (preset == "tiny" and "--init" not in more)
-    patch.setattr(sys, "argv", ["train_s3diff.py", "--preset", preset, "--data", str(photos), "--out", str(out), "--device", "cpu", *more])
+    patch.setattr(sys, "argv", ["train_s3diff.py", "--preset", preset, "--data", str(photos), "--out", str(out),
+                                "--device", "cpu", *more])
     train_s3diff.main()
-    return newest(out) if training.checkpoints(out) else None       # of several processes only the first one surely sees it
+    # of several processes only the first one surely sees it
+    return newest(out) if training.checkpoints(out) else None
 
 
 def flat(state, prefix=""):
     """{path: tensor} of nested dicts."""
     out = {}
     for name, x in state.items():
-        out |= flat(x, f"{prefix}{name}.") if isinstance(x, dict) else {f"{prefix}{name}": x} if torch.is_tensor(x) else {}
+        if isinstance(x, dict):
+            out |= flat(x, f"{prefix}{name}.")
+        elif torch.is_tensor(x):
+            out[f"{prefix}{name}"] = x
     return out
 
 
@@ -85,17 +84,22 @@ def test_a_run_and_a_picture(monkeypatch, photos, tmp_path, capsys):  # noqa: F8
         assert (tmp_path / name).stat().st_size > 0
     with open(tmp_path / "log.csv", newline="") as f:
         row = list(csv.DictReader(f))[-1]
-    assert all(float(row[name]) > 0 for name in ("l2", "lpips", "gan", "d_real", "d_fake", "grad_norm", "held_out", "psnr"))
+    assert all(float(row[name]) > 0 for name in ("l2", "lpips", "gan", "d_real", "d_fake", "grad_norm", "held_out",
+                                                 "psnr"))
     model = S3Diff.from_pretrained(tmp_path)
-    torch.testing.assert_close(checkpoint["model"]["unet.conv_in.weight"], model.unet.conv_in.weight, atol=1e-3, rtol=1e-3)   # stored in float16
+    # stored in float16
+    torch.testing.assert_close(checkpoint["model"]["unet.conv_in.weight"], model.unet.conv_in.weight, atol=1e-3,
+                               rtol=1e-3)
     Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
-    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path), "--out", str(tmp_path / "out"), "--blur", "0.5"]) == 0
+    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path), "--out", str(tmp_path / "out"),
+                        "--blur", "0.5"]) == 0
     assert "blur 0.500" in capsys.readouterr().out and Image.open(tmp_path / "out" / "teal.png").size == (36, 28)
-    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path), "--out", str(tmp_path / "out"), "--prompt", "a cat"]) == 1
+    assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path), "--out", str(tmp_path / "out"),
+                        "--prompt", "a cat"]) == 1
 
 
 def test_what_learns(monkeypatch, photos, tmp_path):  # noqa: F811
-    """Adapters, modulation and conv_in, and the discriminator's heads; the prior, the estimator and w stay what they were, to the last bit."""
+    """Adapters, modulation, conv_in, the discriminator's heads; prior, estimator and w stay to the bit."""
     one = launch(monkeypatch, photos, tmp_path / "one", "--steps", 1)
     four = launch(monkeypatch, photos, tmp_path / "four")
     stays = {k for k in one["model"] if torch.equal(one["model"][k], four["model"][k])}
@@ -122,7 +126,8 @@ def test_checkpointing_changes_nothing(monkeypatch, photos, tmp_path):  # noqa: 
 @pytest.mark.parametrize("words, check", [
     (["--lora", "unet"], lambda m: not any("lora_" in k for k in m if k.startswith("vae."))),
     (["--lora", "unet+decoder"], lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"finish"}),
-    (["--lora", "unet+encoder+decoder"], lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"encoder", "finish"}),
+    (["--lora", "unet+encoder+decoder"],
+     lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"encoder", "finish"}),
     (["--modulation", "shared"], lambda m: len(m["modulation.unet_block.weight"]) == 1),
     (["--modulation", "none"], lambda m: not any(k.startswith("modulation") for k in m)),
     (["--rank-unet", 3, "--rank-vae", 5], lambda m: m["unet.conv_out.lora_A.default.weight"].shape[0] == 3),
@@ -156,12 +161,13 @@ def test_negative_prompting():
         bad, good = model(x_src[:1], scores[:1], model.prompts[1:]), model(x_src[1:], scores[1:], model.prompts[:1])
         never, _ = reconstruct(model, lpips, RECIPE, 0.0, x_src, x_tgt, scores, torch.tensor([0.0, 0.5]))
     torch.testing.assert_close(y, torch.cat([bad, good]))
-    torch.testing.assert_close(terms["l2"], (bad - x_src[:1]).square().mean() + (good - x_tgt[1:]).square().mean())     # 2.0 x the mean of two
+    # 2.0 x the mean of two
+    torch.testing.assert_close(terms["l2"], (bad - x_src[:1]).square().mean() + (good - x_tgt[1:]).square().mean())
     assert never["l2"] != terms["l2"]
 
 
 def test_the_discriminator_does_not_learn_to_be_deceived():
-    """The generator's part reaches the picture through D and leaves nothing in it: officially it does, and D's next step applies it."""
+    """The generator's part passes through D and leaves nothing: officially it does, and D's next step applies it."""
     torch.manual_seed(0)
     model = S3Diff(SMALL)
     D = Discriminator(ViT(ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1)), head_width=8)
@@ -170,7 +176,8 @@ def test_the_discriminator_does_not_learn_to_be_deceived():
     D.requires_grad_(False)
     terms, _ = adversary(model, D, RECIPE, x_src, scores)
     terms["gan"].backward()
-    assert model.unet.conv_in.weight.grad.abs().max() > 0 and all(p.grad is None for p in [*D.parameters(), *D.vit.parameters()])
+    assert model.unet.conv_in.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in [*D.parameters(), *D.vit.parameters()])
 
 
 def test_the_double_zero():
@@ -179,7 +186,8 @@ def test_the_double_zero():
     model = S3Diff(SMALL)
     x_src, x_tgt, scores = random_batch()
     (model(x_src, scores, model.prompts[:1].expand(2, -1, -1)) - x_tgt).square().mean().backward()
-    largest = {part: max(float(p.grad.abs().max()) for k, p in model.named_parameters() if part in k and k != "modulation.w" and p.grad is not None)
+    largest = {part: max(float(p.grad.abs().max()) for k, p in model.named_parameters() if part in k
+                         and k != "modulation.w" and p.grad is not None)
                for part in ("conv_in", "lora_A", "lora_B", "modulation")}
     assert largest["lora_A"] == largest["modulation"] == 0 < largest["lora_B"] < 1e-6 < largest["conv_in"]
 
@@ -188,7 +196,8 @@ def test_overfits_one_picture():
     """Reconstruction alone, one pair, a latent far from what the decoder needs: the loss falls by half."""
     torch.manual_seed(0)
     model = S3Diff(SMALL).train()
-    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
+    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k)
+                                             and k != "modulation.w"])
     optimizer = torch.optim.AdamW(params, lr=3e-3)
     x_src, x_tgt, scores = random_batch(1, 32)
     values = []
@@ -199,12 +208,11 @@ def test_overfits_one_picture():
         optimizer.step()
         values.append(loss.item())
     assert values[-1] < 0.5 * values[0]
-    assert max(float(p.detach().abs().max()) for k, p in model.named_parameters() if "lora_B" in k) > 1e-3, "the adapters left their saddle"
+    assert max(float(p.detach().abs().max()) for k, p in model.named_parameters()
+               if "lora_B" in k) > 1e-3, "the adapters left their saddle"
 
 
-def work(rank, port, photos, out):  # noqa: F811
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(photos, out):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch, lambda_gan=1e-9)
         launch(patch, photos, out, "--micro-batch", 1)
@@ -213,29 +221,30 @@ def work(rank, port, photos, out):  # noqa: F811
 def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
     """DDP: the same batch in the same parts gives the same losses, up to the order of additions.
 
-    But for D: two parts in one process are two power iterations of its spectral norm a step, in two processes each has one. So the generator
-    hardly hears it here.
+    But for D: two parts in one process are two power iterations of its spectral norm a step, in two processes each
+    has one. So the generator hardly hears it here.
     """
     shrink(monkeypatch, lambda_gan=1e-9)
     one = launch(monkeypatch, photos, tmp_path / "one", "--micro-batch", 1)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(work, (port, photos, tmp_path / "two"), nprocs=2)
+    runs.together(2, work, photos, tmp_path / "two")
     two = newest(tmp_path / "two")
     logs = [list(csv.DictReader(open(tmp_path / run / "log.csv", newline="")))[-1] for run in ("one", "two")]
-    for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-4), ("gan", 5e-2), ("d_real", 5e-2), ("d_fake", 5e-2)):
+    for name, rel in (("l2", 1e-4), ("lpips", 1e-4), ("held_out", 1e-4), ("gan", 5e-2), ("d_real", 5e-2),
+                      ("d_fake", 5e-2)):
         assert float(logs[0][name]) == pytest.approx(float(logs[1][name]), rel=rel), name
-    torch.testing.assert_close(one["model"]["unet.conv_in.weight"], two["model"]["unet.conv_in.weight"], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(one["model"]["unet.conv_in.weight"], two["model"]["unet.conv_in.weight"], atol=1e-4,
+                               rtol=1e-3)
 
 
 def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F811
-    """The way of --preset sd-turbo: SD-Turbo's, DINO's and LPIPS's files, then --init from what came out, with another --seed."""
+    """The way of --preset sd-turbo: SD-Turbo's, DINO's and LPIPS's files, then --init from what came out."""
     torch.manual_seed(0)
     small_dino = ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1)
     prior = S3Diff(SMALL)
-    files = {"dino_vitbase16_pretrain.pth": ViT(small_dino).state_dict(), "vgg16-397923af.pth": {k: v for k, v in LPIPS().state_dict().items() if k[0] == "f"},
-             "lpips_vgg.pth": {k: v.abs() for k, v in LPIPS().state_dict().items() if k[0] == "l"}, "de_net.pth": prior.denet.state_dict()}
+    files = {"dino_vitbase16_pretrain.pth": ViT(small_dino).state_dict(),
+             "vgg16-397923af.pth": {k: v for k, v in LPIPS().state_dict().items() if k[0] == "f"},
+             "lpips_vgg.pth": {k: v.abs() for k, v in LPIPS().state_dict().items() if k[0] == "l"},
+             "de_net.pth": prior.denet.state_dict()}
     for name, tensors in files.items():
         torch.save(tensors, tmp_path / name)
     for name, network in (("unet", prior.unet), ("vae", VAE(SMALL.vae))):
@@ -244,7 +253,8 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
         save_file({k: v for k, v in network.state_dict().items() if "lora_" not in k}, path)
     for module in ("models.s3diff", "models.support.weights", "models.lpips", "train_s3diff"):
         monkeypatch.setattr(f"{module}.fetch", lambda name: tmp_path / name, raising=False)
-    monkeypatch.setattr("models.s3diff.text_features", lambda texts, folder: torch.arange(len(texts)).float().view(-1, 1, 1).expand(-1, 77, 8))
+    monkeypatch.setattr("models.s3diff.text_features",
+                        lambda texts, folder: torch.arange(len(texts)).float().view(-1, 1, 1).expand(-1, 77, 8))
     monkeypatch.setitem(train_s3diff.VITS, "dino_vitb16", small_dino)
     monkeypatch.setattr(models.s3diff, "S3DiffConfig", partial(S3DiffConfig, unet=SMALL.unet, vae=SMALL.vae))
     monkeypatch.setitem(train_s3diff.PRESETS, "sd-turbo", (SMALL, {"adapters": replace(RECIPE, steps=2)}))
@@ -258,8 +268,9 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
 
 
 def test_a_prior_its_estimator_and_adapters(monkeypatch, photos, tmp_path):  # noqa: F811
-    """The chain of the tiny preset: each stage trains its own part and keeps the parts before it, to the last bit of float16."""
-    parts = {"prior": ("unet.conv_out.weight", "prompts"), "estimator": ("denet.conv_first.0.weight",), "adapters": ("unet.conv_out.lora_B.default.weight",)}
+    """The tiny preset's chain: each stage trains its own part and keeps those before it, to the last bit of float16."""
+    parts = {"prior": ("unet.conv_out.weight", "prompts"), "estimator": ("denet.conv_first.0.weight",),
+             "adapters": ("unet.conv_out.lora_B.default.weight",)}
     states, init = {}, []
     for stage in parts:
         launch(monkeypatch, photos, tmp_path / stage, "--stage", stage, *init)
@@ -267,16 +278,17 @@ def test_a_prior_its_estimator_and_adapters(monkeypatch, photos, tmp_path):  # n
     for stage, own in parts.items():
         for later in list(states)[list(states).index(stage) :]:
             assert all(torch.equal(states[stage][name], states[later][name]) for name in own), (stage, later)
-    assert not torch.equal(states["prior"]["denet.conv_first.0.weight"], states["estimator"]["denet.conv_first.0.weight"])
-    assert not states["estimator"]["unet.conv_out.lora_B.default.weight"].any() and states["adapters"]["unet.conv_out.lora_B.default.weight"].any()
-    assert all(torch.equal(states["prior"][k], states["adapters"][k]) for k in states["prior"] if is_prior(k) and "conv_in" not in k)
+    assert all(map(is_prior, states["prior"]))
+    assert {k.split(".")[0] for k in states["estimator"].keys() - states["prior"].keys()} == {"denet"}
+    assert states["adapters"]["unet.conv_out.lora_B.default.weight"].any()
+    assert all(torch.equal(states["prior"][k], states["adapters"][k]) for k in states["prior"] if "conv_in" not in k)
     with pytest.raises(training.Quit, match="use that or another --out"):
         launch(monkeypatch, photos, tmp_path / "prior", "--stage", "estimator")
 
 
 @torch.no_grad()
 def test_what_the_prior_is_asked(monkeypatch):
-    """Its own prompt with each picture, none with one in ten; times everywhere, more of them at both ends; a perfect answer has no loss."""
+    """Its own prompt with each picture, none with one in ten; more times at both ends; a perfect answer has no loss."""
     model, seen = S3Diff(SMALL_TINY), []
     model.prompts = nn.Parameter(torch.randn_like(model.prompts))
     x, bad = torch.rand(2000, 3, 8, 8) - 0.5, torch.arange(2000) % 2
@@ -296,7 +308,8 @@ def test_what_the_prior_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("words, why", [
-    (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--start-step", "0"], "--start-step: 0 is no"), (["--neg-prob", "1.5"], "--neg-prob: 1.5 is no"),
+    (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--start-step", "0"], "--start-step: 0 is no"),
+    (["--neg-prob", "1.5"], "--neg-prob: 1.5 is no"),
     (["--stage", "flow"], "invalid choice"), (["--stage", "prior"], "is for --preset tiny"),
 ])
 def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
@@ -309,12 +322,12 @@ def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_command_line(photos, tmp_path):  # noqa: F811
     """As users run it: an error is one line; Ctrl-C saves and says how to go on."""
-    command = [sys.executable, str(ROOT / "train_s3diff.py"), "--preset", "tiny", "--init", "none", "--out", str(tmp_path), "--device", "cpu"]
-    done = subprocess.run([*command, "--data", str(tmp_path / "none")], text=True, capture_output=True)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such folder" in done.stderr
-    process = subprocess.Popen([*command, "--data", str(photos)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_a_step(process)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
-    assert process.returncode == 0 and "goes on from here" in said and "Traceback" not in errors
-    assert newest(tmp_path)["step"] > 0
+    command = [ROOT / "train_s3diff.py", "--preset", "tiny", "--init", "none", "--out", tmp_path / "out",
+               "--device", "cpu"]
+    status, _, errors = runs.Script(tmp_path / "no", *command, "--data", tmp_path / "none").end()
+    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
+    run = runs.Script(tmp_path / "yes", *command, "--data", photos)
+    run.wait_for_a_step()
+    status, said, errors = run.end(signal.SIGINT)
+    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert newest(tmp_path / "out")["step"] > 0

@@ -11,7 +11,7 @@ from models.support.files import OTHERS, SUFFIXES
 
 
 def between(low, high, whole=False):
-    """A type of argument: a number from low to high, an int where it is whole; with `whole` nothing else."""
+    """A type of argument: a number from low to high, an int where it is whole (and it must be, with `whole`)."""
     def number(text):
         try:
             value = int(text) if whole else float(text)
@@ -35,7 +35,7 @@ def folder(text):
 
 
 class Lenient:
-    """A stream to which no print fails: what its code page lacks is escaped; a closed pipe or a full disk loses lines only."""
+    """A stream to which no print fails: what its code page lacks is escaped; a closed pipe loses lines only."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -60,7 +60,7 @@ def make_lenient():
 
 
 class Stop:
-    """True once Ctrl-C or SIGTERM came. What is in `with stop:` is then dropped (KeyboardInterrupt), all else finished."""
+    """True once Ctrl-C or SIGTERM came; what is in `with stop:` is dropped (KeyboardInterrupt), all else finished."""
 
     def __init__(self):
         self.asked = self.inside = False

@@ -11,9 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.support.imaging import contact_sheet, save_png
 
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]     # Okabe-Ito: safe for colour-blind eyes
+
 
 def axis_ticks(low, high, log=False):
-    """Round numbers between low and high: steps of 1, 2 or 5 times a power of ten; on a log axis 1, 2, 5 of each decade."""
+    """Round numbers from low to high: steps of 1, 2 or 5 times a power of ten; on a log axis 1, 2, 5 of each decade."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [d * 10.0**k for k in decades for d in ((1, 2, 5) if len(decades) < 5 else (1,))]
@@ -28,25 +30,26 @@ def axis_ticks(low, high, log=False):
 def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
     """Draw a line chart over training steps as PNG.
 
-    curves: {name: (steps, values)}; values that are not finite, or not positive on a log axis, leave a gap. Raises PictureError.
+    curves: {name: (steps, values)}; values that are not finite, or not positive on a log axis, leave a gap
+    Raises PictureError.
     """
-    k = 2  # drawn at twice the size, then halved: Pillow's lines have no antialiasing
+    k = 2       # drawn at twice the size, then halved: Pillow's lines have no antialiasing
     W, H = size[0] * k, size[1] * k
     left, right, top, bottom = 72 * k, W - 20 * k, 44 * k, H - 40 * k
-    colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # Okabe-Ito: safe for colour-blind eyes
-    font = ImageFont.load_default(14 * k)
-    up = math.log10 if log_y else float
+    font, up = ImageFont.load_default(14 * k), math.log10 if log_y else float
 
     def good(v):
         return math.isfinite(v) and (v > 0 or not log_y)
 
     xs = [s for steps, _ in curves.values() for s in steps] or [0]
     ys = [v for _, values in curves.values() for v in values if good(v)] or [1]
-    x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-    y0, y1 = (min(ys), max(ys)) if min(ys) < max(ys) else (min(ys) - abs(min(ys)) / 2, max(ys) + abs(max(ys)) / 2 + 1e-9)
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), max(ys)
+    if y0 == y1:
+        y0, y1 = y0 - abs(y0) / 2, y1 + abs(y1) / 2 + 1e-9
 
     def at(s, v):
-        return left + (s - x0) / (x1 - x0) * (right - left), bottom - (up(v) - up(y0)) / (up(y1) - up(y0)) * (bottom - top)
+        across, along = (s - x0) / (x1 - x0), (up(v) - up(y0)) / (up(y1) - up(y0))
+        return left + across * (right - left), bottom - along * (bottom - top)
 
     img = Image.new("RGB", (W, H), "white")
     draw = ImageDraw.Draw(img)
@@ -55,15 +58,13 @@ def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
         draw.line([left, y, right, y], fill="#e4e4e4", width=k)
         draw.text((left - 8 * k, y), f"{v:g}", fill="#444444", font=font, anchor="rm")
     for s in axis_ticks(x0, x1):
-        x = at(s, y0)[0]
-        draw.line([x, bottom, x, bottom + 5 * k], fill="#444444", width=k)
-        draw.text((x, bottom + 9 * k), f"{s:g}", fill="#444444", font=font, anchor="ma")
+        draw.text((at(s, y0)[0], bottom + 9 * k), f"{s:g}", fill="#444444", font=font, anchor="ma")
     draw.line([left, top, left, bottom, right, bottom], fill="#444444", width=k)
     draw.text((left, top - 28 * k), title, fill="black", font=font)
     x = right
-    for (name, (steps, values)), color in reversed(list(zip(curves.items(), colors * len(curves)))):
+    for (name, (steps, values)), color in reversed([*zip(curves.items(), COLORS * len(curves))]):
         run = []
-        for s, v in [*zip(steps, values), (x1, math.nan)]:  # the sentinel ends the last run
+        for s, v in [*zip(steps, values), (x1, math.nan)]:      # the sentinel ends the last run
             if good(v):
                 run.append(at(s, v))
                 continue
@@ -72,7 +73,7 @@ def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
             elif run:
                 draw.ellipse([run[0][0] - 3 * k, run[0][1] - 3 * k, run[0][0] + 3 * k, run[0][1] + 3 * k], fill=color)
             run = []
-        x -= font.getlength(name)  # legend: names in their colours, from the right
+        x -= font.getlength(name)       # legend: names in their colours, from the right
         draw.text((x, top - 28 * k), name, fill=color, font=font)
         x -= 18 * k
     save_png(img.reduce(k), path)
@@ -93,7 +94,8 @@ class Log:
             return []
         with open(self.path, newline="") as f:
             rows = list(csv.DictReader(f))
-        return [row for row in rows if row.keys() == set(self.columns) and None not in row.values()]     # a killed run may leave half a line
+        whole = set(self.columns)       # a killed run may leave half a line
+        return [row for row in rows if row.keys() == whole and None not in row.values()]
 
     def write(self, **row):
         with open(self.path, "a", newline="") as f:
@@ -108,5 +110,5 @@ class Log:
 
 def save_sheet(path, columns):
     """Contact sheet with one column per entry. columns: {title: (B, 3, H, W) in [-1, 1]}."""
-    rows = [[x[i : i + 1].float().cpu().clamp(-1, 1) / 2 + 0.5 for x in columns.values()] for i in range(len(next(iter(columns.values()))))]
-    save_png(contact_sheet(rows, list(columns)), path)
+    pictures = ((x.float().cpu().clamp(-1, 1) / 2 + 0.5).split(1) for x in columns.values())
+    save_png(contact_sheet(list(zip(*pictures)), list(columns)), path)

@@ -1,6 +1,6 @@
 """Measuring results: which reference belongs to which picture, what can be measured, the tables and the protocol.
 
-Only with files that are on this disk: nothing is downloaded unasked. What cannot be measured is named, with the reason, wherever figures are.
+Only with files that are on this disk: nothing is downloaded unasked. What cannot be measured is named, with the reason.
 Left out: metrics with networks of their own (DISTS, MUSIQ, MANIQA, CLIPIQA, FID), which papers take from pyiqa.
 """
 
@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -24,18 +24,19 @@ import torch
 from models.support import weights
 from models.support.files import PictureError, list_pictures, printable
 from models.support.imaging import read_picture
-from models.lpips import LPIPS, NETS
 from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
 from models.support.weights import cache_folder, locate, sha256_of
 
 NIQE_FILE = "niqe_pris_params.npz"
-LPIPS_FILES = NETS["alex"][-1]      # papers report AlexNet, whatever they train with
-METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"), "lpips": ("LPIPS", 4, "lower"), "niqe": ("NIQE", 2, "lower")}
-NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"    # METRICS: column: name, digits to print, which is better
+LPIPS_FILES = "alexnet-owt-7be5be79.pth", "lpips_alex.pth"      # papers report AlexNet, whatever they train with
+# column: name, digits to print, which is better
+METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"), "lpips": ("LPIPS", 4, "lower"),
+           "niqe": ("NIQE", 2, "lower")}
+NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"
 
 
 def find_references(names, ref):
-    """The reference of each picture: `ref` itself, or in that folder the file of its name, of another suffix if need be.
+    """The reference of each picture: `ref`, or in that folder the file of its name, of another suffix if need be.
 
     names: paths relative to the folder of pictures -> list of Path, None, or a tuple where several fit
     """
@@ -56,10 +57,11 @@ def find_niqe(path):
     return path and load_niqe(path)
 
 
-def find_metrics(compare, scale, niqe_file=None, device="cpu"):
+def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
     """What can be measured with the files that are here.
 
-    compare: are there references? -> {metric: f(x, hq) of pictures (1, 3, H, W) in [0, 1] -> float}, {metric: why not}, files that are used
+    compare: are there references?; lpips: LPIPS.from_pretrained, whose network is no matter of this file
+    -> {metric: f(x, hq) of pictures (1, 3, H, W) in [0, 1] -> float}, {metric: why not}, files that are used
     Raises ValueError at a broken file.
     """
     border = round(scale)           # the usual cut of BasicSR's test settings
@@ -69,11 +71,11 @@ def find_metrics(compare, scale, niqe_file=None, device="cpu"):
         absent = dict.fromkeys(NEED_REFERENCE, "needs --ref")
     else:
         metrics = {"psnr_y": lambda x, hq: psnr_y(x, hq, border), "ssim_y": lambda x, hq: ssim_y(x, hq, border)}
-        if lacking:
-            absent["lpips"] = f"needs {' and '.join(lacking)} in {cache_folder()}"
+        if lacking or not lpips:
+            absent["lpips"] = f"needs {' and '.join(lacking)} in {cache_folder()}" if lacking else "not asked for"
         else:
-            lpips = LPIPS.from_pretrained("alex", device)
-            metrics["lpips"] = lambda x, hq: lpips(2 * x.to(device) - 1, 2 * hq.to(device) - 1).item()
+            network = lpips("alex", device)
+            metrics["lpips"] = lambda x, hq: network(2 * x.to(device) - 1, 2 * hq.to(device) - 1).item()
             files += map(locate, LPIPS_FILES)
     if (parameters := find_niqe(niqe_file)) is None:
         absent["niqe"] = f"needs {NIQE_FILE} in {cache_folder()}"
@@ -102,7 +104,7 @@ def read_reference(path, ref, size):
 def measure(sr, bicubic, hq, metrics, why="", name="picture"):
     """Our result and bicubic's by the metrics of `find_metrics`.
 
-    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same, or None, and why; name: for messages
+    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same, or None, and why
     -> {metric: (ours, bicubic's)}, {metric: why not}
     """
     found, failed = {}, {}
@@ -111,11 +113,11 @@ def measure(sr, bicubic, hq, metrics, why="", name="picture"):
             failed[m] = why
             continue
         try:
-            found[m] = metric(sr, hq), metric(bicubic, hq)
-            if math.isnan(sum(found[m])):
+            ours_and_theirs = metric(sr, hq), metric(bicubic, hq)
+            if math.isnan(sum(ours_and_theirs)):
                 raise ValueError(f"{METRICS[m][0]} needs more pixels or more detail")
+            found[m] = ours_and_theirs
         except (ValueError, torch.OutOfMemoryError) as e:
-            found.pop(m, None)
             failed[m] = str(e) if isinstance(e, ValueError) else "not enough memory"
             print(f"{printable(name)}: not measured: {failed[m]}", file=sys.stderr)
     return found, failed
@@ -123,15 +125,12 @@ def measure(sr, bicubic, hq, metrics, why="", name="picture"):
 
 def report(found):
     """{metric: (ours, bicubic's)} as text, bicubic's in brackets."""
-    return "  ".join(f"{name} {found[m][0]:.{n}f} ({found[m][1]:.{n}f})" for m, (name, n, _) in METRICS.items() if m in found)
+    return "  ".join(f"{name} {found[m][0]:.{n}f} ({found[m][1]:.{n}f})"
+                     for m, (name, n, _) in METRICS.items() if m in found)
 
 
 def row_of(name, size, seconds, found, missing):
-    """The line of a picture.
-
-    size: (H, W); seconds: None = made earlier; found, missing: {metric: (ours, bicubic's)}, {metric: why not}
-    -> {column: value}
-    """
+    """The line of a picture.  size: (H, W); seconds: None = made earlier; found, missing: of `measure` -> dict"""
     row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3)}
     for metric, (ours, bicubic) in found.items():
         row |= {metric: ours, f"{metric}_bicubic": bicubic}
@@ -141,17 +140,18 @@ def row_of(name, size, seconds, found, missing):
 def average(rows):
     """-> {metric: (our average, bicubic's)} over the pictures where it was measured"""
     measured = {m: [row for row in rows if m in row] for m in METRICS}
-    return {m: tuple(fmean(row[column] for row in some) for column in (m, f"{m}_bicubic")) for m, some in measured.items() if some}
+    return {m: tuple(fmean(row[column] for row in some) for column in (m, f"{m}_bicubic"))
+            for m, some in measured.items() if some}
 
 
 def protocol(rows, seed, scale, absent):
     """How it was measured, in one line."""
-    how = {"PSNR, SSIM": f"on Y (BT.601) as BasicSR, {round(scale)} px border cut",
-           "LPIPS": f"0.1 AlexNet ({', '.join(LPIPS_FILES)}) on RGB, no border cut", "NIQE": "on Y as BasicSR, no border cut"}
-    for name, metric in zip(how, ("psnr_y", "lpips", "niqe")):
-        how[name] = absent.get(metric, how[name])
-    return (f"pictures {len(rows)}, references {sum('psnr_y' in row for row in rows)}, scale {scale:g}, seed {seed}; whole pictures, no crop, "
-            f"8-bit RGB; bicubic (Pillow) in brackets; {'; '.join(f'{name} {text}' for name, text in how.items())}")
+    how = {"psnr_y": ("PSNR, SSIM", f"on Y (BT.601) as BasicSR, {round(scale)} px border cut"),
+           "lpips": ("LPIPS", f"0.1 AlexNet ({', '.join(LPIPS_FILES)}) on RGB, no border cut"),
+           "niqe": ("NIQE", "on Y as BasicSR, no border cut")}
+    metrics = "; ".join(f"{name} {absent.get(m, text)}" for m, (name, text) in how.items())
+    return (f"pictures {len(rows)}, references {sum('psnr_y' in row for row in rows)}, scale {scale:g}, seed {seed}; "
+            f"whole pictures, no crop, 8-bit RGB; bicubic (Pillow) in brackets; {metrics}")
 
 
 # -----------------------------------------------------------------------------
@@ -160,37 +160,32 @@ def protocol(rows, seed, scale, absent):
 @contextmanager
 def noting_weights():
     """In here, every weight file that is read is noted.  -> list of paths, which grows"""
-    noted, readers = [], {name: getattr(weights, name) for name in ("load_file", "read_pickle")}    # read_tensors calls one of the two
-    try:
-        for name, reader in readers.items():
-            setattr(weights, name, lambda path, reader=reader: noted.append(path) or reader(path))
-        yield noted
-    finally:
-        for name, reader in readers.items():
-            setattr(weights, name, reader)
+    weights.noted = noted = []
+    yield noted
+    weights.noted = []
 
 
 def versions():
     """What ran. nanosr: the commit, with -dirty where files were changed; None outside a clone"""
     root, commit = Path(__file__).resolve().parents[2], None
     if (root / ".git").exists():
-        try:
-            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.TimeoutExpired):      # no git
             commit = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
-        except (OSError, subprocess.TimeoutExpired):
-            pass        # no git
-    return {"nanosr": commit, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    return {"nanosr": commit, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "pillow": PIL.__version__}
 
 
 def record_of(rows, command, flags, absent, files):
-    """All of a run that metrics.json keeps.  command: as text; flags: {name: value}; files: weights that were used -> dict"""
+    """All of a run that metrics.json keeps.  flags: {name: value}; files: weights that were used -> dict"""
     means = average(rows)
     return {
         "command": command, "protocol": protocol(rows, flags["seed"], flags["scale"], absent), "seed": flags["seed"],
         "flags": flags,
         "metrics": {m: {"name": name, "better": better} for m, (name, _, better) in METRICS.items()},
-        "average": {m: {"ours": ours, "bicubic": bicubic, "pictures": sum(m in row for row in rows)} for m, (ours, bicubic) in means.items()},
-        "not_measured": absent | {m: "not of any picture" for m in METRICS if m not in means and m not in absent},
+        "average": {m: {"ours": ours, "bicubic": bicubic, "pictures": sum(m in row for row in rows)}
+                    for m, (ours, bicubic) in means.items()},
+        "not_measured": {m: absent.get(m, "not of any picture") for m in METRICS if m not in means},
         "pictures": rows,
         "weights": {printable(path): sha256_of(path) for path in dict.fromkeys(files)},
         "versions": versions(),
@@ -201,15 +196,16 @@ def json_of(x):
     """x in what JSON knows: PSNR may be infinite, a path or a dtype becomes text."""
     if isinstance(x, dict):
         return {str(k): json_of(v) for k, v in x.items()}
-    if isinstance(x, list):
+    if isinstance(x, (list, tuple)):
         return [json_of(v) for v in x]
-    return x if x is None or isinstance(x, (str, int)) or isinstance(x, float) and math.isfinite(x) else printable(x)
+    known = x is None or isinstance(x, (str, int)) or isinstance(x, float) and math.isfinite(x)
+    return x if known else printable(x)
 
 
 def write_text(path, text):
-    """Under a temporary name, then renamed."""
+    """Under a temporary name, then renamed; bytes of a name that are no UTF-8 as JSON writes them."""
     part = path.with_name(f".{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")     # bytes of a name that are no UTF-8, as JSON writes them
+    part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     os.replace(part, path)
 
 
@@ -219,6 +215,7 @@ def write_metrics(record, folder):
     table = csv.DictWriter(text, ["picture", "width", "height", "seconds", *columns, "not_measured"])
     table.writeheader()
     for row in record["pictures"]:
-        table.writerow(row | {"not_measured": "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())})
+        why = "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())
+        table.writerow(row | {"not_measured": why})
     write_text(folder / "metrics.csv", text.getvalue())
     write_text(folder / "metrics.json", json.dumps(json_of(record), indent=2, ensure_ascii=False) + "\n")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
 OTHERS = {".avif": "AVIF", ".heic": "HEIC", ".heif": "HEIC", ".jp2": "JPEG 2000", ".jxl": "JPEG XL", ".tga": "Targa",
-          ".psd": "Photoshop", ".svg": "SVG", ".dng": "camera raw"}   # what is not read, by name
-MARKS = b"nanoSR", b"picture,width,height,seconds,", b'"command": "python sample.py'   # how all that we write begins
+          ".psd": "Photoshop", ".svg": "SVG", ".dng": "camera raw"}     # what is not read, by name
+MARKS = b"nanoSR", b"picture,width,height,seconds,", b'"command": "python sample.py'    # how all that we write begins
 
 
 def printable(text):
-    """Text as one line that a terminal takes for text: a name may hold newlines, escape sequences, bytes of no encoding."""
+    """Text as one plain line: a name may hold newlines, escape sequences, bytes of no encoding."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -23,38 +23,52 @@ class PictureError(ValueError):
         super().__init__(printable(message))
 
 
+def is_picture(path):
+    name = Path(path).name
+    return Path(name).suffix.lower() in SUFFIXES and name[0] != "."
+
+
+def walk(top):
+    """All files below a folder, sorted; hidden ones and what links lead to are left out. Raises PictureError.
+
+    -> list of Path, Counter of what could not be seen
+    """
+    paths, unseen = [], Counter()
+
+    def failed(e):
+        if e.filename == os.fspath(top):
+            raise PictureError(f"{top}: cannot be listed ({e.strerror}); change its permissions")
+        unseen[f"folder that cannot be listed ({e.filename})"] += 1
+
+    for folder, folders, files in os.walk(top, onerror=failed):
+        unseen["link to a folder"] += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+        folders[:] = [name for name in folders if name[0] != "."]
+        paths += [Path(folder, name) for name in files if name[0] != "."]
+    return sorted(paths), unseen
+
+
 def list_pictures(paths, note=lambda line: None):
-    """Files as they are, folders replaced by the pictures anywhere below them, sorted; hidden ones left out.
+    """Files as they are, folders replaced by the pictures anywhere below them.
 
     paths: iterable of str or Path; note: is told in a line what else a folder holds -> list of Path
     Raises PictureError for a folder without pictures.
     """
     found = []
     for top in map(Path, paths):
-        if not os.path.isdir(top):  # Path.is_dir fails at names that are too long
+        if not os.path.isdir(top):      # Path.is_dir fails at names that are too long
             found.append(top)
             continue
-        inside, others, errors = [], Counter(), []
-        for folder, folders, files in os.walk(top, onerror=errors.append):
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]    # they may lead back
-            others["link to a folder"] += len(links)
-            folders[:] = [name for name in folders if name[0] != "."]
-            for path in (Path(folder, name) for name in files if name[0] != "."):
-                if (kind := path.suffix.lower()) in SUFFIXES:
-                    inside.append(path)
-                else:
-                    others[f"{kind} ({OTHERS[kind]})" if kind in OTHERS else kind or "without suffix"] += 1
-        for e in errors:
-            if e.filename == os.fspath(top):
-                raise PictureError(f"{top}: cannot be listed ({e.strerror}); change its permissions")
-            others[f"folder that cannot be listed ({e.filename})"] += 1
+        inside, others = walk(top)
+        pictures = list(filter(is_picture, inside))
+        kinds = [path.suffix.lower() for path in inside if not is_picture(path)]
+        others.update(f"{kind} ({OTHERS[kind]})" if kind in OTHERS else kind or "without suffix" for kind in kinds)
         left_out = ", ".join(f"{n} x {kind}" for kind, n in sorted(others.items()) if n)
-        if not inside:
+        if not pictures:
             only = f", only {left_out}" if left_out else ""
             raise PictureError(f"{top}: no pictures in this folder{only}; expected {' '.join(sorted(SUFFIXES))}")
         if left_out:
             note(printable(f"{top}: left out {left_out}"))
-        found += sorted(inside)
+        found += pictures
     return found
 
 
@@ -68,7 +82,7 @@ def output_paths(names, out, taken=("sheet",), note=print):
     taken, paths = set(taken), []
     for path, name in names.items():
         stem, n = name.stem, 1
-        while str(name.parent / stem).lower() in taken:  # lower: some file systems do not tell a.png from A.png
+        while str(name.parent / stem).lower() in taken:     # lower: some file systems do not tell a.png from A.png
             n += 1
             stem = f"{name.stem}-{n}"
         if n > 1:

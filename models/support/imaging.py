@@ -1,7 +1,6 @@
-"""
-Picture files, resizing, padding, tiles, colour fixes and contact sheets.
+"""Picture files, sizes, tiles, colour fixes, contact sheets.
 
-This is the only file where pictures are uint8. Everywhere else they are float tensors (B, C, H, W) in RGB; here in [0, 1].
+Only here are pictures uint8. Everywhere else they are float tensors (B, C, H, W) in RGB; here in [0, 1].
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
 """
 
@@ -17,13 +16,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from models.support.files import OTHERS, SUFFIXES, PictureError, list_pictures, printable  # noqa: F401: asked for here too
+from models.support.files import OTHERS, PictureError, list_pictures, printable  # noqa: F401
 from models.support.profiles import scale_key, to_srgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # what a file may hold, whatever its name; Pillow would hand some others to programs
-GREY = 1.5 / 255  # less chroma than this is rounding
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow would hand some others to programs
+GREY = 1.5 / 255    # less chroma than this is rounding
 MARK = PngInfo()
-MARK.add_text("Software", "nanoSR")  # by which a later run knows what it may overwrite
+MARK.add_text("Software", "nanoSR")     # by which a later run knows what it may overwrite
 
 # -----------------------------------------------------------------------------
 # between tensors and bytes
@@ -57,14 +56,14 @@ def from_pil(img):
 # -----------------------------------------------------------------------------
 # files
 
-ONE_AT_A_TIME = threading.RLock()  # what is done about warnings holds for all threads
+ONE_AT_A_TIME = threading.RLock()   # what is done about warnings holds for all threads
 
 
 @contextmanager
 def open_image(file):
     """Pillow's image of a path or binary file, so far only its header."""
     with ONE_AT_A_TIME, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # chatter about odd metadata ...
+        warnings.simplefilter("ignore")                                 # chatter about odd metadata ...
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
         with Image.open(file, formats=FORMATS) as img:
             yield img
@@ -73,68 +72,64 @@ def open_image(file):
 def read_picture(path, file=None, note=lambda line: None):
     """Any picture file as sRGB and, if it has transparency, alpha; turned as its EXIF orientation says.
 
-    file: open binary file to read instead, path is then its name for messages; note: is told in a line what is not read
-    Colours that alpha hides are replaced by visible ones nearby, which blend in when the picture is resized.
+    file: open binary file to read instead, path is then its name; note: is told what is not read
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
     if file is None:
-        if not os.path.exists(path):
-            raise PictureError(f"{path}: no such file; check the spelling")
-        if os.path.isdir(path):
-            raise PictureError(f"{path}: is a folder; name a picture in it")
-        if not os.path.isfile(path):  # to open a pipe would wait for ever
-            raise PictureError(f"{path}: is a pipe or a device; name a file")
-        if os.path.getsize(path) == 0:
-            raise PictureError(f"{path}: is empty (0 bytes); copy or download it again")
+        wrong = ("no such file; check the spelling" if not os.path.exists(path)
+                 else "is a folder; name a picture in it" if os.path.isdir(path)
+                 else "is a pipe or a device; name a file" if not os.path.isfile(path)      # would wait for ever
+                 else "is empty (0 bytes); copy or download it again" if os.path.getsize(path) == 0 else "")
+        if wrong:
+            raise PictureError(f"{path}: {wrong}")
     try:
-        with open_image(path if file is None else file) as img:
+        with open_image(file or path) as img:
             if getattr(img, "is_animated", False):
                 note(printable(f"{path}: holds several pictures, only the first is read"))
             scale_key(img)
             img.load()
-            with suppress(Exception):  # broken EXIF says nothing
+            with suppress(Exception):       # broken EXIF says nothing
                 img = ImageOps.exif_transpose(img)
             return decode(img)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise PictureError(f"{path}: has more than {limit}; crop or shrink it first") from None
+        wrong = f"has more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; crop or shrink it first"
     except UnidentifiedImageError:
         suffix = Path(str(path)).suffix.lower()     # it may lie in a .tar
         kind = f" ({OTHERS[suffix]})" if suffix in OTHERS else ""
-        raise PictureError(f"{path}: is not a picture of a kind that is read here{kind}; convert it to PNG") from None
+        wrong = f"is not a picture of a kind that is read here{kind}; convert it to PNG"
     except PermissionError:
-        raise PictureError(f"{path}: may not be read (permission denied); change its permissions") from None
-    except Exception as e:  # on broken files Pillow's decoders raise anything from OSError to SyntaxError
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise PictureError(f"{path}: cannot be decoded ({reason}); copy or download it again") from None
+        wrong = "may not be read (permission denied); change its permissions"
+    except Exception as e:                  # on broken files Pillow's decoders raise anything
+        wrong = f"cannot be decoded ({' '.join(str(e).split()) or type(e).__name__}); copy or download it again"
+    raise PictureError(f"{path}: {wrong}")
 
 
 def decode(img):
-    """Pixels of an open Pillow image of any mode.  -> (rgb (1, 3, H, W), alpha (1, 1, H, W) or None), both in [0, 1]"""
+    """Pixels of an open Pillow image of any mode.  -> (rgb (1, 3, H, W), alpha (1, 1, H, W) or None), in [0, 1]"""
     if min(img.size) == 0:
         raise ValueError("it has no pixels")
-    if img.mode[0] in "IF":  # I, I;16, I;16B: grey integers, F: grey floats; Pillow's own conversion would clip at 255
+    if img.mode[0] not in "IF":
+        x = from_pil(to_srgb(img))
+        rgb, alpha = x[:, :3], x[:, 3:] if x.shape[1] == 4 else None
+    else:           # I, I;16, I;16B: grey integers, F: grey floats; Pillow's own conversion would clip at 255
         a, key = np.asarray(img).astype(np.float64), img.info.get("transparency")
         most = a[np.isfinite(a)].max(initial=0)
-        if img.mode == "F":  # the file does not say which white it means: 1, 255 or 65535
+        if img.mode == "F":         # the file does not say which white it means
             white = 1 if most <= 1.5 else 255 if most <= 255 else 65535
-        else:  # older Pillow also opens 16-bit PNG in the 32-bit mode I
+        else:                       # older Pillow also opens 16-bit PNG in the 32-bit mode I
             white = 65535 if most <= 65535 else 2**31 - 1
         ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])    # profiles are for 8 bits
         ramp.info["icc_profile"] = img.info.get("icc_profile")
         a = np.interp(np.nan_to_num(a / white) * 255, np.arange(256), np.asarray(to_srgb(ramp))[0, :, 1]) / 255
         rgb = torch.from_numpy(a).float().expand(1, 3, -1, -1)
         alpha = torch.from_numpy(np.asarray(img) != key).float()[None, None] if isinstance(key, int) else None
-    else:
-        x = from_pil(to_srgb(img))
-        rgb, alpha = x[:, :3], x[:, 3:] if x.shape[1] == 4 else None
     return (rgb.contiguous(), None) if alpha is None else (bleed(rgb * alpha, alpha, rgb), alpha)
 
 
 def bleed(x, alpha, rgb):
-    """Colours where alpha is below 1 % from the visible ones around: from a picture of half the size, and so on.
+    """Colours where alpha is below 1 %, which blend in when the picture is resized, from the visible ones around.
 
-    x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W) in [0, 1]; rgb: (1, 3, H, W), kept where visible -> like rgb
+    x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W); rgb: (1, 3, H, W), kept where visible -> like rgb
     """
     visible, size = alpha >= 0.01, alpha.shape[-2:]
     if visible.all() or max(size) == 1:
@@ -145,12 +140,11 @@ def bleed(x, alpha, rgb):
 
 
 def save_png(img, path):
-    """Write a Pillow image under a temporary name, then rename it, so that `path` is never half a file. Raises PictureError."""
+    """Write a Pillow image; `path` is never half a file. Raises PictureError."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise PictureError(f"{path}: results are PNG; give it the suffix .png")
-    # same folder: a rename across disks would be a copy; short: names may be as long as can be
-    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
+    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")   # short: names may be as long as can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         img.save(part, format="PNG", pnginfo=MARK)
@@ -163,12 +157,8 @@ def save_png(img, path):
 
 
 def write_picture(path, rgb, alpha=None):
-    """Write a PNG of 8 bits per channel; makes the folder.
-
-    rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None. Raises PictureError.
-    """
-    x = rgb if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)
-    save_png(to_pil(x[0]), path)
+    """Write a PNG.  rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None. Raises PictureError."""
+    save_png(to_pil(rgb[0] if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)[0]), path)
 
 
 # -----------------------------------------------------------------------------
@@ -177,37 +167,29 @@ def write_picture(path, rgb, alpha=None):
 def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
     """Resize as the official scripts do, with Pillow on 8-bit pictures (antialiased when shrinking).
 
-    x: (B, C, H, W) in [0, 1], C 1 or 3 -> (B, C, h, w) in [0, 1], multiples of 1/255
-    size_or_scale: (h, w) or a factor
+    x: (B, 1 or 3, H, W) in [0, 1]; size_or_scale: (h, w) or a factor -> (B, C, h, w), multiples of 1/255
     """
-    H, W = x.shape[-2:]
     if isinstance(size_or_scale, (int, float)):
-        size_or_scale = (max(round(H * size_or_scale), 1), max(round(W * size_or_scale), 1))
+        size_or_scale = [max(round(side * size_or_scale), 1) for side in x.shape[-2:]]
     h, w = size_or_scale
     return torch.cat([from_pil(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
 
 
 def mirror(length, before, after, device=None):
-    """Indices that extend 0 .. length-1 by reflection about the outer pixels, as often as needed.  -> (before+length+after,)"""
+    """Indices that extend 0 .. length-1 by reflection, as often as needed.  -> (before+length+after,)"""
     period = max(2 * (length - 1), 1)
     i = torch.arange(-before, length + after, device=device) % period
-    return torch.minimum(i, period - i) if length > 1 else i
+    return torch.minimum(i, period - i)
 
 
 def mirror_pad(x, left, right, top, bottom):
-    """Reflection padding that also works when the picture is smaller than the pad (F.pad refuses); one pixel is repeated.
-
-    x: (B, C, H, W) -> (B, C, top+H+bottom, left+W+right)
-    """
+    """Reflection that also works where the picture is smaller than the pad, which F.pad refuses."""
     H, W = x.shape[-2:]
     return x[..., mirror(H, top, bottom, x.device)[:, None], mirror(W, left, right, x.device)]
 
 
 def pad_to_multiple(x, multiple):
-    """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W].
-
-    x: (B, C, H, W) -> (B, C, H', W')
-    """
+    """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W].  (B, C, H, W)"""
     H, W = x.shape[-2:]
     return mirror_pad(x, 0, -W % multiple, 0, -H % multiple)
 
@@ -216,16 +198,14 @@ def pad_to_multiple(x, multiple):
 # tiles
 
 def tile_starts(length, tile, overlap):
-    """First positions of the tiles that cover `length` with at least `overlap` in common; the last one is moved to end flush."""
+    """First positions of tiles that cover `length` with at least `overlap` in common; the last one ends flush."""
     tile = min(tile, length)
     starts = list(range(0, length - tile + 1, max(tile - overlap, 1)))
-    if starts[-1] + tile < length:
-        starts.append(length - tile)
-    return starts
+    return starts if starts[-1] + tile == length else [*starts, length - tile]
 
 
 def tile_weight(height, width=None, down=0.0):
-    """Gaussian window that fades a tile towards its edges; square if width is None.  -> (1, 1, height, width) in (0, 1]
+    """Gaussian window that fades a tile towards its edges.  -> (1, 1, height, width or height) in (0, 1]
 
     down: rows by which its centre lies below the tile's
     """
@@ -241,10 +221,9 @@ def tile_boxes(height, width, tile, overlap):
 
 
 def blend_tiles(function, x, boxes, at_once=8, down=0.0):
-    """Apply a function tile by tile and blend what overlaps with Gaussian weights.
+    """Apply a function tile by tile and blend what overlaps by `tile_weight`.
 
-    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles;  x: (1, C, H, W);  boxes of `tile_boxes`;
-    down: see `tile_weight` -> like x
+    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles; x: (1, C, H, W) -> like x
     """
     # float32: in half precision the window's corners are 0
     total, weights = (torch.zeros_like(y, dtype=torch.float32) for y in (x, x[:, :1]))
@@ -261,20 +240,19 @@ def blend_tiles(function, x, boxes, at_once=8, down=0.0):
 
 # -----------------------------------------------------------------------------
 # colour fixes: give the result x the colours of the enlarged input ref
-# official: both are truncated to 8 bits before and the result after; here everything stays float until write_picture rounds
+# official: both are truncated to 8 bits before and the result after; here all stays float until write_picture rounds
 
 def adain(x, ref, stablesr=False):
     """Per channel, give x the mean and standard deviation of ref.
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any) in [0, 1]; stablesr: see `color_fix` -> (B, 3, H, W) in [0, 1]
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any); stablesr: see `color_fix` -> (B, 3, H, W) in [0, 1]
     """
     def stats(x):
-        more = x.shape[2] * x.shape[3] > 1  # a single pixel has no n - 1
+        more = x.shape[2] * x.shape[3] > 1      # a single pixel has no n - 1
         variance, mean = torch.var_mean(x, dim=(2, 3), correction=int(more), keepdim=True)
         return mean, (variance + 1e-5).sqrt() if stablesr else variance.sqrt() + 1e-5
 
-    mean_x, std_x = stats(x)
-    mean_ref, std_ref = stats(ref)
+    (mean_x, std_x), (mean_ref, std_ref) = stats(x), stats(ref)
     return ((x - mean_x) / std_x * std_ref + mean_ref).clamp(0, 1)
 
 
@@ -289,19 +267,18 @@ def blur(x, sigma=5.0, radius=20):
 def wavelet(x, ref):
     """Replace the low frequencies of x by those of ref (called wavelet officially, but it is one Gaussian).
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any) in [0, 1], resized if need be -> (B, 3, H, W) in [0, 1]
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any), resized if need be -> (B, 3, H, W) in [0, 1]
     """
     if ref.shape[-2:] != x.shape[-2:]:
         ref = resize(ref, x.shape[-2:], Image.Resampling.LANCZOS)
-    return (x + blur(ref - x)).clamp(0, 1)  # = blur(ref) + (x - blur(x))
+    return (x + blur(ref - x)).clamp(0, 1)      # = blur(ref) + (x - blur(x))
 
 
 def low_frequencies(x, levels=5):
-    """What is left of x after five blurs, each twice as wide as the one before (StableSR's wavelets).  x: (B, C, H, W) -> same shape"""
+    """x after blurs, each twice as wide as the one before (StableSR's wavelets).  x: (B, C, H, W) -> same shape"""
     k = torch.tensor([1.0, 2.0, 1.0]).to(x, non_blocking=True) / 4
     kernel = (k[:, None] * k).expand(x.shape[1], 1, 3, 3)
-    for level in range(levels):
-        step = 2**level
+    for step in (2**level for level in range(levels)):
         x = F.conv2d(F.pad(x, [step] * 4, mode="replicate"), kernel, groups=x.shape[1], dilation=step)
     return x
 
@@ -313,21 +290,17 @@ def chroma(x):
 
 def in_blocks(mask):
     """True in all squares of 8 pixels throughout which mask is.  mask: (B, C, H, W) bool -> same shape"""
-    def of_eight(x, op):
-        for dim, step in ((2, 1), (2, 2), (2, 4), (3, 1), (3, 2), (3, 4)):
-            n = x.shape[dim] - step
-            x = op(x.narrow(dim, 0, n), x.narrow(dim, step, n))
-        return x
+    def widest(x):
+        return F.max_pool2d(F.max_pool2d(x, (8, 1), 1), (1, 8), 1)
     if min(mask.shape[2:]) < 8:
         return torch.zeros_like(mask)
-    return of_eight(F.pad(of_eight(mask, torch.logical_and), [7] * 4), torch.logical_or)
+    return widest(F.pad(1 - widest(1 - mask.float()), [7] * 4)) > 0
 
 
 def color_fix(x, ref, kind, stablesr=False):
-    """The colour fix of that name: adain, wavelet or none. What is grey in ref stays grey, areas of black and white too.
+    """The colour fix of that name: adain, wavelet or none. What is grey in ref stays grey, black and white areas too.
 
-    x, ref: (B, 3, H, W) in [0, 1]; stablesr: the two as StableSR computes them, from which S3Diff and GramSR have theirs; else VOSR's
-    -> (B, 3, H, W) in [0, 1]. Raises ValueError.
+    x, ref: (B, 3, H, W) in [0, 1]; stablesr: as StableSR (S3Diff, GramSR), else as VOSR -> like x. Raises ValueError.
     """
     if kind not in ("adain", "wavelet", "none"):
         raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
@@ -352,36 +325,31 @@ def middle(x, side):
     return x[:, :, row, col]
 
 
-def contact_sheet(rows, labels=None, gap=8, font_size=14):
-    """Pictures in rows and columns on white; smaller ones are enlarged to the height of their row with visible pixels.
+def contact_sheet(rows, labels=(), gap=8, font_size=14):
+    """Pictures in rows and columns on white; smaller ones are enlarged to the height of their row.
 
-    rows: list of lists of (1, 3, H, W) in [0, 1] -> Pillow image
-    labels: one list of column titles, or captions nested as rows are
+    rows: list of lists of (1, 3, H, W) in [0, 1]; labels: column titles, or captions nested as rows are -> Pillow image
     """
-    labels = labels or []
-    if labels and isinstance(labels[0], str):
-        labels = [labels]
-    font = ImageFont.load_default(font_size)
-    cells = []
+    labels = [labels] if labels and isinstance(labels[0], str) else labels
+    font, cells = ImageFont.load_default(font_size), []
     for row in rows:
         height = max(x.shape[-2] for x in row)
         sizes = [(round(x.shape[-1] * height / x.shape[-2]), height) for x in row]
         cells.append([to_pil(x[0]).resize(size, Image.Resampling.NEAREST) for x, size in zip(row, sizes)])
     widths = [max(row[c].width for row in cells if c < len(row)) for c in range(max(map(len, cells)))]
-    captions = [font_size + gap if r < len(labels) else 0 for r in range(len(cells))]  # their heights
-    heights = [row[0].height + caption for row, caption in zip(cells, captions)]
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(heights) + 1)), "white")
-    draw = ImageDraw.Draw(sheet)
-    y = gap
+    captions = [font_size + gap if r < len(labels) else 0 for r in range(len(cells))]   # their heights
+    height = sum(row[0].height + caption + gap for row, caption in zip(cells, captions)) + gap
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), height), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
     for r, row in enumerate(cells):
         x = gap
         for c, img in enumerate(row):
             if r < len(labels) and c < len(labels[r]):
                 text = printable(labels[r][c])
-                while font.getlength(text) > widths[c]:
-                    text = text[:-1]
+                while font.getlength(text) > widths[c] and len(text) > 1:
+                    text = text[:-2] + "…"
                 draw.text((x, y), text, fill="black", font=font)
             sheet.paste(img, (x, y + captions[r]))
             x += widths[c] + gap
-        y += heights[r] + gap
+        y += row[0].height + captions[r] + gap
     return sheet

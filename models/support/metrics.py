@@ -1,9 +1,8 @@
 """PSNR, SSIM and NIQE as the super-resolution papers report them (LPIPS lives in lpips.py).
 
-psnr_y and ssim_y follow BasicSR: luma unrounded, float64, a border cut off. The settings of pyiqa, which GramSR's script calls, are arguments.
-NIQE ("Making a completely blind image quality analyzer", Mittal et al. 2013) needs no reference: it measures how far the statistics of a picture
-are from those of pristine photographs, lower is better. Its parameters (a mean, a covariance, a window) are a file: niqe_pris_params.npz of
-BasicSR and pyiqa.
+psnr_y and ssim_y follow BasicSR: luma unrounded, float64, a border cut off; what pyiqa does otherwise are arguments.
+NIQE (Mittal et al. 2013) needs no reference: it measures how far the statistics of a picture are from those of pristine
+photographs, lower is better. Its parameters (a mean, a covariance, a window) are niqe_pris_params.npz of BasicSR.
 
 A picture is a tensor (3, H, W) or (1, 3, H, W), RGB, float in [0, 1] or uint8. Results are Python floats.
 """
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-YCBCR = (65.481, 128.553, 24.966, 16)  # luma of BT.601 on 16 .. 235: weights of R, G, B in [0, 1], offset
+YCBCR = (65.481, 128.553, 24.966, 16)               # luma of BT.601 on 16 .. 235: weights of R, G, B in [0, 1], offset
 YIQ = (255 * 0.299, 255 * 0.587, 255 * 0.114, 0)  # official: pyiqa's default; GramSR's script asks for YCBCR
 
 
@@ -63,7 +62,7 @@ def correlate(x, window):
 
 
 def ssim_y(x, y, border=0, luma=YCBCR, pyiqa=False):
-    """Structural similarity of the luma: mean over all places where an 11 x 11 Gaussian (sigma 1.5) fits into the picture."""
+    """Structural similarity of the luma: mean over all places where an 11 x 11 Gaussian (sigma 1.5) fits."""
     x, y = to_y(x, border, luma), to_y(y, border, luma)
     if min(x.shape) < 11:
         raise ValueError(f"SSIM needs 11 x 11 pixels, got {tuple(x.shape)} after cutting the border of {border}")
@@ -84,22 +83,23 @@ BLOCK = 96  # pixels; half of it at the second scale
 
 
 def load_niqe(path):
-    """niqe_pris_params.npz -> (mean (36,), covariance (36, 36), window (7, 7)), float64. ValueError when it is another or a broken file."""
+    """niqe_pris_params.npz -> (mean (36,), covariance (36, 36), window (7, 7)), float64. Raises ValueError."""
     shapes = {"mu_pris_param": (1, 36), "cov_pris_param": (36, 36), "gaussian_window": (7, 7)}
     try:
         with np.load(path) as file:
             found = {key: file[key] for key in shapes}
-    except Exception as error:  # numpy raises OSError, ValueError, KeyError, BadZipFile and more at a wrong file
-        raise ValueError(f"{path}: not NIQE's parameter file ({' '.join(str(error).split())}); get niqe_pris_params.npz of BasicSR") from None
-    for key, shape in shapes.items():
-        if found[key].shape != shape or not np.isfinite(found[key]).all():
-            raise ValueError(f"{path}: {key} has shape {found[key].shape} or is not finite, expected {shape}; get niqe_pris_params.npz of BasicSR")
+        for key, shape in shapes.items():
+            if found[key].shape != shape or not np.isfinite(found[key]).all():
+                raise ValueError(f"{key} has shape {found[key].shape} or is not finite, expected {shape}")
+    except Exception as error:      # numpy raises nearly anything at a wrong file
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not NIQE's parameter file ({reason}); get niqe_pris_params.npz of BasicSR") from None
     mean, covariance, window = (torch.from_numpy(x).double() for x in found.values())
     return mean[0], covariance, window
 
 
 def normalise(y, window):
-    """Each pixel less its surroundings' mean, over their standard deviation plus 1 (MSCN coefficients): y (H, W) in [0, 255] -> (H, W)"""
+    """Each pixel less its surroundings' mean, over their deviation plus 1.  y: (H, W) in [0, 255] -> (H, W)"""
     n = len(window) // 2
     y_pad = F.pad(y[None], (n,) * 4, mode="replicate")[0]
     mean = correlate(y_pad, window)
@@ -107,11 +107,9 @@ def normalise(y, window):
 
 
 def half(y):
-    """MATLAB's imresize(y, 0.5): bicubic (a = -.5) stretched to 8 taps against aliasing, edge pixels repeated in mirror order. y (H, W), even"""
-    near, far = torch.tensor([0.25, 0.75]).double(), torch.tensor([1.25, 1.75]).double()  # distances, in pixels of the result
-    taps = torch.cat([1.5 * near**3 - 2.5 * near**2 + 1, -0.5 * far**3 + 2.5 * far**2 - 4 * far + 2])
-    taps = torch.cat([taps.flip(0), taps]) / (2 * taps.sum())
-    for _ in range(2):  # columns, then rows
+    """MATLAB's imresize(y, 0.5): bicubic, stretched to 8 taps against aliasing, edges mirrored.  y: (H, W), even"""
+    taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3]).double() / 256
+    for _ in range(2):      # columns, then rows
         y = torch.cat([y[:, :3].flip(1), y, y[:, -3:].flip(1)], 1)
         y = F.conv1d(y[:, None], taps.to(y.device)[None, None], stride=2)[:, 0].T
     return y
@@ -125,7 +123,7 @@ def shape_table():
 
 
 def fit(x):
-    """Fit an asymmetric generalised Gaussian to each row by matching moments: x (n, pixels) -> shape, left and right scale, each (n,)"""
+    """Fit an asymmetric generalised Gaussian to each row by its moments: (n, pixels) -> shape, left and right scale"""
 
     def rms(x, where):  # nan where a row has no such pixel
         return (torch.where(where, x * x, 0).sum(1) / where.sum(1)).sqrt()
@@ -152,8 +150,9 @@ def features(blocks):
 
 @torch.no_grad()
 def niqe(x, params, border=0, luma=YCBCR):
-    """Naturalness of a picture as BasicSR computes it, lower is better. params: path of niqe_pris_params.npz, or what load_niqe made of it.
+    """Naturalness of a picture as BasicSR computes it, lower is better.
 
+    params: path of niqe_pris_params.npz, or what load_niqe made of it
     -> float; nan when fewer than two blocks of 96 x 96 pixels fit, or nearly all is flat
     """
     mean, covariance, window = params if isinstance(params, tuple) else load_niqe(Path(params))

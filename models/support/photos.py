@@ -1,7 +1,7 @@
 """Good photos as training data: folders, text lists with weights, .tar shards; random crops without end.
 
-Left out: streams that are read once from front to back. A .tar is indexed instead (Python's tarfile, headers only), so every picture
-can be had at any time, and shuffling, resuming and sharing between processes need no state: sample i is a function of (seed, i).
+A .tar is indexed (headers only), not streamed, so every picture can be had at any time, and shuffling,
+resuming and sharing between processes need no state: sample i is a function of (seed, i).
 """
 
 import os
@@ -19,8 +19,9 @@ from PIL import ContainerIO
 from torch.utils.data import DataLoader
 
 from models.support import imaging
+from models.support.files import SUFFIXES, PictureError, is_picture, printable, walk
 
-KINDS = " ".join(sorted(imaging.SUFFIXES))
+KINDS = " ".join(sorted(SUFFIXES))
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,15 @@ class Member:
 
     @contextmanager
     def open(self, mode="rb"):
-        """The picture as a binary file, like Path.open; anew each time, since processes that share a handle would move each other's place."""
+        """As Path.open, anew each time: processes that share a handle would move each other's place."""
         with open(self.tar, mode) as f:
             yield ContainerIO.ContainerIO(f, self.offset, self.size)
-
-
-def is_picture(name):
-    return Path(name).suffix.lower() in imaging.SUFFIXES and not Path(name).name.startswith(".")
 
 
 def list_photos(source):
     """All photos of a source, each as often as its weight says: list of Path and Member.
 
-    source: a folder (pictures and .tar files anywhere below it, hidden ones left out), a picture, a .tar of pictures, or a .txt list
-    Raises FileNotFoundError, ValueError.
+    source: a folder, a picture, a .tar of pictures, or a .txt list. Raises FileNotFoundError, ValueError.
     """
     photos = list(expand(Path(source)))
     if not photos:
@@ -59,13 +55,12 @@ def list_photos(source):
 
 
 def expand(source, lists=(), where=""):
-    """Yield the photos of a source; lists: the text lists it was reached through; where: which line names it, for messages."""
+    """Yield the photos of a source; lists: the text lists it was reached through; where: the line that names it."""
+    kind = source.suffix.lower()
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder, list or file{where}; check the spelling")
-    if not source.is_dir() and not source.is_file():  # to open a pipe would wait for ever
-        raise ValueError(f"{source}: is a pipe or a device{where}; give a file or a folder")
     if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name[0] != "."):
+        for path in filter(Path.is_file, walk(source)[0]):
             if is_picture(path):
                 yield path
             elif path.suffix.lower() == ".tar":
@@ -73,84 +68,86 @@ def expand(source, lists=(), where=""):
                     yield from members(path)
                 except ValueError as e:
                     print(f"{e}; skipped", file=sys.stderr)
-    elif source.suffix.lower() == ".tar":
+    elif not source.is_file():      # to open a pipe would wait for ever
+        raise ValueError(f"{source}: is a pipe or a device{where}; give a file or a folder")
+    elif kind == ".tar":
         yield from members(source)
-    elif source.suffix.lower() == ".txt":
+    elif kind == ".txt":
         if source.resolve() in lists:
             raise ValueError(f"{source}: this list leads back to itself{where}; remove that line")
         yield from listed(source, (*lists, source.resolve()))
     elif is_picture(source):
         yield source
     else:
-        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a plain .tar, a .txt list or a picture ({KINDS})")
+        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a plain .tar, a .txt list "
+                         f"or a picture ({KINDS})")
 
 
 def listed(path, lists):
-    """Yield the photos of a text list: a line holds a source, and maybe a comma and how often an epoch shows its photos (once)."""
+    """Yield the photos of a text list: a source a line, and maybe a comma and how often an epoch shows its photos."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # sig: Windows' editors begin a file with a mark
+        lines = path.read_text(encoding="utf-8-sig").splitlines()   # sig: Windows' editors begin a file with a mark
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is no text in UTF-8; save it as such") from None
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line[0] == "#":
             continue
-        name, weight = re.fullmatch(r"(.*?)(?:,\s*([+-]?\d{1,9}))?", line).groups()  # any other comma belongs to the name
+        name, weight = re.fullmatch(r"(.*?)(?:,\s*([+-]?\d{1,9}))?", line).groups()    # other commas: of the name
         weight = int(weight or 1)
         if not 1 <= weight <= 10_000:
-            raise ValueError(f"{path}, line {number}: the weight {weight} is no whole number from 1 to 10000; correct it or remove the line")
+            raise ValueError(f"{path}, line {number}: the weight {weight} is not from 1 to 10000; correct it")
         # official: of .tar shards the weight is a probability, whatever their size; of lists it repeats, as here
         yield from weight * list(expand(path.parent / name.strip(), lists, f" (named in {path}, line {number})"))
 
 
 def members(path):
-    """The pictures of an uncompressed .tar file; of one that breaks off, with a line on stderr, those up to there."""
+    """The pictures of an uncompressed .tar file; of one that breaks off those up to there, and a line says so."""
     found = []
     try:
-        with tarfile.open(path, "r:") as tar:  # the colon: a compressed file has no offsets to go to
+        with tarfile.open(path, "r:") as tar:     # the colon: a compressed file has no offsets to go to
             for m in tar:
                 if m.isfile() and is_picture(m.name):
                     found.append(Member(path, m.name, m.offset_data, m.size))
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end; the true end is a block of zeros
+            if tar.fileobj.read(512) != bytes(512):     # tarfile takes a damaged header for the end
                 raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError) as e:
         if not found:
-            raise ValueError(f"{path}: cannot be read as a plain .tar ({e}); unpack it if it is compressed, else copy it again") from None
-        print(f"{path}: breaks off ({e}), only its first {len(found)} pictures are used; copy it again", file=sys.stderr)
+            raise ValueError(f"{path}: cannot be read as a plain .tar ({e}); unpack it, or copy it again") from None
+        print(f"{path}: breaks off ({e}), its first {len(found)} pictures are used; copy it again", file=sys.stderr)
     return found
 
 
 class Photos(torch.utils.data.Dataset):
-    """Random crops of photos, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) float in [0, 1].
+    """Random crops of photos, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) in [0, 1].
 
-    So a resumed run starts at a later i, and workers and processes share the i between them; nothing else is to be remembered.
-    Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged (bicubic) to fit; one smaller
-    than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why. Each process keeps cache_mb of pixels.
+    Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged;
+    one smaller than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why.
 
-    files: what list_photos gives, None = list_photos(source); flip: mirror every other one; shrink: large pictures, too, are brought to the
-    crop's size, by their shorter side, so that a crop shows nearly all of the picture
+    files: what list_photos gives, None = list_photos(source); flip: mirror every other one; cache_mb: of pixels
+    shrink: large pictures, too, are brought to the crop's size, by their shorter side
     """
 
     def __init__(self, source, crop, seed=0, flip=False, shrink=False, files=None, cache_mb=1024):
         self.files = list(files) if files is not None else list_photos(source)
         self.crop, self.seed, self.flip, self.shrink, self.cache_left = crop, seed, flip, shrink, cache_mb * 2**20
         self.skipped, self.cache, self.epoch = {}, {}, None
-        for file in dict.fromkeys(self.files):  # headers only; damage further in shows when a file's turn comes
+        for file in dict.fromkeys(self.files):      # headers only; damage further in shows when a file's turn comes
             try:
                 with file.open("rb") as f, imaging.open_image(f) as img:
                     if 2 * min(img.size) < crop:
-                        self.skip(file, f"{file}: its {img.width} x {img.height} pixels are less than half of the crop {crop}")
+                        self.skip(file, f"{file}: its {img.width} x {img.height} pixels are less than half of {crop}")
             except Exception:
-                self.pixels(file)  # says what is wrong
+                self.pixels(file)   # says what is wrong
         if all(file in self.skipped for file in self.files):
-            raise ValueError(f"{source}: none of its {len(self)} pictures can be used for crops of {crop}; give others or a smaller crop")
+            raise ValueError(f"{source}: none of its {len(self)} pictures can be used for crops of {crop}; give others")
 
     def __len__(self):
         return len(self.files)
 
     def skip(self, file, reason):
         self.skipped[file] = str(reason)
-        print(f"{imaging.printable(reason)}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
+        print(f"{printable(reason)}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
 
     def pixels(self, file):
         """Decoded picture, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
@@ -159,10 +156,10 @@ class Photos(torch.utils.data.Dataset):
         try:
             with nullcontext() if isinstance(file, Path) else file.open() as f:
                 x, _ = imaging.read_picture(file, f)
-        except (imaging.PictureError, OSError) as error:  # OSError: the .tar itself is gone or may not be read
+        except (PictureError, OSError) as error:    # OSError: the .tar itself is gone or may not be read
             return self.skip(file, error)
         factor = self.crop / min(x.shape[2:])
-        if factor > 1 or self.shrink:  # official: VOSR enlarges however small a picture is
+        if factor > 1 or self.shrink:    # official: VOSR enlarges however small a picture is
             x = imaging.resize(x, [round(side * factor) for side in x.shape[2:]])
         array = imaging.to_uint8(x[0])
         if array.nbytes <= self.cache_left:
@@ -173,10 +170,10 @@ class Photos(torch.utils.data.Dataset):
         epoch, n = i // len(self), len(self)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(n)
-        turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))  # the first is taken, unless it is no good
+        turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))
         array = next((array for array in turn if array is not None), None)
         if array is None:
-            raise ValueError(f"{self.files[0]}: neither this nor the other {n - 1} pictures can be read; see the lines above")
+            raise ValueError(f"{self.files[0]}: neither this nor the other {n - 1} pictures can be read; see above")
         rng = np.random.default_rng((self.seed, 1, i))
         y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
         array = array[y : y + self.crop, x : x + self.crop]
@@ -194,19 +191,20 @@ def photos_for(data, crop, seed, names=None, **options):
     seen = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
     if names is not None:
         found = dict(zip(seen, files))
-        if found.keys().isdisjoint(names):
+        new = found.keys() - set(names)
+        if len(new) == len(found):
             raise ValueError(f"{data}: has none of the photos of this run's beginning, as {names[0]}; "
                              "put them or a link there, or begin another --out")
-        if new := len(found.keys() - set(names)):
-            print(f"{data}: {new} photos came after this run began and are left out; for them begin another --out", file=sys.stderr)
-        files = [found.get(name, root / name) for name in names]        # what is gone will be named and skipped
+        if new:
+            print(f"{data}: {len(new)} photos came after this run began and are left out", file=sys.stderr)
+        files = [found.get(name, root / name) for name in names]    # what is gone will be named and skipped
 
     photos = Photos(data, crop, seed=seed, files=files, **options)
     room = photos.cache_left
     unique, held_out = list(dict.fromkeys(files)), set()            # of photos that a list repeats, all copies
     for i in range(0, len(unique), 30):
         good = (f for f in unique[i : i + 30] if f not in photos.skipped)
-        if i < 16 * 30:                 # a header may be good and the rest not: enough are looked at to be sure of some
+        if i < 16 * 30:             # a header may be good and the rest not: enough are looked at to be sure of some
             good = (f for f in good if photos.pixels(f) is not None)
         held_out.update(islice(good, 1))
     photos.files = [f for f in files if f not in held_out]
@@ -214,10 +212,14 @@ def photos_for(data, crop, seed, names=None, **options):
     if photos.skipped.keys() >= set(photos.files):
         raise ValueError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
     test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
-    return photos, torch.stack([photo for photo, _ in zip(test, range(16))]), names or seen
+    return photos, torch.stack([test[i] for i in range(16)]), names or seen
 
 
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):
-    """This process's photos of the steps in a range, as many at a time as it computes at once -> iterator of (micro, 3, crop, crop)"""
+    """This process's photos of the steps in a range, as many at a time as it computes at once.
+
+    -> iterator of (micro, 3, crop, crop)
+    """
     mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
-    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers, pin_memory=device.type == "cuda"))
+    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers,
+                           pin_memory=device.type == "cuda"))

@@ -1,15 +1,13 @@
-"""
-Half precision where it is safe: in the large products, and nowhere else.
+"""Half precision where it is safe: in the large products, and nowhere else.
 
-A matrix product or a convolution in half precision takes half the memory and a fraction of the time, adds up in float32,
-and rounds its result once. What is added to again and again must not be rounded each time: residual streams, what norms
-and softmax count, latents, the schedule, tiles. bfloat16 has steps of 1/128 of a number's size: a stream that has reached
-100 would not feel a block's 0.3 any more.
+A matrix product or a convolution in half precision takes half the memory and a fraction of the time, and rounds its
+result once. What is added to again and again must not be rounded each time: residual streams, what norms and softmax
+count, latents, the schedule, tiles. (Steps of bfloat16 are 1/128 of a number's size: a stream that has reached 100 would
+not feel a block's 0.3 any more.)
 
-So there is one rule, a layer computes in the precision of its own weight, and two places where that is decided: `in_half`
-stores the weights of large products in half, and `Exact` layers, at the ends of the networks, are none of them. Sums with a
-float32 number are float32 by themselves. Training uses torch.autocast instead, which finds the same products; Exact layers
-resist it too.
+So a layer computes in the precision of its own weight, and two places decide it: `in_half` stores the weights of large
+products in half, and `Exact` layers, at the ends of the networks, are none of them. Sums with a float32 number are
+float32 by themselves. Training uses torch.autocast instead, which finds the same products; Exact layers resist it too.
 """
 
 import torch
@@ -17,7 +15,7 @@ import torch.nn as nn
 
 
 class Exact:
-    """Mixin: a layer that begins a residual stream, or whose result counts many times: as its weight is, autocast or not."""
+    """Mixin: a layer that begins a residual stream, or whose result counts many times; autocast does not change it."""
 
     def forward(self, x, *args, **kwargs):
         with torch.autocast(x.device.type, enabled=False):

@@ -1,102 +1,107 @@
-"""Weight files: the table of public ones, fetching them, strict reading and safe writing; one line of explanation when something is wrong.
+"""Weight files: the table of public ones, fetching them, strict reading, safe writing.
 
-A public file has one name, in code and below our cache folder ($NANOSR_CACHE or ~/.cache/nanosr), where it can also be put by hand.
-Names of VOSR are the paths of the authors' own release folder.
+A public file has one name, in code and below our cache folder ($NANOSR_CACHE or ~/.cache/nanosr), where it can also be
+put by hand. Names of VOSR are the paths of the authors' own release folder.
 """
 
-import hashlib
 import json
 import mmap
 import os
 import re
 import time
 import zipfile
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import count
 from pathlib import Path
 
-import requests
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from tqdm import tqdm
 
-TRIES = 4               # of one source, without a byte gained
-TIMEOUT = 10, 60        # seconds to connect, and between two chunks
-LONGEST_WAIT = 60       # seconds, whatever Retry-After says
-BUSY = 408, 429, 500, 502, 503, 504
+from models.support.download import WeightError, address, download, sha256_of  # noqa: F401: asked for here too
+
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
-MOST, LARGEST = 5_000, 1_000_000   # parameters (tensors) of a network, of which ours have up to 2,700; a number in a config
+MOST, LARGEST = 5_000, 1_000_000    # tensors of a network (ours have up to 2,700), a number in a config
+MODELS = Path(__file__).parents[1]
+EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
 
 
-class WeightError(ValueError):
-    """A weight file that cannot be had or read; the message is one line."""
+# ---- the public files
 
 
 @dataclass(frozen=True)
 class PublicFile:
-    name: str               # also its path below our cache folder
-    sources: tuple          # in the order they are tried: "owner/repository:path" on the Hugging Face hub, or URLs; () = by hand only
-    users: str              # who needs it
-    licence: str            # of the weights, as their authors state it
-    size: int | None = None         # bytes
-    sha256: str | None = None       # of files at hand, or from their hub pages, or printed alike by independent projects; None: not known for sure
-    gated: bool = False             # the hub wants an account that has accepted the licence
-    note: str = ""                  # where to look for what is by hand only
+    name: str                   # also its path below our cache folder
+    sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs
+    users: str
+    licence: str                # of the weights, as their authors state it
+    size: int | None = None
+    sha256: str | None = None
+    gated: bool = False         # the hub wants an account that has accepted the licence
+    note: str = ""              # where to look for what has no source
 
 
 def vosr(name, users, *mirrors, **facts):
-    sources = f"CSWRY/VOSR:{name}", *mirrors, f"https://modelscope.cn/models/LULALULALU/VOSR_CKPT/resolve/master/{name}"
-    return PublicFile(name, sources, users, "Apache-2.0", **facts)
+    mirrors += f"https://modelscope.cn/models/LULALULALU/VOSR_CKPT/resolve/master/{name}",
+    return PublicFile(name, (f"CSWRY/VOSR:{name}", *mirrors), users, "Apache-2.0", **facts)
 
 
 def sd21(path, users, **facts):
-    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI took its own repository down in 2025; old caches still hold it
-    sources = *(f"{owner}/stable-diffusion-2-1-base:{path}" for owner in ("Manojb", "sd2-community", "stabilityai")), f"CSWRY/VOSR:{name}"
-    return PublicFile(name, sources, users, "CreativeML Open RAIL++-M", **facts)
+    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI's own went in 2025; old caches still hold it
+    sources = [f"{owner}/{name.replace('/', ':', 1)}" for owner in ("Manojb", "sd2-community", "stabilityai")]
+    return PublicFile(name, (*sources, f"CSWRY/VOSR:{name}"), users, "CreativeML Open RAIL++-M", **facts)
 
 
-META, TORCHVISION, GITHUB = "https://dl.fbaipublicfiles.com", "https://download.pytorch.org/models", "https://raw.githubusercontent.com"
-LPIPS, GRAMSR = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1", f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints"
+META, TORCHVISION = "https://dl.fbaipublicfiles.com", "https://download.pytorch.org/models"
+GITHUB = "https://raw.githubusercontent.com"
+LPIPS = f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
+GRAMSR = f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints"
+SD = "diffusion_pytorch_model.safetensors"
 FILES = {file.name: file for file in (
     *(vosr(f"{model}/{path}", f"VOSR {model[5:] or '2.0'}")
-      for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os", "VOSR2")
-      for path in ("args.json", "checkpoints/ema_model.safetensors")),      # ms: multi-step, os: one step
-    vosr("Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors", "VOSR 1.4B, 2.0", "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"),
+      for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os", "VOSR2")   # multi-step, one step
+      for path in ("args.json", "checkpoints/ema_model.safetensors")),
+    vosr(f"Qwen-Image-vae-2d/{SD}", "VOSR 1.4B, 2.0", f"Qwen/Qwen-Image:vae/{SD}"),
     vosr("sd21_lwdecoder.pth", "VOSR 0.5B"),
-    vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B", f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-         size=346378731, sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    vosr("torch_cache/checkpoints/dinov2_vitl14_pretrain.pth", "VOSR 1.4B, 2.0", f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-         size=1217586395, sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
-    sd21("vae/diffusion_pytorch_model.safetensors", "VOSR 0.5B, GramSR",
-         size=334643276, sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
-    sd21("unet/diffusion_pytorch_model.safetensors", "GramSR", sha256="6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214"),
+    vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B",
+         f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", size=346378731,
+         sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    vosr("torch_cache/checkpoints/dinov2_vitl14_pretrain.pth", "VOSR 1.4B, 2.0",
+         f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", size=1217586395,
+         sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    sd21(f"vae/{SD}", "VOSR 0.5B, GramSR", size=334643276,
+         sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
+    sd21(f"unet/{SD}", "GramSR", sha256="6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214"),
     *(PublicFile(f"sd-turbo/{path}", (f"stabilityai/sd-turbo:{path}",), "S3Diff", "Stability AI Community License")
-      for path in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-                   "tokenizer/vocab.json", "tokenizer/merges.txt")),
-    PublicFile("s3diff.pkl", ("zhangap/S3Diff:s3diff.pkl",), "S3Diff", "Apache-2.0",
-               138118948, "92bb59d026b44c8a19fe8df2df356a25fd4c39b37d8b67f51af9e2c7228d56b5"),
-    PublicFile("de_net.pth", ("zhangap/S3Diff:de_net.pth",), "S3Diff", "Apache-2.0",
-               9424338, "a6e77c1cb0dd51e01ef60bbf7b9d85b3f9399c3c1253889ddb73de1436231b1a"),
-    PublicFile("dino_vitbase16_pretrain.pth", (f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",), "training S3Diff", "Apache-2.0",
-               343242485, "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e"),
-    *(PublicFile(f"dinov3-{model}-pretrain-lvd1689m/model.safetensors", (f"facebook/dinov3-{model}-pretrain-lvd1689m:model.safetensors",),
-                 users, "DINOv3 License", gated=True) for model, users in (("vitb16", "GramSR"), ("vits16plus", "training GramSR"))),
-    PublicFile("model_12501.pkl", (), "GramSR", "none stated", note="behind a link of the authors, see https://github.com/aimagelab/GramSR"),
-    *(PublicFile(name, (f"{GRAMSR}/{name}",), "GramSR", "none stated") for name in ("lora_weights_dino_53001.safetensors", "adapter_53001.pth")),
+      for path in (f"unet/{SD}", f"vae/{SD}", "text_encoder/model.safetensors", "tokenizer/vocab.json",
+                   "tokenizer/merges.txt")),
+    PublicFile("s3diff.pkl", ("zhangap/S3Diff:s3diff.pkl",), "S3Diff", "Apache-2.0", 138118948,
+               "92bb59d026b44c8a19fe8df2df356a25fd4c39b37d8b67f51af9e2c7228d56b5"),
+    PublicFile("de_net.pth", ("zhangap/S3Diff:de_net.pth",), "S3Diff", "Apache-2.0", 9424338,
+               "a6e77c1cb0dd51e01ef60bbf7b9d85b3f9399c3c1253889ddb73de1436231b1a"),
+    PublicFile("dino_vitbase16_pretrain.pth", (f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",),
+               "training S3Diff", "Apache-2.0", 343242485,
+               "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e"),
+    *(PublicFile(f"dinov3-{kind}-pretrain-lvd1689m/model.safetensors",
+                 (f"facebook/dinov3-{kind}-pretrain-lvd1689m:model.safetensors",), users, "DINOv3 License", gated=True)
+      for kind, users in (("vitb16", "GramSR"), ("vits16plus", "training GramSR"))),
+    PublicFile("model_12501.pkl", (), "GramSR", "none stated",
+               note="behind a link of the authors, see https://github.com/aimagelab/GramSR"),
+    *(PublicFile(name, (f"{GRAMSR}/{name}",), "GramSR", "none stated")
+      for name in ("lora_weights_dino_53001.safetensors", "adapter_53001.pth")),
     PublicFile("vgg16-397923af.pth", (f"{TORCHVISION}/vgg16-397923af.pth",), "LPIPS (VGG), training", "BSD-3-Clause",
                553433881, "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-    PublicFile("lpips_vgg.pth", (f"{LPIPS}/vgg.pth",), "LPIPS (VGG), training", "BSD-2-Clause",
-               7289, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
-    PublicFile("alexnet-owt-7be5be79.pth", (f"{TORCHVISION}/alexnet-owt-7be5be79.pth",), "LPIPS (AlexNet)", "BSD-3-Clause",
-               244408911, "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"),
-    PublicFile("lpips_alex.pth", (f"{LPIPS}/alex.pth",), "LPIPS (AlexNet)", "BSD-2-Clause",
-               6009, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
-    PublicFile("niqe_pris_params.npz", (f"{GITHUB}/XPixelGroup/BasicSR/HEAD/basicsr/metrics/niqe_pris_params.npz",), "NIQE", "Apache-2.0",
-               11850, "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296"),
+    PublicFile("alexnet-owt-7be5be79.pth", (f"{TORCHVISION}/alexnet-owt-7be5be79.pth",), "LPIPS (AlexNet)",
+               "BSD-3-Clause", 244408911, "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"),
+    PublicFile("lpips_vgg.pth", (f"{LPIPS}/vgg.pth",), "LPIPS (VGG), training", "BSD-2-Clause", 7289,
+               "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    PublicFile("lpips_alex.pth", (f"{LPIPS}/alex.pth",), "LPIPS (AlexNet)", "BSD-2-Clause", 6009,
+               "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
+    PublicFile("niqe_pris_params.npz", (f"{GITHUB}/XPixelGroup/BasicSR/HEAD/basicsr/metrics/niqe_pris_params.npz",),
+               "NIQE", "Apache-2.0", 11850, "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296"),
 )}
 
 
@@ -110,14 +115,8 @@ def hub_folder():
     return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser().absolute()
 
 
-def address(source):
-    """A source of the table -> URL."""
-    hub, (repository, _, path) = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", source.partition(":")
-    return source if "://" in source else f"{hub.rstrip('/')}/{repository}/resolve/main/{path}"
-
-
 def locate(name):
-    """A public file that is on this disk already -> Path, else None. No network; what has another size than the public file is not it."""
+    """A public file that is on this disk already -> Path or None. What has another size is not it."""
     file, paths = FILES[name], []
     for repository, _, path in (source.partition(":") for source in file.sources if "://" not in source):
         folder = hub_folder() / f"models--{repository.replace('/', '--')}"
@@ -127,8 +126,19 @@ def locate(name):
     return next((path for path in paths if path.is_file() and file.size in (None, path.stat().st_size)), None)
 
 
+def list_weights():
+    """Print the table: what is present and where, or where it would come from."""
+    found = {name: locate(name) for name in FILES}
+    for name, file in FILES.items():
+        mark, size = "x" if found[name] else " ", f"{file.size:,} bytes" if file.size else ""
+        print(f"[{mark}] {name:66} {size:>19}  {file.users:22} {file.licence}{', gated' * file.gated}")
+        print(f"    {found[name] or next(map(address, file.sources), f'by hand only: {file.note}')}")
+    print(f"{sum(map(bool, found.values()))} of {len(FILES)} present in {hub_folder()} or {cache_folder()}; "
+          "vosr-tiny needs none of them")
+
+
 def fetch(name, sleep=time.sleep):
-    """A public file, from this disk or else downloaded to our cache folder -> Path. Raises WeightError, which says where to put it by hand."""
+    """A public file, from this disk or else downloaded -> Path. Raises WeightError: where to put it by hand."""
     if path := locate(name):
         return path
     file, target, failures = FILES[name], cache_folder() / name, []
@@ -137,11 +147,11 @@ def fetch(name, sleep=time.sleep):
         with open(cache_folder() / ".lock", "w") as lock:
             with suppress(ImportError, OSError):    # Windows, or a file system without locks
                 import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a training run one downloads, the others wait here
+                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a run one downloads, the others wait
             if path := locate(name):
                 return path
             if target.exists():
-                raise WeightError(f"{target}: is not the public file, which has {file.size} bytes; delete it, then it is downloaded")
+                raise WeightError(f"{target}: is not the public file, which has {file.size} bytes; delete it")
             for source in file.sources:
                 try:
                     return download(source, target, file, sleep)
@@ -149,7 +159,8 @@ def fetch(name, sleep=time.sleep):
                     failures.append(f"{address(source)}: {e}")
     except OSError as e:
         raise WeightError(f"{name}: cannot be stored: {e}; make room, or name another folder in NANOSR_CACHE") from None
-    raise WeightError(f"{name}: cannot be downloaded ({'; '.join(failures) or f'by hand only: {file.note}'}); put it at {target} yourself")
+    why = "; ".join(failures) or f"by hand only: {file.note}"
+    raise WeightError(f"{name}: cannot be downloaded ({why}); put it at {target} yourself")
 
 
 def nearby(name, folder):
@@ -158,140 +169,34 @@ def nearby(name, folder):
     return path if path and path.is_file() else fetch(name)
 
 
-def download(source, target, file, sleep):
-    """One source of file -> target, complete and checked. Raises WeightError with the reason, a phrase, and OSError when it cannot be stored.
+# ---- files of any origin
 
-    target.part keeps what came before a cut, target.part.of the ETag or date of the file it began as: by If-Range the server sends only
-    the rest, or everything if its file is another one by now.
-    """
-    part, tag = (target.with_name(target.name + end) for end in (".part", ".part.of"))
-    url, best, tries, reason = address(source), size_of(part), 0, ""
-    while tries < TRIES:
-        have, wait = size_of(part) if size_of(tag) else 0, 2**tries
-        headers = {"Accept-Encoding": "identity"}       # gzip would change the length
-        if have:
-            headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
-        if "://" not in source and (token := os.environ.get("HF_TOKEN", "").strip()):
-            headers["Authorization"] = f"Bearer {token}"        # requests drops it where the hub redirects to another host
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-                code = answer.status_code
-                if code in (200, 206, 416):
-                    receive(answer, part, tag, have, file)
-                    os.replace(part, target)
-                    tag.unlink(missing_ok=True)
-                    return target
-                if code in (401, 403) and file.gated:
-                    page = url.partition("/resolve/")[0]
-                    raise WeightError(f"{code}, gated: accept the licence at {page} and set HF_TOKEN to a token of that account")
-                reason, asked = f"{code} {answer.reason}", answer.headers.get("Retry-After", "")
-                if code not in BUSY:
-                    raise WeightError(reason)
-                wait = min(int(asked), LONGEST_WAIT) if asked.isdecimal() else wait
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
-            reason = f"no connection, or it was cut: {type(e).__name__}"
-        except (requests.RequestException, UnicodeError) as e:
-            raise WeightError(f"{type(e).__name__}; look at HF_ENDPOINT and HF_TOKEN") from None
-        best, tries = (size_of(part), 0) if size_of(part) > best else (best, tries + 1)
-        if tries < TRIES:
-            sleep(wait)
-    raise WeightError(f"{reason}, {TRIES} times")
-
-
-def receive(answer, part, tag, have, file):
-    """Add an answer's body to the `have` bytes of part, or start part again, and check the whole.
-
-    Raises WeightError when it is not the public file, ConnectionError of requests when another request may help.
-    """
-    start, total = 0, int(answer.headers.get("Content-Length", -1))
-    if answer.status_code != 200:
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", answer.headers.get("Content-Range", ""))
-        start, total = have, int(span[2]) if span else -1
-        if not span or int(span[1] or total) != have:       # 416 says * for the start, and is good news when nothing is missing
-            tag.unlink(missing_ok=True)                     # so that the next request asks for everything
-            raise requests.ConnectionError("not the range that was asked for")
-    linked = (re.fullmatch('"([0-9a-f]{64})"', r.headers.get("X-Linked-Etag", "")) for r in (*answer.history, answer))
-    linked = next((match[1] for match in linked if match), None)        # the hub names the SHA-256 of large files
-    length, wanted = file.size or total, file.sha256 or linked          # length -1: nobody says
-    if total not in (-1, length) or linked not in (None, wanted):
-        raise WeightError(f"the file there is another one, of {total} bytes")
-    if answer.status_code != 416:
-        if "text/html" in answer.headers.get("Content-Type", ""):
-            raise WeightError("a web page came instead of the file")
-        if length < 0 and not wanted and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
-            raise WeightError("the server does not say how long the file is, so a cut would not be noticed")
-        etag = answer.headers.get("ETag", "W/")     # If-Range takes no weak one
-        bar = tqdm(total=length if length > 0 else None, initial=start, unit="B", unit_scale=True, desc=file.name, disable=None)
-        with open(part, "ab" if start else "wb") as f, bar:
-            tag.write_text(answer.headers.get("Last-Modified", "") if etag.startswith("W/") else etag)
-            for chunk in answer.iter_content(1 << 16):
-                bar.update(f.write(chunk))
-    if length not in (-1, size_of(part)):
-        raise requests.ConnectionError("cut")
-    if wanted and sha256_of(part) != wanted:
-        part.unlink(), tag.unlink(missing_ok=True)
-        raise requests.ConnectionError("damaged") if have else WeightError(f"what came has another SHA-256 than {wanted}")
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def list_weights():
-    """Print the table: what is present and where, or where it would come from."""
-    found = {name: locate(name) for name in FILES}
-    for name, file in FILES.items():
-        size = f"{file.size:,} bytes" if file.size else ""
-        print(f"[{'x' if found[name] else ' '}] {name:66} {size:>19}  {file.users:22} {file.licence}{', gated' * file.gated}")
-        print(f"    {found[name] or next(map(address, file.sources), f'by hand only: {file.note}')}")
-    print(f"{sum(map(bool, found.values()))} of {len(FILES)} present in {hub_folder()} or {cache_folder()}; vosr-tiny needs none of them")
-
-
-def find_weights(path):
-    """The .safetensors file that a file or folder means, in the order of VOSR's official loader -> Path or None."""
-    if path.is_file():
-        return path
-    likely = [folder / f"{name}.safetensors" for folder in (path / "clean_weights", path / "checkpoints", path) for name in ("ema_model", "model")]
-    return next(iter([*filter(Path.is_file, likely), *sorted(path.rglob("*.safetensors"))]), None)
-
-
-def find_args(path):
-    """VOSR's args.json in the folder path (or of the file path) or in one of the four above it -> Path or None."""
-    folder = path.resolve() if path.is_dir() else path.resolve().parent
-    return next(filter(Path.is_file, (f / "args.json" for f in (folder, *folder.parents[:4]))), None)
+noted = []      # every weight file that was read
 
 
 def read_json(path):
     """Settings by name -> dict. Raises WeightError."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, RecursionError, AttributeError) as e:
         raise WeightError(f"{path}: cannot be read as JSON ({e}); get it again") from None
-    if not isinstance(settings, dict):
-        raise WeightError(f"{path}: holds a {type(settings).__name__}, not settings by name; get it again")
-    return settings
+
+
+def is_plain(x):
+    """Whether no tensor in x is expanded from a few numbers, or sparse."""
+    if isinstance(x, torch.Tensor):
+        dense = x.layout == torch.strided and not x.is_meta
+        return dense and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+    return all(map(is_plain, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
 
 
 def read_pickle(path):
-    """torch.load, which runs no code of the file, without the ways it leaves a small file to fill the memory. Raises Exception."""
-    def plain(x):       # no tensor is expanded from a few numbers, or sparse
-        if isinstance(x, torch.Tensor):
-            return x.layout == torch.strided and not x.is_meta and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
-        return all(map(plain, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
-
+    """torch.load, which runs no code of the file, without the ways it leaves a small file to fill the memory."""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as file:
-        sound = file.find(b"bytearray") < 0     # torch would make one as long as the pickle says; a GB is searched in under a second
+        sound = file.find(b"bytearray") < 0     # torch would make one as long as the pickle says; a GB takes a second
     if zipfile.is_zipfile(path):                # torch.save does not compress
         sound &= sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) <= os.path.getsize(path)
-    if not sound or not plain(content := torch.load(path, map_location="cpu", weights_only=True)):
+    if not sound or not is_plain(content := torch.load(path, map_location="cpu", weights_only=True)):
         raise ValueError
     return content
 
@@ -300,17 +205,19 @@ def read_file(path):
     """A .safetensors file or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is not run."""
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
+    noted.append(path)
     try:
         tensors = load_file(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
-    except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError and more at a wrong file
-        raise WeightError(f"{path}: is broken, or holds more than tensors and may run code ({type(e).__name__}); get it again") from None
+    except Exception as e:      # torch raises nearly anything at a wrong file
+        raise WeightError(f"{path}: is broken, or holds more than tensors and may run code ({type(e).__name__}); "
+                          "get it again") from None
     if not isinstance(tensors, dict):
         raise WeightError(f"{path}: holds a {type(tensors).__name__}, not a dict of tensors")
     return tensors
 
 
 def read_tensors(path):
-    """`read_file` by the names of the bare model; what DDP, torch.compile and averaging add is left out, said in a line."""
+    """`read_file` less what DDP, compile and averaging add to the bare model, which a line says."""
     tensors = unwrapped(read_file(path), path, left_out := set())
     if left_out:
         print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
@@ -318,7 +225,7 @@ def read_tensors(path):
 
 
 def unwrapped(tensors, path, left_out):
-    """A dict, maybe of dicts, without WRAPPERS in its names and without COUNTERS, which are added to the set left_out."""
+    """A dict, maybe of dicts, without WRAPPERS in its names and COUNTERS; the set left_out learns which."""
     found = {}
     for name, x in tensors.items():
         *parts, last = str(name).split(".")
@@ -334,56 +241,81 @@ def unwrapped(tensors, path, left_out):
     return found
 
 
+def find_weights(path):
+    """The .safetensors file that a file or folder means, in the order of VOSR's official loader -> Path or None."""
+    if path.is_file():
+        return path
+    likely = [path / folder / f"{name}.safetensors" for folder in ("clean_weights", "checkpoints", ".")
+              for name in ("ema_model", "model")]
+    return next(filter(Path.is_file, likely + sorted(path.rglob("*.safetensors"))), None)
+
+
+def find_args(path):
+    """VOSR's args.json in the folder path (or of the file path) or in one of the four above it -> Path or None."""
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    return next(filter(Path.is_file, (f / "args.json" for f in (folder, *folder.parents[:4]))), None)
+
+
+# ---- our own models
+
+
 def save_model(path, cfg, tensors, note=""):
-    """Write a model's tensors in float16 with its cfg (a dataclass) and a note as metadata; under a temporary name, then renamed."""
-    # The rotary tables are left out: they follow from the config, and float16 would spoil them.
+    """Write a model's tensors in float16 with its cfg (a dataclass) and a note, under a temporary name at first."""
+    # the rotary tables are left out: they follow from the config, and float16 would spoil them.
     tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
     save_file(tensors, part := f"{path}.part", metadata={"config": json.dumps(asdict(cfg)), "note": note})
     os.replace(part, path)
 
 
 def save_release(folder, tensors, settings):
-    """Write a transformer's tensors as VOSR's authors do, in float32, for their code and ours. settings: dict for args.json."""
+    """Write a transformer's tensors, in float32, and args.json as VOSR's authors do."""
     target = Path(folder, "checkpoints", "ema_model.safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for path, write in ((Path(folder, "args.json"), lambda part: part.write_text(json.dumps(settings, indent=2))),
-                        (target, lambda part: save_file({k: v.contiguous() for k, v in tensors.items()}, part))):
-        write(part := path.with_name(path.name + ".part"))
-        os.replace(part, path)
-
-
-def read_model(path):
-    """What `save_model` wrote -> config as a dict ({} in a file of others), tensors by name. Raises WeightError."""
-    tensors = read_tensors(path)        # first, since it knows best what is wrong with a file
-    try:
-        with safe_open(path, framework="pt") as f:
-            config = json.loads((f.metadata() or {}).get("config", "{}"))
-        if not isinstance(config, dict):
-            raise ValueError(f"a {type(config).__name__}, not settings by name")
-    except (SafetensorError, ValueError, RecursionError) as e:
-        raise WeightError(f"{path}: is not .safetensors, or its config is damaged ({e}); copy or train it again") from None
-    return config, tensors
-
-
-def read_tiny(name):
-    """An embedded model: what it learned, and for the rest the tiny prior around which it learned.  -> path, config, tensors. Raises WeightError."""
-    path, prior = (Path(__file__).parents[1] / f"{file}_tiny.safetensors" for file in (name, "prior"))
-    config, tensors = read_model(path)
-    return path, config, read_model(prior)[1] | tensors
+    part = Path(f"{target}.part")
+    part.write_text(json.dumps(settings, indent=2))
+    os.replace(part, Path(folder, "args.json"))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+    os.replace(part, target)
 
 
 def read_config(path):
-    """The config that `save_model` wrote into a file -> dict, {} for any other file; nothing is said of it here."""
-    with suppress(WeightError), redirect_stdout(None):
-        return read_model(path)[0] if path.suffix == ".safetensors" else {}     # the tensors cost nothing: they stay on the disk
+    """The config that `save_model` wrote into a file -> dict; {} for any other file, of which nothing is said here."""
+    with suppress(OSError, SafetensorError, ValueError, RecursionError):
+        if path.is_file():
+            with safe_open(path, framework="pt") as f:
+                config = json.loads((f.metadata() or {}).get("config", "{}"))
+            return config if isinstance(config, dict) else {}
     return {}
+
+
+def read_model(path):
+    """What `save_model` wrote -> config, tensors by name. Raises WeightError."""
+    return read_config(path), read_tensors(path)
+
+
+def find_ours(name):
+    """An embedded model by its name, a .safetensors file, or model.safetensors in a folder -> Path or None."""
+    path = EMBEDDED.get(str(name)) or Path(name)
+    path = path / "model.safetensors" if path.is_dir() else path
+    return path if path.suffix == ".safetensors" and path.is_file() else None
+
+
+def load_ours(system, settings, path):
+    """The system (a class) that `save_model` wrote. settings: class of its config. Raises WeightError."""
+    config, tensors = read_model(path)
+    if path in (EMBEDDED["s3diff-tiny"], EMBEDDED["gramsr-tiny"]):      # what learned around one prior
+        tensors = read_tensors(MODELS / "prior_tiny.safetensors") | tensors
+    with on_paper(path, system.__name__):
+        model = system(checked(settings.from_dict(config)))
+    load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
+    return model
 
 
 @contextmanager
 def on_paper(path, system):
-    """In here networks are built as the file path says, on the meta device, without numbers. Raises WeightError whatever fails.
+    """In here networks are built as a file says, without numbers and with MOST parameters. Raises WeightError.
 
-    So a layer of 10^9 channels costs nothing, and fits no tensors afterwards; 10^9 layers would take days: MOST parameters are the end.
+    So a layer of 10^9 channels costs nothing, and fits no tensors afterwards; 10^9 layers would take days.
     """
     def limit(*_, made=count(1)):
         if next(made) > MOST:
@@ -394,13 +326,14 @@ def on_paper(path, system):
         with torch.device("meta"):
             yield
     except Exception as e:
-        raise WeightError(f"{path}: its config is not one of {system} ({type(e).__name__}: {str(e).partition(chr(10))[0]}); get it again") from None
+        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        raise WeightError(f"{path}: its config is not one of {system} ({reason}); get it again") from None
     finally:
         hook.remove()
 
 
 def checked(cfg):
-    """A config out of a file, a dataclass, if its values have the types of their fields and sizes that make sense.  Raises ValueError."""
+    """A config out of a file, a dataclass, if its values have their fields' types and sane sizes. Raises ValueError."""
     for f in fields(cfg):
         value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
         if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:
@@ -413,23 +346,25 @@ def checked(cfg):
 
 
 def load_strictly(module, tensors, path, may_miss=()):
-    """Make tensors the module's own, as they are (dtype, device), through its load hooks, which know older names and shapes.
+    """Make tensors the module's own, as they are (dtype, device), through its load hooks.
 
-    may_miss: endings of names that the file need not hold. Raises WeightError: the first missing, unexpected and mis-shaped name.
+    may_miss: endings of names that the file need not hold. Raises WeightError: what is missing, unexpected, mis-shaped.
     """
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
+    own = module.state_dict()
+    if not isinstance(tensors, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
         raise WeightError(f"{path}: holds other things than tensors by name; get it again")
-    for name, wanted in module.state_dict().items():
+    for name, wanted in own.items():
         if (real := wanted.is_floating_point()) != tensors.get(name, wanted).is_floating_point():
             raise WeightError(f"{path}: {name} holds no {'real' if real else 'whole'} numbers; get it again")
-    given = {k: v for k, v in module.state_dict().items() if k.endswith(tuple(may_miss))} | tensors
+    given = {k: v for k, v in own.items() if k.endswith(tuple(may_miss))} | tensors
     try:
         module.load_state_dict(given, assign=True)
     except RuntimeError as e:
-        text = str(e)       # torch's message has one line for all missing names, one for the unexpected ones, one a tensor for shapes
-        found = {what: re.findall('"(.+?)"', "".join(line for line in text.splitlines() if f"{what.capitalize()} key" in line))
-                 for what in ("missing", "unexpected")}
+        text = str(e)       # one line for all missing names, one for the unexpected ones, one a tensor for shapes
         shapes = re.findall(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]", text)
+        found = {kind.lower(): re.findall('"(.+?)"', "".join(re.findall(f".*{kind} key.*", text)))
+                 for kind in ("Missing", "Unexpected")}
         found["mis-shaped"] = [f"{name} is ({theirs}), not ({ours})" for name, theirs, ours in shapes]
-        faults = [f"{what} {names[0]:.200} ({len(names)} in all)" for what, names in found.items() if names]
-        raise WeightError(f"{path}: does not fit this network: {'; '.join(faults) or text.splitlines()[-1].strip()}") from None
+        faults = "; ".join(f"{kind} {names[0]:.200} ({len(names)} in all)" for kind, names in found.items() if names)
+        raise WeightError(f"{path}: does not fit this network: {faults or text.splitlines()[-1].strip()}") from None

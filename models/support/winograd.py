@@ -1,10 +1,11 @@
 """3x3 convolutions with a quarter of the multiplications, for CPUs.
 
-Paper:   Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 1509.09308: Winograd's minimal filtering, F(4x4, 3x3).
-Left out: training, half precision and GPUs, whose libraries choose among such algorithms by themselves; PyTorch's on a CPU does not.
+Paper:   Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 1509.09308: Winograd's F(4x4, 3x3).
+Left out: training, half precision and GPUs, whose libraries choose such algorithms by themselves.
 
-Cut the picture into 6x6 pixels that overlap by two. Transformed, each of the 36 numbers needs one product with the transformed kernel
-instead of the 9 for each of 4x4 results: 36 against 144. What remains is 36 matrix products over channels, and sums before and after.
+Cut the picture into 6x6 pixels that overlap by two. Transformed, each of the 36 numbers needs one product with the
+transformed kernel instead of the 9 for each of 4x4 results: 36 against 144. What remains is 36 matrix products over
+channels, and sums before and after.
 """
 
 import torch
@@ -20,11 +21,12 @@ AT_ONCE = 2**21     # transformed numbers of a strip: 8 MB, which stay in a proc
 def conv3x3_pays(x, W):
     """Is `conv3x3` the faster way to convolve x: (B, C, H, W) by W: (C', C, k, k)?
 
-    1.2 times as fast for 128 channels, 1.6 to 2.2 for 256 and more; with fewer channels the sums, with few pixels the kernel's transform
-    cost what the products save.
+    1.2 times as fast for 128 channels, 1.6 to 2.2 for 256 and more; with fewer channels the sums, with few pixels the
+    kernel's transform cost what the products save.
     """
-    return (x.device.type == "cpu" and x.dtype == W.dtype == torch.float32 and W.shape[2:] == (3, 3) and min(W.shape[:2]) >= 128
-            and x.numel() // x.shape[1] >= 2048 and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+    return (x.device.type == "cpu" and x.dtype == W.dtype == torch.float32 and W.shape[2:] == (3, 3)
+            and min(W.shape[:2]) >= 128 and x.numel() // x.shape[1] >= 2048
+            and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
 def twice(M, x):
@@ -34,7 +36,7 @@ def twice(M, x):
 
 
 def conv3x3(x, W, bias):
-    """F.conv2d(x, W, bias, padding=1).  x: (B, C, H, W); W: (C', C, 3, 3) -> (B, C', H, W), float32 within 1e-4 of the numbers' size"""
+    """F.conv2d(x, W, bias, padding=1), within 1e-4 of its size.  (B, C, H, W), (C', C, 3, 3) -> (B, C', H, W)"""
     (B, C, height, width), K = x.shape, len(W)
     rows, cols = -(-height // 4), -(-width // 4)            # of tiles
     U = twice(G, W.permute(2, 3, 0, 1)).view(36, K, C)
@@ -58,3 +60,26 @@ def conv2d(x, W, bias, stride, padding):
     if stride == padding == (1, 1) and conv3x3_pays(x, W):
         return conv3x3(x, W, bias)
     return F.conv2d(x, W, bias, stride, padding)
+
+
+# ---- a 3x3 convolution after nearest-neighbour enlarging, which sees pairs of equal pixels
+
+
+def pair_kernels(W):
+    """Taps (a, b, c) as two kernels over pairs of equal pixels: (a, b + c) for the first of a pair, (a + b, c) for the second.
+
+    W: (C', C, 3, 3) -> (4 C', C, 2, 2), for each channel four kernels: the first or second row with the first or second column
+    """
+    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(W, non_blocking=True)  # first or second, tap, tap of W
+    return torch.einsum("oiyx,pty,qsx->opqits", W, taps, taps).flatten(0, 2)
+
+
+def conv_of_nearest(x, kernels, bias):
+    """conv(nearest(x)) in 16 of its 36 products.  x: (B, C, H, W); kernels: of `pair_kernels`; bias: (C',) -> (B, C', 2H, 2W)"""
+    y = F.conv2d(x.to(kernels), kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
+    h, w = x.shape[2:]
+    out = y.new_empty(*y.shape[:2], 2 * h, 2 * w)
+    for p in (0, 1):
+        for q in (0, 1):
+            out[:, :, p::2, q::2] = y[:, :, p, q, p : p + h, q : q + w]
+    return out

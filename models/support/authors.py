@@ -1,0 +1,88 @@
+"""What the authors' files say beside weights, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json."""
+
+from statistics import fmean
+
+from models.support.weights import WeightError, read_json
+
+ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
+        "mlp_ratio": 4}         # of args.json: what the transformer of dit.py can be
+
+
+def read_vocabulary(vocab, merges, single):
+    """CLIP's vocab.json and merges.txt -> {symbol: id}, {(left, right): place among the merges}
+
+    single: symbols that no merge makes. Raises WeightError when a file is broken or they do not belong together.
+    """
+    ids = read_json(vocab)
+    try:
+        lines = merges.read_text(encoding="utf-8").strip().split("\n")[1:]      # the first one is a version
+    except (OSError, ValueError) as e:
+        raise WeightError(f"{merges}: cannot be read as text ({e}); get it again") from None
+    pairs = [tuple(line.split(" ")) for line in lines]
+    wrong = next((n for n, pair in enumerate(pairs, 2) if len(pair) != 2 or not all(pair)), None)
+    if wrong or not pairs:
+        raise WeightError(f"{merges}: line {wrong or 2} is not a pair of symbols; get it again")
+    needed = {symbol: None for symbol in (*single, *map("".join, pairs))}
+    absent = [symbol for symbol in needed if type(ids.get(symbol)) is not int]
+    if absent:
+        raise WeightError(f"{vocab}: has no id for {absent[0]} ({len(absent)} such in all), which {merges} needs; "
+                          "get both again")
+    # Merges that a cut-off file lacks would go unnoticed in most texts, and change the others.
+    if len(ids) != len(needed):
+        raise WeightError(f"{merges}: makes {len(needed)} symbols, {vocab} has {len(ids)}; get both again")
+    return ids, {pair: rank for rank, pair in enumerate(pairs)}
+
+
+def dit_config(cls, tensors, path, settings):
+    """The DiTConfig (cls) of a transformer, read off its tensors; settings: of args.json. Raises ValueError."""
+    shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        D, C_in, p, _ = shape["x_embedder.proj.weight"]
+        said = settings.get("resolution")       # where the rotary tables do not say the size
+        side = int(said) // 8 if said in range(16, 4097, 16) else cls.input_size
+        tokens = shape.get("feat_rope.freqs_cos", [(side // p) ** 2])[0]
+        return cls(
+            input_size=round(tokens**0.5) * p, patch_size=p, in_channels=C_in, hidden_size=D,
+            out_channels=shape["final_layer.linear.weight"][0] // p**2,
+            depth=len({name.split(".")[1] for name in shape if name.startswith("blocks.")}),
+            num_heads=D // shape["blocks.0.attn.q_norm.weight"][0], z_dims=shape["layer_norm.weight"][0],
+            encdim_ratio=shape["mlp_ca.fc1.weight"][0] // D,
+            auxiliary_time_cond="r_embedder.mlp.0.weight" in shape,
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
+
+
+def weak_of(settings, otherwise, path):
+    """Mean strength of the weak condition in args.json, file path. Raises WeightError."""
+    weak = settings.get("weak_cond_strength_aelq_list") or [otherwise]
+    try:
+        return fmean(weak)
+    except TypeError:
+        raise WeightError(f"{path}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
+
+
+def believe(cfg, settings, path):
+    """What args.json, file path of somebody's own training, says beyond the tensors -> {field of VOSRConfig: value}
+
+    Raises WeightError, which names the setting that cannot be followed.
+    """
+    def take(name, otherwise, good):
+        value = settings.get(name, otherwise)
+        if not good(value):
+            raise WeightError(f"{path}: {name} is {value!r:.60}, which cannot be followed here; "
+                              "use weights trained otherwise")
+        return value
+
+    def whole(low, high, step=1):
+        return lambda x: type(x) is int and low <= x <= high and x % step == 0
+
+    for name, value in ONLY.items():
+        take(name, value, lambda x: x == value)
+    side, last, p = 8 * cfg.dit.input_size, cfg.vit.depth - 1, cfg.vit.patch_size
+    take("resolution", side, lambda x: x == side)
+    layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
+    return {"vit_input": take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), "tile": side,
+            "vit_layer": None if layers[0] in (-1, last) else layers[0],    # of the last block the normed tokens
+            "steps": take("infer_steps", cfg.steps, whole(1, 1000)),
+            "guidance": take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100)}

@@ -1,0 +1,45 @@
+"""A folder of pictures -> a folder of pairs, lq/ and hq/ with equal names: the loop of degrade.py's command."""
+
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from models.support.arguments import Stop
+from models.support.files import PictureError, claim, output_paths, printable
+from models.support.imaging import write_picture
+
+
+def write_pairs(command, names, out_dir, skip_existing, pair):
+    """Write the pairs of all pictures, name what fails.  -> exit status
+
+    command: whose messages they are; names: {path: name}; skip_existing: keep whole pairs; pair: (path, name) -> lq, hq
+    """
+    inputs, results = set(map(os.path.realpath, names)), output_paths(names, Path(), ())
+    done, failed, stop, stopped = 0, 0, Stop(), True
+    try:
+        for (path, name), result in zip(tqdm(names.items(), unit="picture", disable=None), results):
+            if stop:
+                break
+            targets = [out_dir / kind / result for kind in ("lq", "hq")]
+            try:
+                for target in targets:
+                    claim(target, path, inputs)
+                if not (skip_existing and all(map(os.path.exists, targets))):
+                    with stop:
+                        pictures = pair(path, name)
+                    for target, x in zip(targets, pictures):
+                        write_picture(target, x)
+                done += 1
+            except PictureError as error:
+                failed += 1
+                tqdm.write(f"{command}: {error}", file=sys.stderr)
+        else:
+            stopped = False
+    except KeyboardInterrupt:
+        pass        # the pair at hand is dropped
+    if stopped:
+        print(f"stopped after {done + failed} of {len(names)}; add --skip-existing to go on", file=sys.stderr)
+    print(printable(f"{done} pictures in {out_dir / 'lq'} and {out_dir / 'hq'}, {failed} skipped"))
+    return 130 if stopped else int(failed > 0)

@@ -1,0 +1,48 @@
+"""Embed trained tiny models: models/prior_tiny.safetensors, and what each system learned around it.
+
+    python tests/embed.py runs/prior runs/s3diff runs/gramsr
+
+The last two are --out folders of the tiny presets' last stages, or fewer; they must have started from that prior.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def embed(source, target, known=None):
+    """Copy a model file without the tensors that `known` holds already -> its tensors. Exits where another prior is in it."""
+    tensors = load_file(source)
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    if known:
+        same = {k for k, v in known.items() if k in tensors and torch.equal(v, tensors[k])}
+        if len(same) < len(known) - 4:      # S3Diff trains conv_in too
+            sys.exit(f"{source}: did not start from this prior; {len(known) - len(same)} tensors differ")
+        tensors = {k: v for k, v in tensors.items() if k not in same}
+    save_file(tensors, target, metadata)
+    print(f"{target}: {len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB, from {source}")
+    return tensors
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("prior", type=Path, help="--out of train_s3diff.py --preset tiny --stage prior")
+    p.add_argument("systems", type=Path, nargs="*", help="--out of the last stage of S3Diff or GramSR")
+    args = p.parse_args()
+    prior = embed(args.prior / "model.safetensors", ROOT / "models" / "prior_tiny.safetensors")
+    for folder in args.systems:
+        path = folder / "model.safetensors"
+        with safe_open(path, "pt") as file:
+            name = "s3diff" if any("modulation" in k for k in file.keys()) else "gramsr"
+        embed(path, ROOT / "models" / f"{name}_tiny.safetensors", prior)
+
+
+if __name__ == "__main__":
+    main()
