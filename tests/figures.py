@@ -1,8 +1,8 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
-Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models on the
-example picture; `stages` needs --runs, the folder with autoencoder, flow, refine, distill and decoder in it, each the --out of
-that stage of train_vosr.py. Pillow's own font has only Latin letters, so captions are ASCII.
+Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models on
+the example picture; `stages` needs --runs, the folder with autoencoder, flow, refine, distill and decoder in it, each the
+--out of that stage of train_vosr.py. Pillow's own font has only Latin letters, so captions are ASCII.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def shown(x, width, height):
 def sheet(rows, captions, sides=()):
     """Pictures of equal size on white, each with its caption below it.
 
-    rows: lists of (1, 3, H, W) in [0, 1]; captions: nested as rows are, may have several lines; sides: words before each row
+    rows: lists of (1, 3, H, W) in [0, 1]; captions: nested as rows are, of any lines; sides: words before each row
     """
     left, n, line = 90 if sides else 0, max(map(len, rows)), 22
     width = (WIDTH - left - GAP * (n + 1)) // n
@@ -96,7 +96,8 @@ def teaser():
     results = {"bicubic": resize(lq, 4)} | {title: model.upscale(lq) for title, model in embedded().items()}
     crop = (..., slice(16, 384), slice(96, 448))
     pictures = {"128 x 100 pixels": lq[..., 4:96, 24:112]}
-    pictures |= {f"{title}, {psnr_y(x, hq, 4):.2f} dB": x[crop] for title, x in results.items()} | {"original": hq[crop]}
+    pictures |= {f"{title}, {psnr_y(x, hq, 4):.2f} dB": x[crop] for title, x in results.items()}
+    pictures["original"] = hq[crop]
     return sheet([[*pictures.values()]], [[*pictures]])
 
 
@@ -290,7 +291,7 @@ def s3diff():
     b.arrow((576, 330), (624, 330))
     b.arrow((814, 330), (756, 330))
     b.arrow((690, 294), (690, 214))
-    for x, fill, text in ((330, BLUE, "frozen"), (600, ORANGE, "trained"), (870, GREEN, "computed anew for every picture")):
+    for x, fill, text in ((330, BLUE, "frozen"), (600, ORANGE, "trained"), (870, GREEN, "computed for every picture")):
         b.box(x, 436, 24, 24, "", fill)
         b.text(x + 22, 436, text, 17, DIM, "lm")
     return b.done()
@@ -324,7 +325,7 @@ def gram():
 
 
 def toy_prior(means, variance, z_t, t, allowed):
-    """The exact noise in z_t (B, 2, 1, 1), if points come from Gaussians round means (3, 2) by the odds allowed (B, 1, 3)"""
+    """The exact noise in z_t (B, 2, 1, 1) of points from Gaussians round means (3, 2), with odds allowed (B, 1, 3)."""
     a = alphas_cumprod()[t].view(-1, 1)
     away = z_t.flatten(1)[:, None] - a.sqrt()[..., None] * means
     spread = a * variance + 1 - a
