@@ -1,7 +1,7 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
-Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models on
-the example picture; `stages` needs --runs, the folder with autoencoder, flow, refine, distill and decoder in it, each the
+Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models
+on the example picture; `stages` needs --runs, a folder with autoencoder, flow, refine, distill and decoder in it, each the
 --out of that stage of train_vosr.py. Pillow's own font has only Latin letters, so captions are ASCII.
 """
 
