@@ -165,7 +165,7 @@ def build(args, cfg, stage):
     return model, lpips, vit and vit.requires_grad_(False), f"{origin}, new LoRA set {args.stage}"
 
 
-def is_learned(learn_vit, name):
+def is_learned(name, learn_vit=False):
     """Whether a parameter is of a LoRA set or the token adapter: all that is not in public files."""
     return "lora_" in name or name.startswith("adapter.") or learn_vit and name.startswith("vit.")
 
@@ -223,7 +223,7 @@ def prepare(args):
     # a new one a stage: PiSA-SR's would go on moving what is frozen
     run.optimizer = torch.optim.AdamW(run.params, run.recipe.lr, weight_decay=1e-2, fused=True)
     run.state = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
-    run.learns = partial(is_learned, run.recipe.learn_vit)
+    run.learns = partial(is_learned, learn_vit=run.recipe.learn_vit)
     run.niqe = find_niqe(None) if run.recipe.crop >= 2 * BLOCK else None        # only if it is on this disk
     run.columns, run.judge = ["niqe"], "niqe" if run.niqe else "held_out"
     run.best, run.waited, run.files = {}, 0, []     # {judge: lowest so far}, evaluations since then, of the model
