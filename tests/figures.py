@@ -28,6 +28,7 @@ from models.unet import alphas_cumprod  # noqa: E402
 from models.vosr import VOSR  # noqa: E402
 
 WIDTH, GAP = 1200, 12       # pixels of every picture, and between what it shows
+CUP = 16, 30, 32, 32        # a crop of the example: one tile of the embedded model
 INK, DIM, PAPER = "#1f2933", "#5f6b7a", "#ffffff"
 BLUE, ORANGE, GREEN, GREY, RED = "#d6e6f7", "#fbe3c8", "#d5efdf", "#eceff2", "#c0392b"
 DEEP = {BLUE: "#2b6cb0", ORANGE: "#c26a1a", GREEN: "#2f855a", GREY: "#8794a3"}
@@ -130,7 +131,7 @@ def degradation(seed=84):
 @torch.no_grad()
 def trajectory():
     """State and guess of the clean picture along ten steps from noise; the guess is where this velocity would lead."""
-    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    model, (lq, _) = VOSR.from_pretrained(), example(*CUP)
     x = 2 * F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1) - 1
     z_lq, feat, seen = model.vae.encode(x), model.tokens(x), []
 
@@ -143,9 +144,6 @@ def trajectory():
     picked = [seen[k] for k in (0, 2, 4, 6, 8)] + [(0.0, z, z)]
     rows = [[model.decode(s[k]) / 2 + 0.5 for s in picked] for k in (1, 2)]
     return sheet(rows, [[""] * 6, [f"t = {t:.1f}" for t, *_ in picked]], ["state\nz_t", "guess\nz_t - t v"])
-
-
-CUP = 16, 30, 32, 32        # of the example, one tile of the embedded model
 
 
 def weak():
