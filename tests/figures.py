@@ -1,12 +1,14 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
-Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models on the example picture;
-`stages` needs the folder of README's ten minutes of training, --runs. Pillow's own font has only Latin letters, so captions are ASCII.
+Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models
+on the example picture; `stages` needs --runs, a folder with autoencoder, flow, refine, distill and decoder in it, each the
+--out of that stage of train_vosr.py. Pillow's own font has only Latin letters, so captions are ASCII.
 """
 
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +28,11 @@ from models.unet import alphas_cumprod  # noqa: E402
 from models.vosr import VOSR  # noqa: E402
 
 WIDTH, GAP = 1200, 12       # pixels of every picture, and between what it shows
+CUP = 16, 30, 32, 32        # a crop of the example: one tile of the embedded model
 INK, DIM, PAPER = "#1f2933", "#5f6b7a", "#ffffff"
 BLUE, ORANGE, GREEN, GREY, RED = "#d6e6f7", "#fbe3c8", "#d5efdf", "#eceff2", "#c0392b"
 DEEP = {BLUE: "#2b6cb0", ORANGE: "#c26a1a", GREEN: "#2f855a", GREY: "#8794a3"}
-TINY = {"VOSR": "vosr", "S3Diff": "s3diff", "GramSR": "gramsr"}     # title: system; shown once their tiny weights lie in models/
+TINY = {"VOSR": "vosr", "S3Diff": "s3diff", "GramSR": "gramsr"}     # title: system; shown once it has tiny weights
 
 
 # ---- sheets of photographs ------------------------------------------------------------------------------------------
@@ -48,7 +51,7 @@ def shown(x, width, height):
 def sheet(rows, captions, sides=()):
     """Pictures of equal size on white, each with its caption below it.
 
-    rows: lists of (1, 3, H, W) in [0, 1]; captions: nested as rows are, lines parted by a newline; sides: a word before each row
+    rows: lists of (1, 3, H, W) in [0, 1]; captions: nested as rows are, of any lines; sides: words before each row
     """
     left, n, line = 90 if sides else 0, max(map(len, rows)), 22
     width = (WIDTH - left - GAP * (n + 1)) // n
@@ -59,17 +62,19 @@ def sheet(rows, captions, sides=()):
     start = left + (WIDTH - left - n * width - (n - 1) * GAP) // 2      # what division left over goes to both margins
     for r, (row, words) in enumerate(zip(rows, captions)):
         if sides:
-            draw.multiline_text((left // 2 + GAP // 2, y + height // 2), sides[r], DIM, font(18), anchor="mm", align="center")
+            middle = left // 2 + GAP // 2, y + height // 2
+            draw.multiline_text(middle, sides[r], DIM, font(18), anchor="mm", align="center")
         for c, (x, text) in enumerate(zip(row, words)):
             place = start + c * (width + GAP)
             img.paste(shown(x, width, height), (place, y))
-            draw.multiline_text((place + width // 2, y + height + 6), text, INK, font(17), anchor="ma", align="center")
+            middle = place + width // 2, y + height + 6
+            draw.multiline_text(middle, text, INK, font(17), anchor="ma", align="center")
         y += height + below[r] + GAP
     return img
 
 
 def example(*crop):
-    """The example and its original; crop: top, left, height, width in pixels of the small one -> (1, 3, h, w), (1, 3, 4h, 4w)"""
+    """The example and its original.  crop: top, left, height, width in the small one -> (1, 3, h, w), (1, 3, 4h, 4w)"""
     lq, hq = (read_picture(ROOT / "assets" / file)[0] for file in ("example.png", "example_hq.png"))
     if crop:
         y, x, h, w = crop
@@ -82,8 +87,8 @@ def embedded():
     from models.gramsr import GramSR
     from models.s3diff import S3Diff
     classes = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-    here = {title: system for title, system in TINY.items() if (ROOT / "models" / f"{system}_tiny.safetensors").exists()}
-    return {title: classes[system].from_pretrained(f"{system}-tiny") for title, system in here.items()}
+    return {title: classes[system].from_pretrained(f"{system}-tiny") for title, system in TINY.items()
+            if (ROOT / "models" / f"{system}_tiny.safetensors").exists()}
 
 
 def teaser():
@@ -92,7 +97,8 @@ def teaser():
     results = {"bicubic": resize(lq, 4)} | {title: model.upscale(lq) for title, model in embedded().items()}
     crop = (..., slice(16, 384), slice(96, 448))
     pictures = {"128 x 100 pixels": lq[..., 4:96, 24:112]}
-    pictures |= {f"{title}, {psnr_y(x, hq, 4):.2f} dB": x[crop] for title, x in results.items()} | {"original": hq[crop]}
+    pictures |= {f"{title}, {psnr_y(x, hq, 4):.2f} dB": x[crop] for title, x in results.items()}
+    pictures["original"] = hq[crop]
     return sheet([[*pictures.values()]], [[*pictures]])
 
 
@@ -124,8 +130,8 @@ def degradation(seed=84):
 
 @torch.no_grad()
 def trajectory():
-    """State and guess of the clean picture along ten steps from noise; the guess is where the present velocity would lead."""
-    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    """State and guess of the clean picture along ten steps from noise; the guess is where this velocity would lead."""
+    model, (lq, _) = VOSR.from_pretrained(), example(*CUP)
     x = 2 * F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1) - 1
     z_lq, feat, seen = model.vae.encode(x), model.tokens(x), []
 
@@ -138,9 +144,6 @@ def trajectory():
     picked = [seen[k] for k in (0, 2, 4, 6, 8)] + [(0.0, z, z)]
     rows = [[model.decode(s[k]) / 2 + 0.5 for s in picked] for k in (1, 2)]
     return sheet(rows, [[""] * 6, [f"t = {t:.1f}" for t, *_ in picked]], ["state\nz_t", "guess\nz_t - t v"])
-
-
-CUP = 16, 30, 32, 32        # of the example, one tile of the embedded model
 
 
 def weak():
@@ -162,7 +165,7 @@ def guidance():
 
 
 def stages(runs):
-    """What each stage of a training of ten minutes has learned, on the example."""
+    """What each stage of a training has learned, on the example."""
     lq, hq = example(*CUP)
     ae = VOSR.from_pretrained(runs / "autoencoder").vae
     with torch.no_grad():
@@ -200,7 +203,9 @@ class Board:
         if head:
             d = math.hypot(x - x0, y - y0)
             u, v = (x - x0) / d, (y - y0) / d
-            self.draw.polygon([2 * k for k in (x, y, x - 12 * u - 6 * v, y - 12 * v + 6 * u, x - 12 * u + 6 * v, y - 12 * v - 6 * u)], fill)
+            back = x - 12 * u, y - 12 * v
+            tip = x, y, back[0] - 6 * v, back[1] + 6 * u, back[0] + 6 * v, back[1] - 6 * u
+            self.draw.polygon([2 * k for k in tip], fill)
 
     def plus(self, x, y, sign="+"):
         self.draw.ellipse([2 * x - 32, 2 * y - 32, 2 * x + 32, 2 * y + 32], PAPER, DIM, 5)
@@ -231,7 +236,7 @@ def vosr():
         b.box(660, y, 176, 54, text, ORANGE, 17)
     b.arrow((660, 157), (660, 187))
     b.arrow((660, 242), (660, 272))
-    b.text(660, 356, "6 blocks, one after the other", 15, DIM)
+    b.text(660, 356, f"{model.cfg.dit.depth} blocks, one after the other", 15, DIM)
     b.box(900, 215, 150, 84, "a step\nz_t - (t - r) v", GREY)
     b.box(1090, 66, 150, 64, "decoder", GREEN)
     b.photo(1090, 190, sr, 130, "result")
@@ -284,16 +289,16 @@ def s3diff():
     b.arrow((576, 330), (624, 330))
     b.arrow((814, 330), (756, 330))
     b.arrow((690, 294), (690, 214))
-    for x, fill, text in ((330, BLUE, "frozen"), (600, ORANGE, "trained"), (870, GREEN, "computed anew for every picture")):
+    for x, fill, text in ((330, BLUE, "frozen"), (600, ORANGE, "trained"), (870, GREEN, "computed for every picture")):
         b.box(x, 436, 24, 24, "", fill)
         b.text(x + 22, 436, text, 17, DIM, "lm")
     return b.done()
 
 
 def heat(m):
-    """Matrix (rows, columns) -> (1, 3, rows, columns): blue below zero, white at zero, red above; the far ends are cut off"""
+    """Matrix (rows, columns) -> (1, 3, rows, columns): blue below zero, white, red above; the far ends are cut off"""
     m = (m / m.abs().quantile(0.98)).clamp(-1, 1)[None, None]
-    red, blue = torch.tensor([0.75, 0.22, 0.17]).view(1, 3, 1, 1), torch.tensor([0.17, 0.42, 0.69]).view(1, 3, 1, 1)
+    red, blue = (torch.tensor(c).view(1, 3, 1, 1) for c in ([0.75, 0.22, 0.17], [0.17, 0.42, 0.69]))
     return 1 - m.clamp(min=0) * (1 - red) - (-m).clamp(min=0) * (1 - blue)
 
 
@@ -318,7 +323,7 @@ def gram():
 
 
 def toy_prior(means, variance, z_t, t, allowed):
-    """The exact noise in z_t (B, 2, 1, 1) if clean points come from Gaussians round means (3, 2); allowed (B, 1, 3): odds of the classes"""
+    """The exact noise in z_t (B, 2, 1, 1) of points from Gaussians round means (3, 2), with odds allowed (B, 1, 3)."""
     a = alphas_cumprod()[t].view(-1, 1)
     away = z_t.flatten(1)[:, None] - a.sqrt()[..., None] * means
     spread = a * variance + 1 - a
@@ -328,13 +333,15 @@ def toy_prior(means, variance, z_t, t, allowed):
 
 def csd():
     """Where CSD drives points that shall be of one of three classes: to it, then past it."""
-    means, g = 2 * torch.tensor([[0, 1], [-(3**0.5) / 2, -0.5], [3**0.5 / 2, -0.5]]), torch.Generator().manual_seed(0)
+    means = torch.tensor([[0.0, 2.0], [-(3**0.5), -1.0], [3**0.5, -1.0]])
+    g = torch.Generator().manual_seed(0)
     z, label = (0.3 * torch.randn(180, 2, 1, 1, generator=g)).requires_grad_(), torch.arange(180) % 3
     wanted, any_class, seen = F.one_hot(label, 3).float()[:, None], torch.ones(180, 1, 3), {}
     for step in range(101):
         seen[step] = z.detach().flatten(1).clone()
         t = torch.randint(20, 500, (180,), generator=g)
-        loss_csd(lambda *x: toy_prior(means, 0.1, *x), z, t, torch.randn(z.shape, generator=g), wanted, any_class).backward()
+        noise = torch.randn(z.shape, generator=g)
+        loss_csd(partial(toy_prior, means, 0.1), z, t, noise, wanted, any_class).backward()
         with torch.no_grad():
             z -= 0.05 * z.numel() / 2 * z.grad
             z.grad = None
@@ -355,7 +362,8 @@ def csd():
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance, "stages": stages}
+PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
+          "stages": stages}
 DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
 
 
@@ -363,7 +371,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*PHOTOS, *DRAWINGS])}")
     p.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the pictures (default assets)")
-    p.add_argument("--runs", type=Path, help="folder of README's ten minutes of training, for stages")
+    p.add_argument("--runs", type=Path, help="folder with the --out of each stage of train_vosr.py, for stages")
     args = p.parse_args()
     unknown = set(args.names) - {*PHOTOS, *DRAWINGS}
     if unknown or "stages" in args.names and not args.runs:
