@@ -12,7 +12,6 @@ answer -> picture. There are three LoRA sets, one a loss (gram.py), each with a 
 
 import os
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from math import lcm
 from pathlib import Path
 
@@ -93,29 +92,31 @@ class GramSR(nn.Module):
 
     def only(self, *sets):
         """C with which the UNet has these LoRA sets on and all others off: identities (lora.py)."""
-        ranks, device = self.cfg.ranks, self.unet.conv_in.weight.device
-        on = {adapter: torch.eye(ranks[name], device=device)[None] for name in sets for adapter in SETS[name]}
+        on, device = {}, self.unet.conv_in.weight.device
+        for name in self.cfg.ranks.keys() & sets:
+            on |= dict.fromkeys(SETS[name], torch.eye(self.cfg.ranks[name], device=device)[None])
         return [on] * len(self.unet.blocks)
 
     def tokens(self, x):
-        """What stands in for a text.  x: (B, 3, H, W) enlarged LQ in [-1, 1], sides multiples of the patch
-
-        -> (B, 1 class + 4 registers + patches, context_dim)
-        """
+        """What stands in for a text.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> (B, N, D), N = 5 + patches"""
         return self.adapter(self.vit(normalised(x).to(self.vit.norm.weight.dtype)))     # Eq. GramSR (1)
 
     def predict(self, z, context, scales=(1, 1, 1)):
         """What is wrong with a latent: l1 e_p + l2 (e_ps - e_p) + l3 (e_all - e_ps), with one, two and all sets on.
 
-        z: (B, 4, h, w); context: (B, N, D); scales: l of pixel, semantic, texture; of missing sets not read -> like z
+        z: (B, 4, h, w); context: (B, N, D); scales: l of pixel, semantic, texture -> like z
         """
-        if all(l == 1 for l in scales):
-            return self.unet(z, self.cfg.t, context)        # e_all alone is left
-        sets, e = list(self.cfg.ranks), torch.zeros_like(z)
-        l = [l for name, l in zip(SETS, scales) if name in sets]
-        for n, (l_n, l_next) in enumerate(pairwise([*l, 0]), 1):
-            if l_n != l_next:       # the same sum, pass by pass: l1 - l2 times e_p, l2 - l3 times e_ps, l3 times e_all
-                e = e + (l_n - l_next) * self.unet(z, self.cfg.t, context, self.only(*sets[:n]))    # Eq. GramSR (2)
+        l1, l2, l3 = scales
+        l2 = l2 if "semantic" in self.cfg.ranks else l1     # a missing set changes nothing, whatever its scale
+        l3 = l3 if "texture" in self.cfg.ranks else l2
+        # The same sum, sorted by passes, so that what counts 0 times needs none: (1, 1, 1) is the last pass alone.
+        e, t = torch.zeros_like(z), self.cfg.t
+        if l1 != l2:
+            e = e + (l1 - l2) * self.unet(z, t, context, self.only("pixel"))
+        if l2 != l3:
+            e = e + (l2 - l3) * self.unet(z, t, context, self.only("pixel", "semantic"))
+        if l3 != 0:
+            e = e + l3 * self.unet(z, t, context)       # Eq. GramSR (2)
         return e
 
     def clean(self, z, context, scales=(1, 1, 1)):
