@@ -7,7 +7,7 @@ Left out: texts, which the released code never reads.
 
 The enlarged picture goes two ways: through the VAE to a latent, which the UNet takes for one with almost no noise
 (t = 1), and through DINOv3 and a small adapter to tokens, which stand where SD's text stood. Latent minus the UNet's
-answer -> picture. There are three LoRA sets, one a loss (gram.py), each with a scale in use.
+answer -> picture. Three LoRA sets, one a loss (gram.py), have a scale each in use.
 """
 
 import os

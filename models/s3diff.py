@@ -62,10 +62,10 @@ class S3DiffConfig:
     denet_widths: tuple = (64, 64, 64, 128)     # of the estimator
     tokens: int = 77                    # of a prompt
     t: int = 999                        # where the one step starts
-    start_noise: float = 1.0            # share of the noise of time t that is added, where t is below 999
+    start_noise: float = 1.0            # share of time t's noise that is added, where t < 999
     guidance: float = 1.07              # trap: the paper says 1.1
     enlarge: str = "bilinear"           # official: in inference; bicubic in training
-    tile: int = 768                     # pixels a side, up to whose area the UNet sees the whole picture
+    tile: int = 768                     # pixels a side, up to whose area the UNet sees all at once
     overlap: int = 256                  # pixels that tiles share
 
     @staticmethod
@@ -176,7 +176,7 @@ class S3Diff(nn.Module):
         t = self.cfg.t if start_step is None else start_step
         if guidance is None:
             guidance = 1.1 if paper else self.cfg.guidance
-        scores = self.estimate(lq)
+        scores = self.estimate(lq) if None in (blur, noise) else torch.empty(len(lq), 2, device=lq.device)
         for i, score in enumerate((blur, noise)):
             if score is not None:
                 scores[:, i] = score
@@ -187,7 +187,7 @@ class S3Diff(nn.Module):
 
         # official: the bicubic of the first release overshot
         lq_up = F.interpolate(lq, (H, W), mode="bicubic" if paper else self.cfg.enlarge).clamp(0, 1)
-        multiple = self.vae.factor << len(self.cfg.unet.widths) - 1     # pixels; every map is half the one above
+        multiple = self.vae.factor << len(self.cfg.unet.widths) - 1     # pixels, of VAE and UNet
         # official: a sample of the posterior; here its mode
         z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, multiple), C=self.matrices("vae", scores))
         z = self.start(z, t, torch.Generator().manual_seed(seed))
@@ -222,7 +222,7 @@ class S3Diff(nn.Module):
             raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, "
                                     "or a folder with it or with model.safetensors")
         model.float()
-        for network in (model.unet, model.vae):     # the others are small, and what they say counts
+        for network in (model.unet, model.vae):     # the others are small, and decide
             in_half(network, dtype)
         return model.to(device).eval()
 
@@ -235,7 +235,7 @@ class S3Diff(nn.Module):
 
     @classmethod
     def from_release(cls, pkl, folder=None):
-        """The authors' file or ours, with public networks from folder, or fetched. Raises WeightError."""
+        """The authors' file or ours; public networks from folder or fetched. Raises WeightError."""
         file = read_tensors(pkl)
         with laid_out_as("s3diff.pkl", pkl):
             settings, trained = read_s3diff(file)
