@@ -2,7 +2,7 @@
 
 Paper:   GramSR, arXiv 2604.25457, which extends PiSA-SR, 2412.03017. Numbers of equations are ours.
 Weights: model_12501.pkl, lora_weights_dino_53001.safetensors, adapter_53001.pth of aimagelab/GramSR; unet and vae of
-         stable-diffusion-2-1-base; facebook/dinov3-vitb16-pretrain-lvd1689m (licence gate).
+         stable-diffusion-2-1-base; facebook/dinov3-vitb16-pretrain-lvd1689m.
 Left out: texts, which the released code never reads.
 
 The enlarged picture goes two ways: through the VAE to a latent, which the UNet takes for one with almost no noise
