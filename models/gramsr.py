@@ -1,19 +1,17 @@
-"""GramSR: one step of Stable Diffusion 2.1, told by visual tokens instead of words what is in the picture; three LoRA sets, one a loss.
+"""GramSR: one step of Stable Diffusion 2.1, told by visual tokens instead of words what is in the picture.
 
 Paper:   GramSR, arXiv 2604.25457, which extends PiSA-SR, 2412.03017. Numbers of equations are ours.
 Weights: model_12501.pkl, lora_weights_dino_53001.safetensors, adapter_53001.pth of aimagelab/GramSR; unet and vae of
-         stable-diffusion-2-1-base; facebook/dinov3-vitb16-pretrain-lvd1689m (licence gate). Gram features: -vits16plus-, training only.
-Left out: texts (the released code never reads one), LoRA weights summed factor by factor (the released helper for it is unused and wrong).
+         stable-diffusion-2-1-base; facebook/dinov3-vitb16-pretrain-lvd1689m.
+Left out: texts, which the released code never reads.
 
-A system is wiring. The enlarged picture goes two ways: through the VAE to a latent, which the UNet takes for one with almost no noise
-(t = 1), and through DINOv3 and a small adapter to tokens, which stand where SD's text stood. Latent minus the UNet's answer -> picture.
-The authors published inference only; what is known and what is inferred about the losses stands beside them (gram.py).
+The enlarged picture goes two ways: through the VAE to a latent, which the UNet takes for one with almost no noise
+(t = 1), and through DINOv3 and a small adapter to tokens, which stand where SD's text stood. Latent minus the UNet's
+answer -> picture. Three LoRA sets, one a loss (gram.py), have a scale each in use.
 """
 
 import os
-import re
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from math import lcm
 from pathlib import Path
 
@@ -22,22 +20,24 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from models.gram import normalised
+from models.lora import ALPHA, add_lora
+from models.support.authors import last_step, with_step
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
-from models.lora import ALPHA, add_lora
+from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
+                                    read_tensors)
 from models.unet import UNet, UNetConfig
 from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
 from models.vit import DINOv3, DINOv3Config
-from models.support.weights import (WeightError, checked, fetch, find_ours, load_ours, load_strictly, nearby, on_paper,
-                                    read_tensors)
 
+# LoRA sets in the order they are trained: {adapter: names of its layers in the UNet}
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
-TEXTURE = "default_unet_dino"       # one adapter for every layer that can take one, 258 of SD's; its own file leaves this name out
-SETS = {name: {f"default_{place}_{name[:3]}": layers for place, layers in PLACES.items()} for name in ("pixel", "semantic")}
-SETS |= {"texture": {TEXTURE: ".*"}}        # LoRA sets in the order they are trained: {adapter: names of layers in the UNet}
+TEXTURE = "default_unet_dino"       # for every layer; its own file leaves this name out
+SETS = {name: {f"default_{place}_{name[:3]}": layers for place, layers in PLACES.items()}
+        for name in ("pixel", "semantic")} | {"texture": {TEXTURE: ".*"}}
 RELEASE = {"model": "model_12501.pkl", "texture": "lora_weights_dino_53001.safetensors", "adapter": "adapter_53001.pth"}
-PRIOR = {"unet": "stable-diffusion-2-1-base/unet/diffusion_pytorch_model.safetensors",
-         "vae": "stable-diffusion-2-1-base/vae/diffusion_pytorch_model.safetensors", "vit": "dinov3-vitb16-pretrain-lvd1689m/model.safetensors"}
+PRIOR = {name: f"stable-diffusion-2-1-base/{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
+PRIOR["vit"] = "dinov3-vitb16-pretrain-lvd1689m/model.safetensors"
 TILES_AT_ONCE = 4
 
 
@@ -46,96 +46,94 @@ class GramSRConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
     vit: DINOv3Config = field(default_factory=DINOv3Config)
-    ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are; in training they come one by one
+    ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are
     t: int = 1                  # what the UNet is told about the noise
     tile: int = 512             # pixels per tile side: the size it was trained at
     overlap: int = 128          # pixels that tiles share, at least 1/8 of a tile
-    prompt_tokens: int = 0      # of the tiny prior's two prompts, which CSD asks; SD's are not read
+    prompt_tokens: int = 0      # of the tiny prior's two prompts, for CSD
 
     @staticmethod
     def from_dict(d):
-        return GramSRConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"]), "vit": DINOv3Config(**d["vit"])})
+        vit = DINOv3Config(**d["vit"])
+        return GramSRConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"]), "vit": vit})
 
 
 def token_adapter(D, inner, context_dim):
-    """From DINO's tokens to what the UNet's cross-attention reads, each token for itself.  (B, N, D) -> (B, N, context_dim)"""
+    """DINO's tokens to what the UNet's cross-attention reads, each for itself.  (B, N, D) -> (B, N, context_dim)"""
     return nn.Sequential(nn.Linear(D, inner), nn.ReLU(), nn.Linear(inner, context_dim))
 
 
-def last(folder, name):
-    """The file of that name with the highest step in place of the one in name -> Path or None"""
-    return max(folder.glob(re.sub(r"\d+", "*", name)), key=lambda path: int("0" + "".join(re.findall(r"\d+", path.stem)[-1:])), default=None)
-
-
 class GramSR(nn.Module):
-    SWEEP = [[{name: x / 2} for x in range(5)] for name in SETS]        # of sample.py --sweep: rows, columns
+    SWEEP = [[{name: x / 2} for x in range(5)] for name in SETS]        # of sample.py: rows, columns
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.layers = replace(cfg, ranks={}), {}      # {adapter: names of its layers in the UNet}
+        self.cfg, self.layers = replace(cfg, ranks={}), {}      # {adapter: its layers}
         self.unet, self.vae, self.vit = UNet(cfg.unet), autoencoder(cfg.vae), DINOv3(cfg.vit)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
-        self.multiple = lcm(self.vae.factor << len(cfg.unet.widths) - 1, cfg.vit.patch_size)    # pixels; every map is half the one above
+        # pixels; every map of the UNet is half the one above
+        self.multiple = lcm(self.vae.factor << len(cfg.unet.widths) - 1, cfg.vit.patch_size)
         if cfg.prompt_tokens:
-            self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))        # good, bad
+            self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))    # good, bad
         for name in sorted(cfg.ranks, key=list(SETS).index):
             self.add_set(name, cfg.ranks[name])
 
     def add_set(self, name, r=4):
         """A new LoRA set, which changes nothing yet: pixel, semantic or texture."""
         for adapter, layers in SETS[name].items():
-            alpha = r if name == "texture" else ALPHA           # trap: a scale of 8/r = 2 for two sets, of 1 for the third
+            alpha = r if name == "texture" else ALPHA       # trap: a scale of 8/r = 2 for two sets, of 1 for the third
             self.layers[adapter] = add_lora(self.unet, layers, adapter, r, alpha)
         self.cfg.ranks[name] = r
 
     def lora(self, *sets):
-        """The parameters of LoRA sets by their names in the UNet."""
+        """The parameters of LoRA sets by name in the UNet."""
         mine = tuple(f".{adapter}.weight" for name in sets for adapter in SETS[name])
         return {k: p for k, p in self.unet.named_parameters() if k.endswith(mine)}
 
-    def tokens(self, x):
-        """What stands in for a text. Positions are not told: a token says where it is only by what it saw.
+    def only(self, *sets):
+        """C with which the UNet has these LoRA sets on and all others off: identities (lora.py)."""
+        on, device = {}, self.unet.conv_in.weight.device
+        for name in self.cfg.ranks.keys() & sets:
+            on |= dict.fromkeys(SETS[name], torch.eye(self.cfg.ranks[name], device=device)[None])
+        return [on] * len(self.unet.blocks)
 
-        x: (B, 3, H, W) enlarged LQ in [-1, 1], sides multiples of the patch -> (B, 1 class + 4 registers + patches, context_dim)
-        """
+    def tokens(self, x):
+        """What stands in for a text.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> (B, N, D), N = 5 + patches"""
         return self.adapter(self.vit(normalised(x).to(self.vit.norm.weight.dtype)))     # Eq. GramSR (1)
 
     def predict(self, z, context, scales=(1, 1, 1)):
-        """What is wrong with a latent: l1 e_pixel + l2 (e_pixel+semantic - e_pixel) + l3 (e_all - e_pixel+semantic).
+        """What is wrong with a latent: l1 e_p + l2 (e_ps - e_p) + l3 (e_all - e_ps), with one, two and all sets on.
 
-        Sorted by passes, e_pixel counts l1 - l2 times, e_pixel+semantic l2 - l3, e_all l3. Where that is 0 there is no pass; the others
-        are one batch, in which each sample has its own matrices between A and B (lora.py): 1 for sets that are on, 0 for those off.
-        z: (B, 4, h, w); context: (B, N, D); scales: l of pixel, semantic, texture, those of missing sets are ignored -> like z
+        z: (B, 4, h, w); context: (B, N, D); scales: l of pixel, semantic, texture -> like z
         """
-        ranks, B = self.cfg.ranks, len(z)
-        l = [scale for name, scale in zip(SETS, scales) if name in ranks]
-        passes = [(n, a - b) for n, (a, b) in enumerate(pairwise([*l, 0]), 1) if a != b]     # (sets that are on, times)
-        if not passes:
-            return torch.zeros_like(z)
-        n, C = len(passes), None
-        if passes[0][0] < len(ranks):
-            on = torch.tensor([[i < k for k, _ in passes] for i in range(len(ranks))]).to(z, non_blocking=True)
-            on = on.repeat_interleave(B if n > 1 else 1, dim=1)
-            C = {adapter: on[i, :, None, None] * torch.eye(ranks[name], device=z.device) for i, name in enumerate(ranks) for adapter in SETS[name]}
-            C = [C] * len(self.unet.blocks)
-        eps = self.unet(z.repeat(n, 1, 1, 1), self.cfg.t, context.repeat(n, 1, 1), C).chunk(n)
-        return sum(times * e for (_, times), e in zip(passes, eps))     # Eq. GramSR (2)
+        l1, l2, l3 = scales
+        l2 = l2 if "semantic" in self.cfg.ranks else l1     # a missing set changes nothing, whatever its scale
+        l3 = l3 if "texture" in self.cfg.ranks else l2
+        # The same sum, sorted by passes, so that what counts 0 times needs none: (1, 1, 1) is the last pass alone.
+        e, t = torch.zeros_like(z), self.cfg.t
+        if l1 != l2:
+            e = e + (l1 - l2) * self.unet(z, t, context, self.only("pixel"))
+        if l2 != l3:
+            e = e + (l2 - l3) * self.unet(z, t, context, self.only("pixel", "semantic"))
+        if l3 != 0:
+            e = e + l3 * self.unet(z, t, context)       # Eq. GramSR (2)
+        return e
 
     def clean(self, z, context, scales=(1, 1, 1)):
         """(B, 4, h, w) LQ latent -> clean latent; no noise schedule has a say."""
         return z - self.predict(z, context, scales)     # Eq. GramSR (3)
 
     def forward(self, x):
-        """What training sees.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> picture (saturated pixels have no gradient), latent, context"""
+        """What training sees.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> picture, latent, context"""
         context = self.tokens(x)
         z = self.clean(self.vae.encode(x), context)
         return self.vae.decode(z).clamp(-1, 1), z, context
 
     def prior(self, z_t, t, context):
-        """The UNet as it was before any LoRA, which judges in `loss_csd`: the same weights with every adapter off."""
-        return self.unet(z_t, t, context, [{}] * len(self.unet.blocks))
+        """The UNet as it was before any LoRA, which judges in `loss_csd`."""
+        return self.unet(z_t, t, context, self.only())
 
-    # ---- in use -----------------------------------------------------------------------------------------------------
+    # ---- in use
 
     def restore(self, z, x, scales, tile, overlap):
         """`clean`, in tiles where the latent is larger than one; each takes its own tokens.
@@ -158,27 +156,26 @@ class GramSR(nn.Module):
     def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0, color="adain"):
         """Super-resolution of one picture.
 
-        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: taken as by the other systems, but nothing is random here
-        pixel, semantic, texture: how much of what each LoRA set does, None = 1; one UNet pass if all are, up to three otherwise
-        tile, overlap: pixels of the output, 0 = the checkpoint's own choice; color: adain, wavelet or none
+        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
+        pixel, semantic, texture: how much of what each LoRA set does, None = 1; one UNet pass if all are, else up to 3
+        tile, overlap: pixels, 0 = the checkpoint's; color: adain, wavelet or none
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
         # official: whatever its shape, a picture is squeezed to 512 x 512
         lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
-        scales = [1 if scale is None else scale for scale in (pixel, semantic, texture)]
+        scales = [1 if l is None else l for l in (pixel, semantic, texture)]
         z = self.restore(self.vae.encode(x), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)
         sr = (self.vae.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
-        # official: cut down to 8 bits before and after the colour fix, by truncation, which also darkens lq_up; here write_picture rounds once
+        # official: truncated to 8 bits before and after the colour fix
         return color_fix(sr, lq_up, color, stablesr=True)
 
-    # ---- files ------------------------------------------------------------------------------------------------------
+    # ---- files: plumbing
 
     @classmethod
     def from_pretrained(cls, name="gramsr", device="cpu", dtype=torch.float32):
-        """A model by its name (gramsr, whose files are fetched; gramsr-tiny), or from a folder with the authors' three files, of several
-        steps the last, or with what train_gramsr.py wrote. Public networks are looked for there first.
+        """A model by its name (gramsr, which is fetched; gramsr-tiny), or a folder with the authors' files or ours.
 
         Raises FileNotFoundError or ValueError, one line.
         """
@@ -187,7 +184,7 @@ class GramSR(nn.Module):
             model = cls.from_release({part: fetch(file) for part, file in RELEASE.items()})
         elif weights := find_ours(name):
             model = load_ours(cls, GramSRConfig, weights)
-        elif (files := {part: last(path, file) for part, file in RELEASE.items()})["model"]:
+        elif (files := {part: last_step(path, file) for part, file in RELEASE.items()})["model"]:
             model = cls.from_release(files, path)
         else:
             raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or "
@@ -196,38 +193,28 @@ class GramSR(nn.Module):
 
     @classmethod
     def with_prior(cls, cfg, folder=None, source="GramSRConfig"):
-        """SD 2.1 and DINOv3 from their public files, the rest without numbers, on the meta device. Raises WeightError.
-
-        source: the file that cfg comes from, for messages
-        """
-        with on_paper(source, "GramSR"):        # before gigabytes are fetched
-            model = cls(checked(cfg))
-        for network, name in PRIOR.items():
-            path = nearby(name, folder)
-            load_strictly(getattr(model, network), read_tensors(path), path, model.lora(*cfg.ranks) if network == "unet" else ())
-        return model
+        """`load_public`: SD 2.1 and DINOv3 around a config of file source. Raises WeightError."""
+        return load_public(cls, cfg, PRIOR, folder, source)
 
     @classmethod
     def from_release(cls, files, folder=None):
-        """The authors' three files, which may be ours: paths by the keys of RELEASE, None for what is not there. Raises WeightError."""
+        """The authors' files or ours.  files: paths, or None, by the keys of RELEASE. Raises WeightError."""
         path, file, texture = files["model"], read_tensors(files["model"]), {}
-        try:
+        with laid_out_as(RELEASE["model"], path):
             sets = file.get("nanosr", {}).get("sets", list(SETS))
             ranks = {name: int(file[f"lora_rank_unet_{name[:3]}"]) for name in sets if name != "texture"}
             tensors = dict(file["state_dict_unet"])
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise WeightError(f"{path}: is not laid out as {RELEASE['model']} ({type(e).__name__}: {e}); get it again") from None
-        for part in ("adapter", *sets):
-            if not files.get(part, path):
+        for part in ["adapter", "texture"] if "texture" in sets else ["adapter"]:
+            if not files[part]:
                 raise WeightError(f"{path}: needs {RELEASE[part]}, or that of another step, beside it; put it there")
         if "texture" in sets:
-            texture = {re.sub(r"(?<=lora_[AB])(?=\.)", f".{TEXTURE}", k): v for k, v in read_tensors(files["texture"]).items()}
+            texture = {k.replace(".weight", f".{TEXTURE}.weight"): v for k, v in read_tensors(files["texture"]).items()}
             ranks["texture"] = next((len(v) for k, v in texture.items() if "lora_A" in k), 4)
         model = cls.with_prior(GramSRConfig(ranks=ranks), folder, path)
-        early = model.lora(*(name for name in sets if name != "texture"))
-        tensors = {k: v for k, v in tensors.items() if k in early}      # as officially, what else the file holds is ignored
-        for part, names, new in (("model", early, tensors), ("texture", model.lora("texture"), texture)):
-            load_strictly(model.unet, new, files[part], [k for k in model.unet.state_dict() if k not in names])
+        early, late = model.lora("pixel", "semantic"), model.lora("texture")
+        tensors = {k: v for k, v in tensors.items() if k in early}      # as officially, strangers are ignored
+        for part, mine, new in (("model", early, tensors), ("texture", late, texture)):
+            load_strictly(model.unet, new, files[part], model.unet.state_dict().keys() - mine)
         load_strictly(model.adapter, read_tensors(files["adapter"]), files["adapter"])
         return model
 
@@ -240,16 +227,20 @@ class GramSR(nn.Module):
         model = {"state_dict_unet": stored(self.lora(*early))}
         for name in early:
             model[f"lora_rank_unet_{name[:3]}"] = self.cfg.ranks[name]
-            model |= {f"unet_lora_{place}_modules_{name[:3]}": self.layers[adapter] for place, adapter in zip(PLACES, SETS[name])}
+            for place, adapter in zip(PLACES, SETS[name]):
+                model[f"unet_lora_{place}_modules_{name[:3]}"] = self.layers[adapter]
         if len(self.cfg.ranks) < len(SETS):
-            model["nanosr"] = {"sets": list(self.cfg.ranks)}        # of a training that is not over, which the authors' layout does not know
+            model["nanosr"] = {"sets": list(self.cfg.ranks)}        # ours: this training is not over
         texture = {k.replace(f".{TEXTURE}", ""): v for k, v in stored(self.lora("texture")).items()}
         return {"model": model, "texture": texture, "adapter": stored(self.adapter.state_dict())}
 
     def save_release(self, folder, step):
         """Write `release`, with step in the files' names, each under a temporary name first.  -> names"""
-        release = {re.sub(r"\d+", str(step), RELEASE[part]): content for part, content in self.release().items() if content}
-        for name, content in release.items():
-            (save_file if name.endswith(".safetensors") else torch.save)(content, part := Path(folder, f"{name}.part"))
-            os.replace(part, Path(folder, name))
-        return list(release)
+        names = []
+        for key, content in self.release().items():
+            if content:
+                names.append(with_step(RELEASE[key], step))
+                path = Path(folder, names[-1])
+                (save_file if key == "texture" else torch.save)(content, f"{path}.part")
+                os.replace(f"{path}.part", path)
+        return names

@@ -1,4 +1,4 @@
-"""What the authors' files say beside weights, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json."""
+"""The authors' files, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json, the layouts of the others."""
 
 from dataclasses import replace
 from inspect import signature
@@ -124,3 +124,52 @@ def believe(cfg, settings, path):
             "vit_layer": None if layers[0] in (-1, last) else layers[0],    # of the last block the normed tokens
             "steps": take("infer_steps", cfg.steps, whole(1, 1000)),
             "guidance": take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100)}
+
+
+# ---- S3Diff's s3diff.pkl, and the steps in the names of GramSR's files
+
+EMBEDDINGS = ["vae_block", "unet_block"]        # parts of the modulation
+MLPS = [f"{network}_{part}_mlp" for network in ("vae", "unet") for part in ("de", "block", "fuse")]
+
+
+def read_s3diff(file):
+    """-> {field of S3DiffConfig: value}, {name in S3Diff: what is trained}"""
+    settings = {"r_unet": file["rank_unet"], "r_vae": file["rank_vae"], "vae_targets": file["vae_lora_target_modules"],
+                "unet_targets": tuple(file["unet_lora_target_modules"]), **file.get("nanosr", {})}
+    parts = {"unet": file["state_dict_unet"], "vae": file["state_dict_vae"]}
+    if settings.get("modulation") != "none":
+        tables = file | file["state_embeddings"]
+        parts |= {f"modulation.{part}": tables[f"state_dict_{part}"] for part in EMBEDDINGS + MLPS}
+        parts["modulation"] = {"w": file["w"]}
+    return settings, {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
+
+
+def s3diff_layout(cfg, trained):
+    """The reverse, with an entry of ours for settings that the authors' code does not know."""
+    def take(names, prefix=""):
+        starts = {f"state_dict_{name}": f"{prefix}{name}." for name in names}
+        return {name: {k.removeprefix(start): v for k, v in trained.items() if k.startswith(start)}
+                for name, start in starts.items()}
+
+    file = {"rank_unet": cfg.r_unet, "rank_vae": cfg.r_vae, "unet_lora_target_modules": list(cfg.unet_targets),
+            "vae_lora_target_modules": cfg.vae_targets, **take(["unet", "vae"])}
+    if cfg.modulation != "none":
+        file |= take(MLPS, "modulation.") | {"state_embeddings": take(EMBEDDINGS, "modulation.")}
+        file["w"] = trained["modulation.w"]
+    if (cfg.t, cfg.modulation) != (999, "blocks"):
+        file["nanosr"] = {"t": cfg.t, "modulation": cfg.modulation}
+    return file
+
+
+def with_step(name, step):
+    """A file's name with another step: model_12501.pkl, 7 -> model_7.pkl"""
+    return f"{name.rpartition('_')[0]}_{step}.{name.rpartition('.')[2]}"
+
+
+def last_step(folder, name):
+    """The file of that name, or of another step, in folder; of several the last -> Path or None"""
+    def step(path):
+        number = path.stem.rpartition("_")[2]
+        return int(number) if number.isdecimal() else 0
+
+    return max(folder.glob(with_step(name, "*")), key=step, default=None)

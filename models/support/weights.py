@@ -311,6 +311,29 @@ def load_ours(system, settings, path):
     return model
 
 
+def load_public(system, cfg, networks, folder, source):
+    """The system (a class) around public networks; what learns around them has no numbers, on the meta device.
+
+    networks: {attribute: public file, in folder or else fetched}; source: the file cfg is from. Raises WeightError.
+    """
+    with on_paper(source, system.__name__):     # before gigabytes are fetched
+        model = system(checked(cfg))
+    for name, file in networks.items():
+        network, path = getattr(model, name), nearby(file, folder)
+        load_strictly(network, read_tensors(path), path, [k for k in network.state_dict() if "lora_" in k])
+    return model
+
+
+@contextmanager
+def laid_out_as(name, path):
+    """In here a file's dict is taken apart as if it were the public one of that name. Raises WeightError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        wrong = f"{type(e).__name__}: {e}"
+        raise WeightError(f"{path}: is not laid out as {name} ({wrong}); get it again") from None
+
+
 @contextmanager
 def on_paper(path, system):
     """In here networks are built as a file says, without numbers and with MOST parameters. Raises WeightError.
