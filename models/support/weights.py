@@ -177,9 +177,12 @@ noted = []      # every weight file that was read
 def read_json(path):
     """Settings by name -> dict. Raises WeightError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise WeightError(f"{path}: cannot be read as JSON ({e}); get it again") from None
+    if not isinstance(settings, dict):
+        raise WeightError(f"{path}: holds a {type(settings).__name__}, not settings by name; get it again")
+    return settings
 
 
 def is_plain(x):
