@@ -245,7 +245,7 @@ class TinyVAEConfig:
 
 
 class ResBlock(nn.Module):
-    """x + two convolutions, without norm: contrast is information."""
+    """x + two convolutions; no norm: contrast is information."""
 
     def __init__(self, channels):
         super().__init__()
