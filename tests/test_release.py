@@ -546,6 +546,7 @@ def run_here(command, **_):
     return subprocess.CompletedProcess(command, status, out, err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, unet", [("s3diff", "UNet, two prompts"), ("gramsr", "UNet at (1, 1, 1)")])
 def test_bench(monkeypatch, tmp_path, model, unet):
     """The tiny ones, whose checks end with an error where ours and the reference differ."""
@@ -562,6 +563,7 @@ def test_bench(monkeypatch, tmp_path, model, unet):
     assert ours < 1.3 * theirs
 
 
+@pytest.mark.slow
 def test_bench_train(tmp_path):
     command = ["train", "--tiny", "--side", "16", "--repeat", "1", "--device", "cpu",
                "--json", str(tmp_path / "figures.json")]
