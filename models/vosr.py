@@ -39,7 +39,7 @@ class VOSRConfig:
     light_decoder: dict | None = None   # LightDecoder's arguments, where it stands in for the VAE's own decoder
     vit_input: int = 448            # pixels per side of what the vision encoder sees, whatever the picture's shape
     vit_layer: int | None = 8       # its tokens after this block; None = after the last block and the final norm
-    steps: int = 25                 # Euler steps
+    steps: int = 25                 # of Euler
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
