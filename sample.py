@@ -35,7 +35,7 @@ from models.support.page import figure_of, page_of
 from models.support.strips import plain
 from models.support.weights import EMBEDDED, WeightError, list_weights, read_config
 from models.vosr import VOSR
-from training import choose_device, choose_dtype, compile_all
+from training import choose_dtype, compile_all, usable_device
 
 EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
@@ -56,7 +56,8 @@ def parse_args(argv):
     # model
     p.add_argument("--model", help="vosr-tiny (default), s3diff-tiny, gramsr-tiny, all (these three), "
                    "vosr-{0.5b,1.4b}[-1step], vosr-2, s3diff, gramsr, or a file or folder")  # fmt: skip
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto (default): cuda, else mps, else cpu")
+    p.add_argument("--device", type=usable_device, default="auto",
+                   help="cpu, cuda, cuda:1, mps; auto (default): cuda, else mps, else cpu")  # fmt: skip
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")  # fmt: skip
     p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster")
@@ -100,11 +101,6 @@ def parse_args(argv):
     for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
         if path is not None and not exists(path):
             p.error(f"argument {option}: {path} does not exist")
-    try:
-        args.device = choose_device(args.device)
-        torch.zeros(1, device=args.device)  # a device may have a name and not be there
-    except (RuntimeError, AssertionError) as e:
-        p.error(f"argument --device: {args.device} cannot be used here ({str(e).splitlines()[0]})")
     args.dtype = choose_dtype(args.dtype, args.device, "float16")
     if args.tile and args.overlap and args.overlap >= args.tile:
         p.error(f"argument --overlap: {args.overlap} is not less than the tile's {args.tile}")

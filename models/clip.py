@@ -43,7 +43,7 @@ WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^a-z0-9 ]+")
 
 
 def byte_symbols():
-    """A printable character for each of the 256 bytes: "é" is Ã©, and 東, of three bytes, is æĿ±.  -> list of str"""
+    """A printable character for each of the 256 bytes: "é" is Ã©, 東, of three bytes, is æĿ±.  -> list of str"""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

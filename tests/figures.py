@@ -22,6 +22,8 @@ from degrade import RECIPES, apply, draw_plan  # noqa: E402
 from models.flow import guided, sample  # noqa: E402
 from models.gram import gram as gram_matrix  # noqa: E402
 from models.gram import loss_csd  # noqa: E402
+from models.gramsr import GramSR  # noqa: E402
+from models.s3diff import S3Diff  # noqa: E402
 from models.support.imaging import read_picture, resize, to_pil  # noqa: E402
 from models.support.metrics import psnr_y  # noqa: E402
 from models.unet import alphas_cumprod  # noqa: E402
@@ -84,8 +86,6 @@ def example(*crop):
 
 def embedded():
     """-> {title: model} of the tiny systems whose weights are in the repository"""
-    from models.gramsr import GramSR
-    from models.s3diff import S3Diff
     classes = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
     return {title: classes[system].from_pretrained(f"{system}-tiny") for title, system in TINY.items()
             if (ROOT / "models" / f"{system}_tiny.safetensors").exists()}
@@ -162,6 +162,23 @@ def guidance():
     scales = -1, -0.5, 0, 0.5, 1, 1.5
     pictures = [model.upscale(lq, guidance=s) for s in scales]
     return sheet([pictures], [[f"guidance {s:g}\n{psnr_y(x, hq, 4):.1f} dB" for s, x in zip(scales, pictures)]])
+
+
+def scores():
+    """S3Diff told other scores than it estimates."""
+    model, (lq, hq) = S3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
+    noises, blurs = (0, 0.3, 0.6), (0, 0.25, 0.5, 0.75, 1)
+    rows = [[model.upscale(lq, noise=n, blur=b) for b in blurs] for n in noises]
+    captions = [[f"blur {b:g}, {psnr_y(x, hq, 4):.1f} dB" for b, x in zip(blurs, row)] for row in rows]
+    return sheet(rows, captions, [f"noise\n{n:g}" for n in noises])
+
+
+def negatives():
+    """S3Diff by its bad prompt alone, by its good one, and further away from the bad one."""
+    model, (lq, hq) = S3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
+    words = {0: "bad prompt alone", 0.5: "guidance 0.5", 1: "good prompt alone", 1.5: "guidance 1.5", 2: "guidance 2"}
+    pictures = [model.upscale(lq, guidance=g) for g in words]
+    return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
 
 
 def stages(runs):
@@ -363,7 +380,7 @@ def csd():
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
-          "stages": stages}
+          "scores": scores, "negatives": negatives, "stages": stages}
 DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
 
 
