@@ -38,7 +38,7 @@ def test_first_command(tmp_path):
     assert "pip install -r requirements.txt && python sample.py" in README
     done = subprocess.run([sys.executable, str(ROOT / "sample.py")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "vosr-tiny" in done.stdout and "128x100" in done.stdout
+    assert "model all" in done.stdout and "128x100" in done.stdout and "PSNR-Y" in done.stdout
     assert Image.open(tmp_path / "out" / "example.png").size == (512, 400)
     assert (tmp_path / "out" / "sheet.png").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"out"}

@@ -381,9 +381,15 @@ class Dark(Bicubic):
         return super().upscale(lq, scale, seed) * (0.5 if noise is None else noise)
 
 
+def embed(monkeypatch):
+    """All three tiny models are there, as stand-ins."""
+    monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
+    monkeypatch.setattr(sample, "EMBEDDED", dict.fromkeys(sample.TINY, Path(__file__)))
+
+
 def test_three_models_side_by_side(run, monkeypatch):
     """A folder for each model's results and metrics, one sheet, one page; a knob goes to the models that have it."""
-    monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
+    embed(monkeypatch)
     picture("a.png"), picture("b.png"), picture("hq/a.png", 64, 96)
     status, out, err = run("a.png", "b.png", "--ref", "hq", "--model", "all", "--page", "--noise", 0.25)
     assert status == 0 and len(err) == 1
@@ -403,7 +409,7 @@ def test_three_models_side_by_side(run, monkeypatch):
 
 def test_without_arguments(run, monkeypatch):
     """All three on the example, beside its original."""
-    monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
+    embed(monkeypatch)
     status, out, err = run()
     assert (status, err) == (0, []) and sum("average  " in line for line in out) == 3
     lq = Image.open(sample.EXAMPLE)
