@@ -54,7 +54,8 @@ class Recipe:
 
     steps: int = 30_000                 # of the paper; the code counts 50 epochs
     batch_size: int = 64                # of all processes together; officially 4 GPUs x 4 photos x 4 parts
-    lr: float = 2e-5                    # for the generator and for D
+    lr: float = 2e-5                    # for the generator
+    lr_D: float = 0.0                   # for D, constant; 0 = as the generator's
     crop: int = 512                     # pixels, cut out, never shrunk
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
@@ -80,7 +81,7 @@ at_128 = partial(Recipe, crop=128, schedule="cosine")
 TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": at_128(3900, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02,
+    "adapters": at_128(3900, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
                        recipes=("s3diff", "s3diff", "vosr"), looks_from=2700, told_until=2700),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
@@ -382,9 +383,9 @@ def backward(run, compute, *inputs):
 
 def step(run):
     """One step of each optimizer that the stage has."""
-    for optimizer in (run.G_optimizer, run.D_optimizer):
+    for optimizer, lr in ((run.G_optimizer, run.lr), (run.D_optimizer, run.recipe.lr_D or run.lr)):
         for group in optimizer.param_groups:
-            group["lr"] = run.lr
+            group["lr"] = lr
     batch, recipe = [], run.recipes[run.step % len(run.recipes)]
     for i in range(run.parts):
         # the same draws, whoever computes this part
