@@ -215,6 +215,9 @@ def poisson_field(x, fields):
 
 def noise_field(x, type, gray, fields):
     """Noise of strength 1 for x (B, 3, H, W): gaussian (sigma 1/255) or poisson; gray (B,): alike in all channels."""
+    if type not in ("gaussian", "poisson"):
+        raise ValueError(f"unknown noise {type!r}; choose from gaussian, poisson")
+
     def field(gray):
         if type == "gaussian":  # official: one (H, W) field serves all gray pictures of a batch
             return fields.normal(x.shape[2:] if gray else x.shape).to(x) / 255

@@ -112,6 +112,11 @@ def test_an_unknown_kernel_is_named(type):
         stack_kernels([PULSE, {"type": type, "size": 7, "sigma_x": 1.0}])
 
 
+def test_unknown_noise_is_an_error():
+    with pytest.raises(ValueError, match="^unknown noise 'salt'; choose from gaussian, poisson$"):
+        noise_field(torch.rand(1, 3, 4, 4), "salt", [False], Fields(0))
+
+
 def test_blur_of_the_true_size_is_the_padded_one():
     k, x = [{"type": "aniso", "size": 7, "sigma_x": 2.0, "sigma_y": 0.7, "theta": 0.5}], pictures()
     assert torch.allclose(blur(x, stack_kernels(k)), blur(x, stack_kernels(k, 21)), atol=1e-6)
