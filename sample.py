@@ -1,6 +1,6 @@
 """Upscale pictures, and measure the results where a reference or NIQE's parameter file is at hand.
 
-    python sample.py                                 the example picture, by all three embedded models side by side
+    python sample.py                                 the example picture, by all embedded models side by side
     python sample.py photo.jpg holiday/ --out big    files and folders
     python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
@@ -42,7 +42,6 @@ SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
 KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step",
          "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
-TINY = "vosr-tiny", "s3diff-tiny", "gramsr-tiny"        # --model all
 Job = namedtuple("Job", "path name targets ref")    # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
@@ -163,22 +162,22 @@ def finish(job, lq, alpha, results, args):
     Raises PictureError.
     """
     size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
-    bicubic = resize(lq, size)
+    bicubic, grey = resize(lq, size), chroma(lq) < GREY
+    alpha = None if alpha is None else resize(alpha, size)
+    files = [round8(sr) for sr, _ in results]       # what they will hold is measured and shown
     hq, why = read_reference(job.name, job.ref, size) if args.ref else (None, "")
-    for top, target, (sr, seconds) in zip(args.folders, job.targets, results):
+    for top, target, sr, (_, seconds) in zip(args.folders, job.targets, files, results):
         if seconds is None:
             lines.append(f"{name}: {printable(target)} is kept")
         else:
-            colours = sr[:, :1] if chroma(lq) < GREY else sr
-            write_picture(target, colours, None if alpha is None else resize(alpha, size))
+            write_picture(target, sr[:, :1] if grey else sr, alpha)
             line = f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}, {seconds:.2f} s"
             lines.append(line)
-        # measured is what the file holds
-        found, failed = measure(round8(sr), bicubic, hq, args.metrics, why, job.path)
+        found, failed = measure(sr, bicubic, hq, args.metrics, why, job.path)
         if found:
             lines.append(f"{name}: {report(found)}")
         rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, found, args.absent | failed))
-    shown = [x for x in (bicubic, *(round8(sr) for sr, _ in results), hq) if x is not None]
+    shown = [x for x in (bicubic, *files, hq) if x is not None]
     figure = figure_of(rows, shown, args.names, args.shown) if args.page else None
     return rows, [middle(lq, round(SHEET_CROP / args.scale)), *(middle(x, SHEET_CROP) for x in shown)], lines, figure
 
@@ -220,7 +219,7 @@ def load(args):
     """The models by their names, and in args what they may be measured with. Raises OSError, ValueError."""
     names = [args.model]
     if args.model == "all":
-        names = [name for name in TINY if EMBEDDED[name].is_file()]
+        names = [name for name, file in EMBEDDED.items() if file.is_file()]
     with noting_weights() as weights:
         models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,

@@ -243,18 +243,13 @@ def open_data(run):
 
 def step(run):
     """One optimizer step; parts of a batch are computed one after another."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.lr
+    training.set_lr(run.optimizer, run.lr)
     for i in range(run.parts):
         # the same draws, whoever computes this part
         g = training.generator(run.args.seed, run.recipe.before + run.step, run.rank * run.parts + i)
         hq = next(run.batches).to(run.device, non_blocking=True)
         lq_up = degrade(hq, RECIPES["gramsr"], g)[1]
-        with training.autocast(run.device, run.dtype):
-            terms, _ = run.losses(2 * lq_up - 1, 2 * hq - 1, g)
-        run.scaler.scale(sum(terms.values()) / run.parts).backward()
-        for name, loss in terms.items():
-            run.sums[name] += loss.detach() / run.parts
+        training.backward(run, run.losses, 2 * lq_up - 1, 2 * hq - 1, g)
     run.grad_norm = run.health.step(run.optimizer, run.scaler)
 
 
@@ -267,10 +262,9 @@ def evaluate(run):
     x_lq, hq = run.test
     parts = [run.losses(*(x[i : i + 1] for x in run.test), training.generator(1, i)) for i in range(len(hq))]
     y = torch.cat([y for _, y in parts])
-    psnr = -10 * ((y - hq) / 2).square().mean((1, 2, 3)).log10().mean()
     natural = [niqe(round8(x / 2 + 0.5), run.niqe) if run.niqe else math.nan for x in y.split(1)]
-    seen = {"held_out": sum(float(sum(terms.values())) for terms, _ in parts) / len(parts), "psnr": float(psnr),
-            "niqe": float(torch.tensor(natural).nanmean())}
+    seen = {"held_out": sum(float(sum(terms.values())) for terms, _ in parts) / len(parts),
+            "psnr": training.psnr(y, hq), "niqe": float(torch.tensor(natural).nanmean())}
     return seen, {"LQ": x_lq, f"result, step {run.step}": y, "HQ": hq}
 
 

@@ -37,14 +37,14 @@ from degrade import RECIPES, apply, degrade, draw_plan, severity
 from models.clip import text_features
 from models.discriminator import Discriminator, PatchDiscriminator, draw_augment
 from models.lpips import LPIPS
-from models.s3diff import GOOD_PAPER, PRIOR, VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
+from models.s3diff import GOOD_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig
 from models.vit import PRESETS as VITS
 from models.vit import ViT
 from models.support.arguments import between
 from models.support.precision import in_half
-from models.support.weights import fetch, load_strictly, read_model, read_tensors, save_model
+from models.support.weights import PRIOR, fetch, load_strictly, read_model, read_tensors, save_model
 from models.vosr import VOSR
 
 
@@ -205,8 +205,11 @@ def draw(stage, model, hq, recipe, g, told=False):
     if stage == "estimator":
         lq, _, scores = degrade_and_tell(hq, recipe, g)
         return lq, scores
-    lq, lq_up, scores = degrade_and_tell(hq, recipe, g) if told else (*degrade(hq, recipe, g), None)
-    scores = scores if told else model.estimate(lq)
+    if told:
+        lq, lq_up, scores = degrade_and_tell(hq, recipe, g)
+    else:
+        lq, lq_up = degrade(hq, recipe, g)
+        scores = model.estimate(lq)
     return 2 * lq_up - 1, 2 * hq - 1, scores, torch.rand(len(hq), generator=g), g
 
 
@@ -329,8 +332,7 @@ def evaluate(run):
         return look_estimator(run), {}
     loss, sheet = (look_prior if run.args.stage == "prior" else look_adapters)(run)
     _, y, hq = sheet.values()
-    psnr = -10 * ((y.clamp(-1, 1) - hq) / 2).square().mean((1, 2, 3)).log10().mean()
-    return {"held_out": loss, "psnr": float(psnr)}, sheet
+    return {"held_out": loss, "psnr": training.psnr(y.clamp(-1, 1), hq)}, sheet
 
 
 # ---- a run, part by part; `run` holds what the parts share
@@ -371,21 +373,10 @@ def open_data(run):
                                    run.micro, args.workers, run.device)
 
 
-def backward(run, compute, *inputs):
-    """One part of the batch -> what compute returns beside its losses"""
-    with training.autocast(run.device, run.dtype):
-        terms, *others = compute(*inputs)
-    run.scaler.scale(sum(terms.values()) / run.parts).backward()
-    for name, loss in terms.items():
-        run.sums[name] += loss.detach() / run.parts
-    return others
-
-
 def step(run):
     """One step of each optimizer that the stage has."""
-    for optimizer, lr in ((run.G_optimizer, run.lr), (run.D_optimizer, run.recipe.lr_D or run.lr)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    training.set_lr(run.G_optimizer, run.lr)
+    training.set_lr(run.D_optimizer, run.recipe.lr_D or run.lr)
     batch, recipe = [], run.recipes[run.step % len(run.recipes)]
     for i in range(run.parts):
         # the same draws, whoever computes this part
@@ -396,7 +387,7 @@ def step(run):
     looks = run.step >= run.recipe.looks_from
     part = [] if run.args.stage != "adapters" else ["reconstruct" if looks else "regress"]
     for inputs in batch:
-        backward(run, run.generate, *part, *inputs)
+        training.backward(run, run.generate, *part, *inputs)
     run.grad_norm = run.health.step(run.G_optimizer, run.scaler)
     if part and looks:
         compete(run, batch)
@@ -410,15 +401,15 @@ def compete(run, batch):
     # official: D keeps what this backward leaves in it, and learns a little to be deceived
     run.D.requires_grad_(False)
     for inputs in batch:
-        fakes += backward(run, run.generate, "adversary", *inputs)
+        fakes += training.backward(run, run.generate, "adversary", *inputs)
     run.D.requires_grad_(True)
     run.health.step(run.G_optimizer, run.scaler)
 
     for x_src, x_tgt, _, _, g in batch:
-        backward(run, run.judge, x_tgt, "real", beside(run.D, x_tgt, x_src, g))
+        training.backward(run, run.judge, x_tgt, "real", beside(run.D, x_tgt, x_src, g))
     run.health.step(run.D_optimizer, run.scaler)
     for y, (x_src, _, _, _, g) in zip(fakes, batch):
-        backward(run, run.judge, y, "fake", beside(run.D, y, x_src, g))
+        training.backward(run, run.judge, y, "fake", beside(run.D, y, x_src, g))
     run.health.step(run.D_optimizer, run.scaler)
 
 

@@ -199,8 +199,7 @@ def evaluate(name, stage, model, teacher, hq, lq):
     else:
         loss = sum(losses(name, stage, model, teacher, hq, lq, training.generator(1)).values())
     sr = sr.float().clamp(-1, 1)
-    psnr = -10 * ((sr - hq) / 2).square().mean((1, 2, 3)).log10().mean()
-    return float(loss), float(psnr), sr
+    return float(loss), training.psnr(sr, hq), sr
 
 
 # ---- a run, part by part; `run` holds what the parts share
@@ -251,8 +250,7 @@ def open_data(run):
 
 def step(run):
     """One optimizer step; parts of a batch are computed one after another."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.lr
+    training.set_lr(run.optimizer, run.lr)
     for i in range(run.parts):
         hq = next(run.batches).to(run.device, non_blocking=True)
         # the same draws, whoever computes this part

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from models.support.arguments import (SEED, Stop, between, make_lenient,  # noqa: F401: scripts say training.Stop
                                       positive)
-from models.support.charts import Log, save_sheet  # noqa: F401
+from models.support.charts import Log, save_sheet
+from models.support.download import sha256_of
 from models.support.photos import batches, photos_for  # noqa: F401
-from models.support.weights import sha256_of
 
 
 class Quit(Exception):
@@ -230,6 +230,11 @@ def freeze_all_but(model, params):
     return params
 
 
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def learning_rate(step, steps, lr, schedule="constant", warmup=0):
     """Learning rate of a step: linear warm-up, then constant or a cosine to 2 % of lr."""
     if step < warmup:
@@ -399,6 +404,21 @@ def save_state(run, **more):
     state = gather(state)
     if run.rank == 0:
         save_checkpoint(run.out, run.step, run.args.keep, settings=run.settings, photos=run.photos, **state, **more)
+
+
+def backward(run, compute, *inputs):
+    """One part of the batch, whose losses are added to run.sums -> what compute returns beside {name: loss}"""
+    with autocast(run.device, run.dtype):
+        terms, *others = compute(*inputs)
+    run.scaler.scale(sum(terms.values()) / run.parts).backward()
+    for name, loss in terms.items():
+        run.sums[name] += loss.detach() / run.parts
+    return others
+
+
+def psnr(x, hq):
+    """Mean PSNR over RGB in dB.  x, hq: (B, 3, H, W) in [-1, 1] -> float"""
+    return float(-10 * ((x - hq) / 2).square().mean((1, 2, 3)).log10().mean())
 
 
 def fit(run, terms, step, evaluate, save, title):

@@ -37,7 +37,6 @@ VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_
 ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
 TILES_AT_ONCE = 4
 SD_TURBO = {network: f"sd-turbo/{network}/diffusion_pytorch_model.safetensors" for network in ADAPTER}
-PRIOR = Path(__file__).with_name("prior_tiny.safetensors")  # embedded
 
 
 def is_trained(name):

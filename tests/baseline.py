@@ -22,7 +22,8 @@ import training  # noqa: E402
 from degrade import RECIPES, degrade  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
 from models.support.evaluation import average, find_metrics, measure, report, row_of  # noqa: E402
-from models.support.imaging import list_pictures, read_picture, resize, round8, write_picture  # noqa: E402
+from models.support.files import list_pictures  # noqa: E402
+from models.support.imaging import read_picture, resize, round8, write_picture  # noqa: E402
 from models.support.photos import batches, photos_for  # noqa: E402
 from models.vae import ResBlock  # noqa: E402
 

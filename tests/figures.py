@@ -22,12 +22,13 @@ from degrade import RECIPES, apply, draw_plan  # noqa: E402
 from models.flow import guided, sample  # noqa: E402
 from models.gram import gram as gram_matrix  # noqa: E402
 from models.gram import loss_csd  # noqa: E402
-from models.gramsr import GramSR  # noqa: E402
 from models.s3diff import S3Diff  # noqa: E402
 from models.support.imaging import read_picture, resize, to_pil  # noqa: E402
 from models.support.metrics import psnr_y  # noqa: E402
 from models.unet import alphas_cumprod  # noqa: E402
+from models.support.weights import EMBEDDED  # noqa: E402
 from models.vosr import VOSR  # noqa: E402
+from sample import SYSTEMS  # noqa: E402
 
 WIDTH, GAP = 1200, 12       # pixels of every picture, and between what it shows
 CUP = 16, 30, 32, 32        # a crop of the example: one tile of the embedded model
@@ -86,9 +87,8 @@ def example(*crop):
 
 def embedded():
     """-> {title: model} of the tiny systems whose weights are in the repository"""
-    classes = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-    return {title: classes[system].from_pretrained(f"{system}-tiny") for title, system in TINY.items()
-            if (ROOT / "models" / f"{system}_tiny.safetensors").exists()}
+    return {title: SYSTEMS[system].from_pretrained(f"{system}-tiny") for title, system in TINY.items()
+            if EMBEDDED[f"{system}-tiny"].is_file()}
 
 
 def teaser():

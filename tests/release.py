@@ -27,7 +27,8 @@ from models.unet import UNet
 from models.vae import VAE, LightDecoder
 from models.vit import DINOv3, ViT
 from models.vosr import PUBLIC, SIZES
-from models.support.weights import FILES, sha256_of
+from models.support.download import sha256_of  # noqa: E402
+from models.support.weights import FILES
 
 ARGS = {"ae_type": "sd2", "weak_cond_strength_aelq_list": [0.05, 0.25], "distill_type": "rcgm", "resume_ckpt": None}   # among many others
 ARGS_2 = {"resolution": 512, "patch_size": 2, "mlp_ratio": 4.0, "use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True,

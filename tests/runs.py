@@ -102,6 +102,16 @@ def be_script(path, words, folder):
     runpy.run_path(str(path), run_name="__main__")
 
 
+def error_then_ctrl_c(tmp_path, photos, *command):
+    """A trainer as users run it: an error is one line; Ctrl-C after a step saves and says how to go on."""
+    status, _, errors = Script(tmp_path / "no", *command, "--data", tmp_path / "none").end()
+    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
+    run = Script(tmp_path / "yes", *command, "--data", photos)
+    run.wait_for_a_step()
+    status, said, errors = run.end(signal.SIGINT)
+    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+
+
 class Script:
     """A script as users start it, but for the time of imports; its signals, its end and what it says are real."""
 

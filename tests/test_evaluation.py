@@ -24,7 +24,7 @@ from models.support.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average,
                                read_reference, record_of, report, row_of, write_metrics)
 from models.support.imaging import read_picture, resize, round8, write_picture  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
-from models.support.weights import sha256_of  # noqa: E402
+from models.support.download import sha256_of  # noqa: E402
 
 PUBLIC = ROOT.parent / "shared" / "public"
 

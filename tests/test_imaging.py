@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageCms
 
 from models.support import charts
-from models.support.imaging import (PictureError, adain, chroma, color_fix, contact_sheet, list_pictures, pad_to_multiple, read_picture,
+from models.support.files import list_pictures
+from models.support.imaging import (PictureError, adain, chroma, color_fix, contact_sheet, pad_to_multiple, read_picture,
                             resize, round8, tile_starts, tile_weight, to_uint8, wavelet, write_picture)
 
 rng = np.random.default_rng(0)

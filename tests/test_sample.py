@@ -21,6 +21,7 @@ from models.support import evaluation
 from models.gramsr import GramSR, GramSRConfig
 from models.support.imaging import read_picture, resize, write_picture
 from models.s3diff import S3Diff, S3DiffConfig
+from models.support.weights import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "models" / "vosr_tiny.safetensors"
@@ -31,7 +32,7 @@ class Bicubic:
 
     @classmethod
     def from_pretrained(cls, name, device, dtype):
-        if name not in sample.TINY:
+        if name not in EMBEDDED:
             raise FileNotFoundError(f"{name}: no such model")
         return cls()
 
@@ -384,7 +385,7 @@ class Dark(Bicubic):
 def embed(monkeypatch):
     """All three tiny models are there, as stand-ins."""
     monkeypatch.setitem(sample.SYSTEMS, "s3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr", Bicubic)
-    monkeypatch.setattr(sample, "EMBEDDED", dict.fromkeys(sample.TINY, Path(__file__)))
+    monkeypatch.setattr(sample, "EMBEDDED", dict.fromkeys(EMBEDDED, Path(__file__)))
 
 
 def test_three_models_side_by_side(run, monkeypatch):
@@ -393,11 +394,11 @@ def test_three_models_side_by_side(run, monkeypatch):
     picture("a.png"), picture("b.png"), picture("hq/a.png", 64, 96)
     status, out, err = run("a.png", "b.png", "--ref", "hq", "--model", "all", "--page", "--noise", 0.25)
     assert status == 0 and len(err) == 1
-    assert names("out") == sorted([*sample.TINY, "page.html", "sheet.png"])
-    for name in sample.TINY:
+    assert names("out") == sorted([*EMBEDDED, "page.html", "sheet.png"])
+    for name in EMBEDDED:
         assert names(f"out/{name}") == ["a.png", "b.png", "metrics.csv", "metrics.json"]
         assert any(line.startswith(f"average  {name}  PSNR-Y") for line in out)
-    means = [read_picture(f"out/{name}/a.png")[0].mean() for name in sample.TINY]
+    means = [read_picture(f"out/{name}/a.png")[0].mean() for name in EMBEDDED]
     assert means[0] == means[2] and 0.2 < means[1] / means[0] < 0.3
     html = Path("out/page.html").read_text(encoding="utf-8")
     assert html.count("<img") == 5 + 4 and html.count('type="radio"') == 10 and "vosr-tiny, s3diff-tiny, gramsr-tiny" in html
@@ -413,7 +414,7 @@ def test_without_arguments(run, monkeypatch):
     status, out, err = run()
     assert (status, err) == (0, []) and sum("average  " in line for line in out) == 3
     lq = Image.open(sample.EXAMPLE)
-    assert all(Image.open(f"out/{name}/example.png").width == 4 * lq.width for name in sample.TINY)
+    assert all(Image.open(f"out/{name}/example.png").width == 4 * lq.width for name in EMBEDDED)
 
 
 def test_many_pictures_keep_their_order(run):

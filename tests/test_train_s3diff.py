@@ -2,7 +2,6 @@
 
 import csv
 import os
-import signal
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -324,10 +323,5 @@ def test_command_line(photos, tmp_path):  # noqa: F811
     """As users run it: an error is one line; Ctrl-C saves and says how to go on."""
     command = [ROOT / "train_s3diff.py", "--preset", "tiny", "--init", "none", "--out", tmp_path / "out",
                "--device", "cpu"]
-    status, _, errors = runs.Script(tmp_path / "no", *command, "--data", tmp_path / "none").end()
-    assert status == 1 and len(errors.strip().splitlines()) == 1 and "no such folder" in errors
-    run = runs.Script(tmp_path / "yes", *command, "--data", photos)
-    run.wait_for_a_step()
-    status, said, errors = run.end(signal.SIGINT)
-    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    runs.error_then_ctrl_c(tmp_path, photos, *command)
     assert newest(tmp_path / "out")["step"] > 0

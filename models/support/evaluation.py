@@ -22,10 +22,11 @@ import PIL
 import torch
 
 from models.support import weights
+from models.support.download import sha256_of
 from models.support.files import PictureError, list_pictures, printable
 from models.support.imaging import read_picture
 from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
-from models.support.weights import cache_folder, locate, sha256_of
+from models.support.weights import cache_folder, locate
 
 NIQE_FILE = "niqe_pris_params.npz"
 LPIPS_FILES = "alexnet-owt-7be5be79.pth", "lpips_alex.pth"      # papers report AlexNet, whatever they train with

@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from models.support.download import WeightError, address, download, sha256_of  # noqa: F401: asked for here too
+from models.support.download import WeightError, address, download
 
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
 MOST, LARGEST = 5_000, 1_000_000    # tensors of a network (ours have up to 2,700), a number in a config
 MODELS = Path(__file__).parents[1]
+PRIOR = MODELS / "prior_tiny.safetensors"       # around which the tiny S3Diff and GramSR learn
 EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
 
 
@@ -307,7 +308,7 @@ def load_ours(system, settings, path):
     """The system (a class) that `save_model` wrote. settings: class of its config. Raises WeightError."""
     config, tensors = read_model(path)
     if path in (EMBEDDED["s3diff-tiny"], EMBEDDED["gramsr-tiny"]):      # what learned around one prior
-        tensors = read_tensors(MODELS / "prior_tiny.safetensors") | tensors
+        tensors = read_tensors(PRIOR) | tensors
     with on_paper(path, system.__name__):
         model = system(checked(settings.from_dict(config)))
     load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
