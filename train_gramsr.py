@@ -66,6 +66,7 @@ class Stage:
     schedule: str = "constant"          # or "cosine"
     warmup: int = 0                     # steps
     crop: int = 512                     # pixels, cut out, never shrunk; inferred: PiSA-SR's
+    recipes: tuple = ("gramsr",)        # of degrade.py, by turns
     lambda_l2: float = 1.0
     lambda_lpips: float = 0.0
     lambda_csd: float = 0.0
@@ -90,7 +91,7 @@ TINY = GramSRConfig(
     unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3),
     prompt_tokens=S3DIFF_TINY.tokens, ranks={}, tile=1024,
 )
-at_128 = partial(Stage, batch_size=8, crop=128, schedule="cosine", rank=16)
+at_128 = partial(Stage, batch_size=8, crop=128, recipes=("s3diff", "s3diff", "vosr"), schedule="cosine", rank=16)
 looks = partial(at_128, 500, lr=5e-4, lambda_lpips=0.1, lambda_csd=1.0, guidance=3.0)
 TINY_STAGES = {
     "pixel": at_128(1500, lr=1e-3, warmup=50, learn_vit=True),
@@ -234,7 +235,8 @@ def open_data(run):
     """Photos to learn from and held-out ones, and their degradation."""
     args, stage = run.args, run.recipe
     photos, hq, run.photos = training.photos_for(args.data, stage.crop, args.seed, run.photos, flip=True)
-    lq_up = degrade(hq, RECIPES["gramsr"], training.generator(0))[1]
+    run.recipes = [replace(RECIPES[name], branches_per="image") for name in stage.recipes]
+    lq_up = degrade(hq, run.recipes[0], training.generator(0))[1]
     run.test = [(2 * x - 1).to(run.device) for x in (lq_up, hq)]
     steps = range(stage.before + run.step, stage.before + stage.steps)
     run.batches = training.batches(photos, steps, stage.batch_size, run.rank, run.share, run.micro, args.workers,
@@ -244,11 +246,12 @@ def open_data(run):
 def step(run):
     """One optimizer step; parts of a batch are computed one after another."""
     training.set_lr(run.optimizer, run.lr)
+    recipe = run.recipes[run.step % len(run.recipes)]
     for i in range(run.parts):
         # the same draws, whoever computes this part
         g = training.generator(run.args.seed, run.recipe.before + run.step, run.rank * run.parts + i)
         hq = next(run.batches).to(run.device, non_blocking=True)
-        lq_up = degrade(hq, RECIPES["gramsr"], g)[1]
+        lq_up = degrade(hq, recipe, g)[1]
         training.backward(run, run.losses, 2 * lq_up - 1, 2 * hq - 1, g)
     run.grad_norm = run.health.step(run.optimizer, run.scaler)
 

@@ -44,7 +44,7 @@ from models.vit import PRESETS as VITS
 from models.vit import ViT
 from models.support.arguments import between
 from models.support.precision import in_half
-from models.support.weights import PRIOR, fetch, load_strictly, read_model, read_tensors, save_model
+from models.support.weights import PRIOR, fetch, load_strictly, read_prior, read_tensors, save_model
 from models.vosr import VOSR
 
 
@@ -60,8 +60,8 @@ class Recipe:
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
-    looks_from: int = 0                 # step with which LPIPS and D begin; L2 alone is three times as fast
-    told_until: int = 0                 # steps with the true scores, before those of the estimator
+    looks_from: float = 0.0             # share of the steps before LPIPS and D begin; L2 alone is three times as fast
+    told_until: float = 0.0             # share of the steps with the true scores, before those of the estimator
     schedule: str = "constant"          # or "cosine"
     warmup: int = 0                     # steps
     ema: float = 0.0                    # decay of the average that is saved; 0 = what is trained itself
@@ -81,8 +81,8 @@ at_128 = partial(Recipe, crop=128, schedule="cosine")
 TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": at_128(3900, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
-                       recipes=("s3diff", "s3diff", "vosr"), looks_from=2700, told_until=2700),
+    "adapters": at_128(6000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
+                       recipes=("s3diff", "s3diff", "vosr"), looks_from=0.6, told_until=0.6),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
@@ -142,7 +142,7 @@ def take_over(model, init, wanted=lambda name: True):
     if not path.exists():
         raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny "
                             "--stage prior, or none")
-    tensors = {k: v for k, v in read_model(path)[1].items() if wanted(k)}
+    tensors = {k: v for k, v in (read_tensors(path) if init else read_prior()).items() if wanted(k)}
     load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
     return f"from {path}"
 
@@ -377,14 +377,14 @@ def step(run):
     """One step of each optimizer that the stage has."""
     training.set_lr(run.G_optimizer, run.lr)
     training.set_lr(run.D_optimizer, run.recipe.lr_D or run.lr)
-    batch, recipe = [], run.recipes[run.step % len(run.recipes)]
+    batch, recipe, progress = [], run.recipes[run.step % len(run.recipes)], run.step / run.recipe.steps
     for i in range(run.parts):
         # the same draws, whoever computes this part
         g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
         hq = next(run.batches).to(run.device, non_blocking=True)
-        batch.append(draw(run.args.stage, run.model, hq, recipe, g, run.step < run.recipe.told_until))
+        batch.append(draw(run.args.stage, run.model, hq, recipe, g, progress < run.recipe.told_until))
 
-    looks = run.step >= run.recipe.looks_from
+    looks = progress >= run.recipe.looks_from
     part = [] if run.args.stage != "adapters" else ["reconstruct" if looks else "regress"]
     for inputs in batch:
         training.backward(run, run.generate, *part, *inputs)

@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models.support.weights import EMBEDDED, PRIOR  # noqa: E402
 
 
 def embed(source, target, known=None):
-    """Copy a model file without the tensors that `known` holds already -> its tensors. Exits where another prior is in it."""
+    """Copy a model file without the tensors that `known` has already -> its tensors. Exits where another prior is in it."""
     tensors = load_file(source)
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
@@ -36,12 +37,13 @@ def main():
     p.add_argument("prior", type=Path, help="--out of train_s3diff.py --preset tiny --stage prior")
     p.add_argument("systems", type=Path, nargs="*", help="--out of the last stage of S3Diff or GramSR")
     args = p.parse_args()
-    prior = embed(args.prior / "model.safetensors", ROOT / "models" / "prior_tiny.safetensors")
+    vae = {k: v for k, v in load_file(EMBEDDED["vosr-tiny"]).items() if k.startswith("vae.")}
+    prior = vae | embed(args.prior / "model.safetensors", PRIOR, vae)
     for folder in args.systems:
         path = folder / "model.safetensors"
         with safe_open(path, "pt") as file:
             name = "s3diff" if any("modulation" in k for k in file.keys()) else "gramsr"
-        embed(path, ROOT / "models" / f"{name}_tiny.safetensors", prior)
+        embed(path, EMBEDDED[f"{name}-tiny"], prior)
 
 
 if __name__ == "__main__":

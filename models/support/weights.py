@@ -292,11 +292,6 @@ def read_config(path):
     return {}
 
 
-def read_model(path):
-    """What `save_model` wrote -> config, tensors by name. Raises WeightError."""
-    return read_config(path), read_tensors(path)
-
-
 def find_ours(name):
     """An embedded model by its name, a .safetensors file, or model.safetensors in a folder -> Path or None."""
     path = EMBEDDED.get(str(name)) or Path(name)
@@ -304,11 +299,17 @@ def find_ours(name):
     return path if path.suffix == ".safetensors" and path.is_file() else None
 
 
+def read_prior():
+    """The embedded tiny prior: UNet and prompts, with the autoencoder of all tiny models, which VOSR's file holds."""
+    vae = {k: v for k, v in read_tensors(EMBEDDED["vosr-tiny"]).items() if k.startswith("vae.")}
+    return vae | read_tensors(PRIOR)
+
+
 def load_ours(system, settings, path):
     """The system (a class) that `save_model` wrote. settings: class of its config. Raises WeightError."""
-    config, tensors = read_model(path)
+    config, tensors = read_config(path), read_tensors(path)
     if path in (EMBEDDED["s3diff-tiny"], EMBEDDED["gramsr-tiny"]):      # what learned around one prior
-        tensors = read_tensors(PRIOR) | tensors
+        tensors = read_prior() | tensors
     with on_paper(path, system.__name__):
         model = system(checked(settings.from_dict(config)))
     load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
