@@ -39,8 +39,8 @@ from training import choose_dtype, compile_all, usable_device
 
 EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step",
-         "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
+KNOBS = ("guidance", "steps", "weak", "temperature", "crisp", "noise", "blur", "prompt", "negative_prompt",
+         "start_step", "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
 Job = namedtuple("Job", "path name targets ref")    # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
@@ -69,6 +69,7 @@ def parse_args(argv):
     p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from")
     p.add_argument("--temperature", type=between(0, 100),
                    help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")  # fmt: skip
+    p.add_argument("--crisp", type=between(0, 1), help="tiny VOSR: from faithful, 0, to sharp edges, 1")
     p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, in place of the estimate")
     p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, in place of the estimate")
     p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")

@@ -44,7 +44,7 @@ from models.vit import PRESETS as VITS
 from models.vit import ViT
 from models.support.arguments import between
 from models.support.precision import in_half
-from models.support.weights import PRIOR, fetch, load_strictly, read_prior, read_tensors, save_model
+from models.support.weights import PRIOR, fetch, load_strictly, read_foundation, read_tensors, save_model
 from models.vosr import VOSR
 
 
@@ -81,7 +81,7 @@ at_128 = partial(Recipe, crop=128, schedule="cosine")
 TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": at_128(6000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
+    "adapters": at_128(5000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
                        recipes=("s3diff", "s3diff", "vosr"), looks_from=0.6, told_until=0.6),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
@@ -133,8 +133,8 @@ def is_known(stage, name):
     return is_prior(name) or stage != "prior" and name.startswith("denet.") or stage == "adapters"
 
 
-def take_over(model, init, wanted=lambda name: True):
-    """Give a model the wanted tensors of a tiny one, in folder init or else of the embedded prior.
+def take_over(model, init, wanted):
+    """Give a model the wanted tensors of a tiny one, in folder init or else of what is embedded.
 
     -> a line on their origin. Raises Quit, WeightError.
     """
@@ -142,7 +142,7 @@ def take_over(model, init, wanted=lambda name: True):
     if not path.exists():
         raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny "
                             "--stage prior, or none")
-    tensors = {k: v for k, v in (read_tensors(path) if init else read_prior()).items() if wanted(k)}
+    tensors = {k: v for k, v in (read_tensors(path) if init else read_foundation()).items() if wanted(k)}
     load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
     return f"from {path}"
 
@@ -157,7 +157,7 @@ def build_tiny(args, cfg):
         # with its finish: straight from the linear decoder, an adversary's textures become a weave
         model.vae.load_state_dict(VOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
-        origin = take_over(model, args.init)
+        origin = take_over(model, args.init, is_prior if args.stage == "estimator" else lambda name: True)
     return model.float(), LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
 
 

@@ -5,6 +5,7 @@
     python train_vosr.py --stage refine      --data PHOTOS --out runs/refine  --init runs/flow
     python train_vosr.py --stage distill     --data PHOTOS --out runs/distill --init runs/refine
     python train_vosr.py --stage decoder     --data PHOTOS --out runs/decoder --init runs/distill
+    python train_vosr.py --stage looks       --data PHOTOS --out runs/looks   --init runs/decoder
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
@@ -26,8 +27,10 @@ import torch.nn.functional as F
 
 import training
 from degrade import RECIPES, degrade
+from models.discriminator import PatchDiscriminator
 from models.dit import DiT, DiTConfig
 from models.flow import Draws, guided, loss_distill, loss_flow, sample
+from models.lpips import LPIPS
 from models.support.precision import in_half
 from models.support.weights import load_strictly, save_model, save_release
 from models.vae import TinyVAEConfig
@@ -56,6 +59,8 @@ class Stage:
     lognorm: tuple | None = None        # mu, sigma of the flow's times; None = uniform
     distill: str = "rcgm"               # or "shortcut": the loss of stage distill
     omega: float = 0.5                  # the teacher's guidance there
+    lambda_lpips: float = 0.0           # ours, stage looks, beside L1
+    lambda_gan: float = 0.0
     save_every: int = 500               # steps
 
 
@@ -82,8 +87,13 @@ TINY_STAGES = {
     "refine": varied(3600, 8, 5e-4, ema=0.998, warmup=100, lognorm=(1.5, 1.2)),
     "distill": varied(40, 8, 5e-5, ema=0.8, warmup=5, omega=1.0),
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
+    "looks": varied(1500, 8, 5e-4, ema=0.995, warmup=50, betas=(0.5, 0.99), weight_decay=0.0, lambda_lpips=0.5,
+                    lambda_gan=0.02),
 }
+TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
+         "looks": ("L1", "lpips", "gan", "d_real", "d_fake")}       # of the loss; elsewhere "flow"
 FINISH, TEMPERATURES = 96, (0.25, 1.0)      # stage decoder: channels it adds; of the results it learns from
+CRISP = 0.5                                 # what stage looks adds, and how much of it the model then shows by itself
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -91,7 +101,7 @@ PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b"
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", required=True, choices=("autoencoder", "flow256", "flow", "refine", "distill", "decoder"))
+    p.add_argument("--stage", required=True, choices=sorted({*TINY_STAGES, *PAPER}))
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
     p.add_argument("--init", help="start from the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without visual tokens, or with no weak condition")
@@ -111,7 +121,7 @@ def parse_args():
         p.error("--init is not read by --stage autoencoder")
     if not args.init and (args.stage == "distill" or args.tiny and args.stage != "autoencoder"):
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
-    if args.fsdp and (args.dtype == "float16" or args.stage in ("autoencoder", "decoder")):
+    if args.fsdp and (args.dtype == "float16" or args.stage not in ("flow256", "flow", "distill")):
         p.error("--fsdp goes with --stage flow and distill, in bfloat16 or float32")
     return args
 
@@ -133,9 +143,9 @@ def networks(args, cfg):
         model = VOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
         model.vae.load_state_dict(start.vae.state_dict())
         return model, None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
-    if name == "decoder" and start.cfg.steps > 1:
-        raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage decoder learns from a one-step model")
-    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name == "decoder"):
+    if name in ("decoder", "looks") and start.cfg.steps > 1:
+        raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage {name} learns from a one-step model")
+    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name in ("decoder", "looks")):
         expected = f"what stage {name} of preset {args.preset} starts from"
         raise training.Quit(f"{args.init}: is not {expected}: {start.cfg.dit}")
     if name == "decoder":
@@ -143,6 +153,13 @@ def networks(args, cfg):
         new = [k for k in model.state_dict() if k.startswith("vae.finish.")]
         load_strictly(model, start.state_dict(), args.init, may_miss=new)
         return model, None, ["vae.finish"], origin
+    if name == "looks":
+        if not start.cfg.vae.finish:
+            raise training.Quit(f"{args.init}: has no decoder to go on from; stage looks starts from stage decoder's")
+        model = VOSR(replace(start.cfg, crisp=start.cfg.crisp or CRISP))
+        crisp = {f"crisp.{k}": x.clone() for k, x in start.vae.finish.state_dict().items()}
+        load_strictly(model, crisp | start.state_dict(), args.init)
+        return model, None, ["crisp"], origin
     if name != "distill":
         return start, None, ["dit", "vit"] if name == "refine" else ["dit"], origin
     teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
@@ -153,20 +170,27 @@ def networks(args, cfg):
     return start, teacher, ["dit"], origin
 
 
-def losses(name, stage, model, teacher, hq, lq, g):
+def losses(name, stage, model, teacher, judges, hq, lq, g):
     """Terms of the loss, which is their sum.
 
     name, stage: a key of TINY_STAGES or AUTHORS and its Stage; teacher: DiT, in stage distill only
-    hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}
+    judges: LPIPS and PatchDiscriminator, in stage looks only
+    hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}, in stage looks also the result
     """
     if name == "autoencoder":
-        return dict(zip(("all", "first_k"), model.vae.loss(hq, g)))
-    if name == "decoder":
+        return dict(zip(TERMS[name], model.vae.loss(hq, g))),
+    if name in ("decoder", "looks"):
         z_lq = model.vae.encode(lq).float()
         low, high = TEMPERATURES
         T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
         eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
-        return {"L1": F.l1_loss(model.decode(model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak)).float(), hq)}
+        y = model.decode(model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak), float(name == "looks")).float()
+        terms = {"L1": F.l1_loss(y, hq)}
+        if name == "looks":
+            lpips, D = judges
+            terms["lpips"] = stage.lambda_lpips * lpips(y, hq).mean()
+            terms["gan"] = stage.lambda_gan * D(y, "generator", lq).mean()
+        return terms, y
     with torch.no_grad():
         z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
     feat = model.tokens(lq)
@@ -174,13 +198,13 @@ def losses(name, stage, model, teacher, hq, lq, g):
     if model.cfg.weak == 0:
         d.w = torch.zeros_like(d.w)
     if name != "distill":
-        return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, d, strength=stage.strength)}
+        return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, d, strength=stage.strength)},
     terms = loss_distill(model.dit, teacher, z_hq, z_lq, feat, d, stage.distill, stage.omega, strength=stage.strength)
-    return dict(zip("vu", terms))
+    return dict(zip(TERMS[name], terms)),
 
 
 @torch.no_grad()
-def evaluate(name, stage, model, teacher, hq, lq):
+def evaluate(name, stage, model, teacher, judges, hq, lq):
     """Held-out loss with fixed draws, and the pictures the model makes by its own sampler.
 
     Distillation has a moving target: there the loss is the distance from the student's one step to the teacher's 25.
@@ -191,13 +215,14 @@ def evaluate(name, stage, model, teacher, hq, lq):
     else:
         cfg, z_lq, feat = model.cfg, model.vae.encode(lq).float(), model.tokens(lq)
         eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
-        sr = model.decode(model.restore(z_lq, lq, cfg.temperature * eps, cfg.steps, cfg.guidance, cfg.weak))
+        z = model.restore(z_lq, lq, cfg.temperature * eps, cfg.steps, cfg.guidance, cfg.weak)
+        sr = model.decode(z, float(name == "looks"))
     if name == "distill":
         one = sample(lambda z, t, r: guided(model.dit, z, z_lq, feat, t, r), eps, 1)
         many = sample(lambda z, t, r: guided(teacher, z, z_lq, feat, t, r, stage.omega), eps, 25)
         loss = (one - many).square().mean()
     else:
-        loss = sum(losses(name, stage, model, teacher, hq, lq, training.generator(1)).values())
+        loss = sum(losses(name, stage, model, teacher, judges, hq, lq, training.generator(1))[0].values())
     sr = sr.float().clamp(-1, 1)
     return float(loss), training.psnr(sr, hq), sr
 
@@ -220,6 +245,11 @@ def prepare(args):
         for m in frozen.values():               # official: the autoencoder stays in float32
             in_half(m, run.dtype)
     run.model, run.teacher = model.to(run.device), teacher and teacher.to(run.device)
+    run.judges, run.state = None, {}
+    if args.stage == "looks":
+        run.judges = [m.requires_grad_(False).to(run.device) for m in (LPIPS("random"), PatchDiscriminator())]
+        run.D_optimizer = torch.optim.AdamW(run.judges[1].parameters(), stage.lr, stage.betas, fused=True)
+        run.state = {"D": run.judges[1], "D_optimizer": run.D_optimizer}
     run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
     learning = [model.get_submodule(name) for name in names]
     if args.fsdp:
@@ -228,7 +258,7 @@ def prepare(args):
     run.params = [p for m in learning for k, p in m.named_parameters() if k != "mask_token"]
     training.freeze_all_but(model, run.params)
     run.optimizer = torch.optim.AdamW(run.params, stage.lr, stage.betas, weight_decay=stage.weight_decay, fused=True)
-    run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
+    run.state |= {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
     run.learns, run.columns = lambda name: name.startswith(tuple(f"{module}." for module in names)), []
     run.ddp = run.world > 1 and not args.fsdp
     return run
@@ -257,13 +287,23 @@ def step(run):
         g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
         lq = hq if run.args.stage == "autoencoder" else degrade(hq, run.recipes[run.step % len(run.recipes)], g)[1]
         alone = run.ddp and i < run.parts - 1                               # gradients are averaged with the last part
+        hq, lq = 2 * hq - 1, 2 * lq - 1
         with run.losses.no_sync() if alone else nullcontext():
-            with training.autocast(run.device, run.dtype):
-                loss = sum(run.losses(2 * hq - 1, 2 * lq - 1, g).values()) / run.parts
-            run.scaler.scale(loss).backward()
-        run.sums["loss"] += loss.detach()
+            result = training.backward(run, run.losses, hq, lq, g)
+        if run.judges:
+            judge(run, result[0].detach(), hq, lq)
     run.grad_norm = run.health.step(run.optimizer, run.scaler)
+    if run.judges:
+        run.health.step(run.D_optimizer, run.scaler)
     training.ema_update(run.ema, run.model, run.recipe.ema)
+
+
+def judge(run, y, hq, lq):
+    """The discriminator's part: photos are real, results are not."""
+    D = run.judges[1].requires_grad_(True)      # only here
+    for x, target in ((hq, "real"), (y, "fake")):
+        training.backward(run, lambda: ({f"d_{target}": D(x, target, lq).mean()},))
+    D.requires_grad_(False)
 
 
 def save(run):
@@ -282,7 +322,7 @@ def save(run):
 def look(run):
     """`evaluate` of the averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
     hq, lq = run.test
-    loss, psnr, sr = evaluate(run.args.stage, run.recipe, run.ema, run.teacher, hq, lq)
+    loss, psnr, sr = evaluate(run.args.stage, run.recipe, run.ema, run.teacher, run.judges, hq, lq)
     sheet = {"LQ": lq, f"result, step {run.step}": sr, "HQ": hq}
     if run.args.stage == "autoencoder":
         sheet = {"HQ": hq, f"HQ decoded, step {run.step}": sr}
@@ -296,11 +336,11 @@ def main():
     run.model.dit.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
-    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher)
+    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher, run.judges)
     if run.ddp:
         run.losses = training.replicate(run.model, run.losses, run.device)
     open_data(run)
-    training.fit(run, ["loss"], step, look, save, f"VOSR {args.preset}, stage {args.stage}")
+    training.fit(run, TERMS.get(args.stage, ["flow"]), step, look, save, f"VOSR {args.preset}, stage {args.stage}")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ TRAININGS = {
     "refine": (train_vosr, "--preset small --stage refine --init {flow}"),
     "distill": (train_vosr, "--preset small --stage distill --init {flow}"),
     "decoder": (train_vosr, "--preset small --stage decoder --init {distill}"),
+    "looks": (train_vosr, "--preset small --stage looks --init {decoder}"),
     "s3diff": (train_s3diff, "--preset tiny --init none"),
     "prior": (train_s3diff, "--preset tiny --stage prior"),
     "estimator": (train_s3diff, "--preset tiny --stage estimator --init none"),

@@ -1,0 +1,297 @@
+"""The table of claims: what the three papers say, measured at the size of the tiny lab, several seeds each.
+
+    python tests/lab.py --data PHOTOS --niqe niqe_pris_params.npz --out runs/lab [--only fig9 table5] [--seeds 3] [--jobs 2]
+
+The variants of a claim differ in one thing and see as many photos. They are measured on photos held out, under s3diff's degradation: PSNR-Y, SSIM-Y,
+NIQE, and two distances of random features, which need no classifier (models/lpips.py, net "random"): RFD, that of LPIPS, and Gram, that of their Gram
+matrices. A claim is "seen" where all that should be better is, by more than both standard deviations together, "not seen" where any of it is worse by as
+much, else "undecided". Runs and figures that are there stay: started again, it goes on. Curves of the runs: OUT/<claim>.png.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from degrade import RECIPES, degrade  # noqa: E402
+from models.gram import loss_gram  # noqa: E402
+from models.lpips import LPIPS  # noqa: E402
+from models.support.charts import loss_curves  # noqa: E402
+from models.support.evaluation import METRICS, find_metrics  # noqa: E402
+from models.support.imaging import resize  # noqa: E402
+from sample import find_system  # noqa: E402
+from training import generator, photos_for  # noqa: E402
+
+CROP, HELD_OUT = 224, 8         # pixels of a held-out photo, which fits in four tiles of VOSR's; photos
+BETTER = {"psnr_y": 1, "ssim_y": 1, "niqe": -1, "rfd": -1, "gram": -1}      # larger, smaller
+SHOWN = {metric: METRICS[metric][:2] for metric in ("psnr_y", "ssim_y", "niqe")} | {"rfd": ("RFD", 4), "gram": ("Gram", 4)}
+
+
+# ---- what is trained
+
+
+@dataclass
+class Training:
+    flags: str                  # of the script
+    share: float = 1.0          # of --steps
+    after: str = ""             # name of the training it goes on from
+    script: str = "train_s3diff.py --preset tiny --stage adapters"
+    instead: str = ""           # Python that changes the script's module, called `script`, before it runs
+
+
+def gramsr(stage, after="", share=1.0, instead=""):
+    return Training(f"--stage {stage}", share, after, "train_gramsr.py --preset tiny", instead)
+
+
+def vosr(stage, flags="", after="", share=1.0):
+    return Training(f"--stage {stage} {flags}", share, after, "train_vosr.py --preset tiny")
+
+
+# the good prompt takes the place of the picture's own tokens
+TEXT = "script.GramSR.tokens = lambda self, x: self.prompts[:1].expand(len(x), -1, -1) + 0 * self.adapter[2].bias"
+TRAININGS = {
+    "s3diff": Training(""),
+    "no prior": Training("--init none"),
+    "unet": Training("--lora unet"),
+    "unet+decoder": Training("--lora unet+decoder"),
+    "all": Training("--lora unet+encoder+decoder"),
+    "plain": Training("--modulation none"),
+    "shared": Training("--modulation shared"),
+    "no negatives": Training("--neg-prob 0"),
+    "rank 4": Training("--rank-unet 4 --rank-vae 1"),
+    "rank 16": Training("--rank-unet 16 --rank-vae 4"),
+    "rank 64": Training("--rank-unet 64 --rank-vae 16"),
+    "t 500": Training("--start-step 500"),
+    "t 999": Training("--start-step 999"),
+    "pixel": gramsr("pixel"),
+    "semantic": gramsr("semantic", "pixel", 0.5),
+    "texture": gramsr("texture", "semantic", 0.5),
+    "text": gramsr("pixel", instead=TEXT),
+    "flow": vosr("flow", "--init vosr-tiny", share=3),
+    "flow, no tokens": vosr("flow", "--init vosr-tiny --ablate tokens", share=3),
+    "flow, no weak condition": vosr("flow", "--init vosr-tiny --ablate weak", share=3),
+    "refine": vosr("refine", after="flow", share=2),
+    "RCGM": vosr("distill", "--distill rcgm", "refine", 0.25),
+    "shortcut": vosr("distill", "--distill shortcut", "refine", 0.25),
+}
+
+
+# ---- what is claimed
+
+
+@dataclass
+class Claim:
+    paper: str
+    words: str
+    variants: dict              # name: (training, knobs of `upscale`)
+    better: list                # (metric, variant, than variant)
+    like: list = field(default_factory=list)        # (metric, variant, variant): no difference is claimed
+
+
+def trained(*names, **knobs):
+    return {name: (name, knobs) for name in names}
+
+
+def told(score):
+    return {f"scores {score:g}": ("s3diff", {"blur": score, "noise": score})}
+
+
+def guided(name, *guidances):
+    return {f"{name}, guidance {g:g}": (name, {"guidance": g}) for g in guidances}
+
+
+def many(name, guidance=1.0):
+    return {f"{name}, guidance {guidance:g}": (name, {"guidance": guidance, "steps": 10})}
+
+
+CLAIMS = {
+    "fig9": Claim("S3Diff, Figure 9", "a prior makes training faster and better", trained("s3diff", "no prior"),
+                  [(m, "s3diff", "no prior") for m in ("psnr_y", "rfd")]),
+    "table4": Claim("S3Diff, Table 4", "adapters in the encoder help, in the decoder they cost realism",
+                    trained("s3diff", "unet", "unet+decoder", "all"),
+                    [("rfd", "s3diff", "unet"), ("niqe", "s3diff", "all"), ("niqe", "unet", "unet+decoder")]),
+    "table5": Claim("S3Diff, Table 5", "modulated LoRA beats plain, a C for each block beats one for all",
+                    trained("s3diff", "shared", "plain"),
+                    [(m, "s3diff", other) for m in ("psnr_y", "rfd") for other in ("plain", "shared")]),
+    "table6": Claim("S3Diff, Table 6", "negatives in training make guidance useful",
+                    guided("s3diff", 1, 1.2) | guided("no negatives", 1, 1.2),
+                    [("niqe", "s3diff, guidance 1.2", "s3diff, guidance 1"),
+                     ("niqe", "s3diff, guidance 1.2", "no negatives, guidance 1.2")]),
+    "table7": Claim("S3Diff, Table 7", "low ranks cost fidelity, high ones gain nothing more",
+                    trained("rank 4", "rank 16", "s3diff", "rank 64"),
+                    [("psnr_y", "s3diff", "rank 4")], [("psnr_y", "s3diff", "rank 64")]),
+    "table8": Claim("S3Diff, Table 8", "a later time at the start trades fidelity for invention",
+                    trained("s3diff", "t 500", "t 999"),
+                    [("psnr_y", "s3diff", "t 500"), ("psnr_y", "t 500", "t 999"), ("niqe", "t 999", "s3diff")]),
+    "scores": Claim("S3Diff, 4.4", "estimated scores are the best ones",
+                    trained("s3diff") | told(0) | told(0.25) | told(0.5) | told(1),
+                    [("psnr_y", "s3diff", f"scores {score:g}") for score in (0, 0.5, 1)]),
+    "sets": Claim("GramSR", "each LoRA set adds what its loss asks for", trained("pixel", "semantic", "texture"),
+                  [("psnr_y", "pixel", "texture"), ("rfd", "semantic", "pixel"), ("gram", "texture", "semantic")]),
+    "tokens": Claim("GramSR", "visual tokens beat a text", trained("pixel", "text"),
+                    [(m, "pixel", "text") for m in ("psnr_y", "rfd")]),
+    "weak": Claim("VOSR", "guidance from a weak condition beats guidance from none",
+                  many("flow", 0.5) | many("flow, no weak condition", 0.5),
+                  [(m, "flow, guidance 0.5", "flow, no weak condition, guidance 0.5") for m in ("psnr_y", "rfd")]),
+    "visual": Claim("VOSR", "visual tokens help", many("flow") | many("flow, no tokens"),
+                    [(m, "flow, guidance 1", "flow, no tokens, guidance 1") for m in ("psnr_y", "rfd")]),
+    "invents": Claim("VOSR", "less guidance invents more", many("refine", 0.5) | many("refine", 1),
+                     [("niqe", "refine, guidance 0.5", "refine, guidance 1"), ("psnr_y", "refine, guidance 1", "refine, guidance 0.5")]),
+    "distill": Claim("VOSR", "RCGM beats shortcut", trained("RCGM", "shortcut"), [("rfd", "RCGM", "shortcut"), ("niqe", "RCGM", "shortcut")]),
+}
+
+
+# ---- training
+
+
+def run(name, seed, args):
+    """One training on one core, to its end or from where it was; its `after` must be there -> its folder"""
+    what, out = TRAININGS[name], folder(name, seed, args)
+    init = ["--init", folder(what.after, seed, args)] if what.after else []
+    script, *flags = f"{what.script} {what.flags}".split()
+    module = Path(script).stem
+    code = f"import {module} as script\n{what.instead}\nwith script.training.one_line_errors('{module}'):\n    script.main()"
+    steps = round(what.share * args.steps)
+    words = [*flags, *init, "--data", args.data.resolve(), "--out", out, "--seed", seed, "--steps", steps, "--save-every", max(steps // 6, 1), "--keep", 1]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "train.txt", "a") as log:
+        subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True, stdout=log, stderr=log, cwd=ROOT,
+                       env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))})
+    return out
+
+
+def folder(name, seed, args):
+    return (args.out / f"{name.replace(' ', '_').replace(',', '')}-{seed}").resolve()
+
+
+def is_done(name, seed, args):
+    """Whether its log has its last step."""
+    log = folder(name, seed, args) / "log.csv"
+    return log.exists() and log.read_text().rpartition("\n")[0].rpartition("\n")[2].split(",")[0] == str(round(TRAININGS[name].share * args.steps))
+
+
+def train_all(names, args):
+    """What the claims need and what that goes on from, the earlier stages first."""
+    rounds = [set(names)]
+    while after := {TRAININGS[name].after for name in rounds[0]} - {""}:
+        rounds.insert(0, after)
+    for names in rounds:
+        todo = [(seed, name) for seed in range(args.seeds) for name in sorted(names) if not is_done(name, seed, args)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for (seed, name), job in [(t, pool.submit(run, t[1], t[0], args)) for t in todo]:
+                print(f"trained {job.result()}", flush=True)
+
+
+# ---- measuring
+
+
+def distances():
+    """-> {metric: f(x, hq)}: those of random features"""
+    random = LPIPS("random").eval()
+
+    @torch.no_grad()
+    def gram(x, hq):
+        pairs = zip(random.look(2 * x - 1), random.look(2 * hq - 1))
+        return float(sum(loss_gram(a.flatten(2).mT, b.flatten(2).mT, channels=True, normalise=False) for a, b in pairs))
+
+    return {"rfd": lambda x, hq: random(2 * x - 1, 2 * hq - 1).item(), "gram": gram}
+
+
+def measured(model, knobs, pairs, metrics):
+    """-> {metric: mean over pairs}"""
+    results = [(model.upscale(lq, seed=i, **knobs), hq) for i, (hq, lq) in enumerate(pairs)]
+    return {name: fmean(metric(x, hq) for x, hq in results) for name, metric in metrics.items()}
+
+
+def measure_all(claims, args):
+    """-> {variant: {metric: [value of each seed]}}, kept in figures.json"""
+    crops = photos_for(args.data, CROP, 0)[1][: 2 * HELD_OUT : 2]
+    lq, _ = degrade(crops, replace(RECIPES["s3diff"], branches_per="image"), generator(0))
+    pairs = list(zip(crops.split(1), lq.split(1)))
+    metrics = find_metrics(True, 4, args.niqe)[0] | distances()
+    path = args.out / "figures.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if "bicubic" not in known:
+        known["bicubic"] = {name: fmean(metric(resize(lq, 4), hq) for hq, lq in pairs) for name, metric in metrics.items()}
+    for claim in claims:
+        for variant, (name, knobs) in claim.variants.items():
+            for seed in range(args.seeds):
+                key = f"{variant} {knobs} {seed} {args.steps}"
+                if key not in known:
+                    at = folder(name, seed, args)
+                    known[key] = measured(find_system(at).from_pretrained(at), knobs, pairs, metrics)
+                    path.write_text(json.dumps(known, indent=1))
+    def of(variant, knobs):
+        return [known[f"{variant} {knobs} {seed} {args.steps}"] for seed in range(args.seeds)]
+    return known["bicubic"], {variant: {m: [x[m] for x in of(variant, knobs)] for m in metrics}
+                              for claim in claims for variant, (_, knobs) in claim.variants.items()}
+
+
+# ---- the table
+
+
+def compare(metric, a, b):
+    """1 where figures a are better than b, -1 where worse, 0 where their intervals (mean and deviation) touch, or there are none."""
+    if not a or not b:
+        return 0
+    gap = BETTER[metric] * (fmean(a) - fmean(b))
+    return 0 if abs(gap) <= stdev(a) + stdev(b) else 1 if gap > 0 else -1
+
+
+def verdict(claim, figures):
+    found = [compare(m, figures[a].get(m), figures[b].get(m)) for m, a, b in claim.better]
+    found += [1 - 2 * abs(compare(m, figures[a].get(m), figures[b].get(m))) for m, a, b in claim.like]
+    return "not seen" if min(found) < 0 else "seen" if min(found) > 0 else "undecided"
+
+
+def draw(key, claim, args):
+    """How fast the first seed's runs learn: PSNR of the held-out photos, or VOSR's held-out loss."""
+    curves = {}
+    for name in dict.fromkeys(name for name, _ in claim.variants.values()):
+        with open(folder(name, 0, args) / "log.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["held_out"]]
+        curves[name] = [int(row["step"]) for row in rows], [float(row.get("psnr") or row["held_out"]) for row in rows]
+    loss_curves(curves, args.out / f"{key}.png", title=claim.words)
+
+
+def report(claims, bicubic, figures, args):
+    shown = {metric: SHOWN[metric] for metric in bicubic}
+    print("| paper | claim | here | variant |", " | ".join(name for name, _ in shown.values()), "|\n|---|---|---|---|" + "---|" * len(shown))
+    print("| | | | bicubic |", " | ".join(f"{bicubic[m]:.{n}f}" for m, (_, n) in shown.items()), "|")
+    for key, claim in claims.items():
+        first = f"| {claim.paper} | {claim.words} | {verdict(claim, figures)} "
+        for variant in claim.variants:
+            cells = (f"{fmean(figures[variant][m]):.{n}f} ± {stdev(figures[variant][m]):.{n}f}" for m, (_, n) in shown.items())
+            print(first + f"| {variant} |", " | ".join(cells), "|", flush=True)
+            first = "| | | "
+        draw(key, claim, args)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True, type=Path)
+    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--niqe", type=Path, help="niqe_pris_params.npz; without it NIQE is left out, and claims about it are undecided")
+    p.add_argument("--only", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="some claims")
+    p.add_argument("--seeds", type=int, default=3, help="2 or more")
+    p.add_argument("--steps", type=int, default=300, help="of S3Diff's adapters; the other trainings have a share of it")
+    p.add_argument("--jobs", type=int, default=2, help="trainings at the same time, one core each")
+    args = p.parse_args()
+    claims = {key: CLAIMS[key] for key in args.only}
+    train_all({name for claim in claims.values() for name, _ in claim.variants.values()}, args)
+    report(claims, *measure_all(claims.values(), args), args)
+
+
+if __name__ == "__main__":
+    main()
