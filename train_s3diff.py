@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import training
 from degrade import RECIPES, apply, degrade, draw_plan, severity
 from models.clip import text_features
-from models.discriminator import Discriminator, PatchDiscriminator, draw_augment
+from models.discriminator import Discriminator, PatchDiscriminator, draw_augment, draw_rolls
 from models.lpips import LPIPS
 from models.s3diff import GOOD_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
 from models.unet import UNetConfig, alphas_cumprod
@@ -81,8 +81,8 @@ at_128 = partial(Recipe, crop=128, schedule="cosine")
 TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": at_128(5000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
-                       recipes=("s3diff", "s3diff", "vosr"), looks_from=0.6, told_until=0.6),
+    "adapters": at_128(4500, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
+                       recipes=("s3diff", "s3diff", "vosr"), looks_from=2 / 3, told_until=2 / 3),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
@@ -268,8 +268,8 @@ def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None)
 
 
 def beside(D, x, x_src, g):
-    """What D gets beside a picture x like x_src: how to augment it, or what it was made from."""
-    return draw_augment(x, g) if isinstance(D, Discriminator) else x_src
+    """What D gets beside a picture x like x_src: how to augment it; the tiny one also what it was made from."""
+    return draw_augment(x, g) if isinstance(D, Discriminator) else draw_rolls(x_src, g)
 
 
 def adversary(model, D, recipe, x_src, scores, g=None, plan=None):

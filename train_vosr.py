@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import training
 from degrade import RECIPES, degrade
-from models.discriminator import PatchDiscriminator
+from models.discriminator import PatchDiscriminator, draw_rolls
 from models.dit import DiT, DiTConfig
 from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.lpips import LPIPS
@@ -189,7 +189,7 @@ def losses(name, stage, model, teacher, judges, hq, lq, g):
         if name == "looks":
             lpips, D = judges
             terms["lpips"] = stage.lambda_lpips * lpips(y, hq).mean()
-            terms["gan"] = stage.lambda_gan * D(y, "generator", lq).mean()
+            terms["gan"] = stage.lambda_gan * D(y, "generator", draw_rolls(lq, g)).mean()
         return terms, y
     with torch.no_grad():
         z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
@@ -291,18 +291,18 @@ def step(run):
         with run.losses.no_sync() if alone else nullcontext():
             result = training.backward(run, run.losses, hq, lq, g)
         if run.judges:
-            judge(run, result[0].detach(), hq, lq)
+            judge(run, result[0].detach(), hq, lq, g)
     run.grad_norm = run.health.step(run.optimizer, run.scaler)
     if run.judges:
         run.health.step(run.D_optimizer, run.scaler)
     training.ema_update(run.ema, run.model, run.recipe.ema)
 
 
-def judge(run, y, hq, lq):
+def judge(run, y, hq, lq, g):
     """The discriminator's part: photos are real, results are not."""
     D = run.judges[1].requires_grad_(True)      # only here
     for x, target in ((hq, "real"), (y, "fake")):
-        training.backward(run, lambda: ({f"d_{target}": D(x, target, lq).mean()},))
+        training.backward(run, lambda: ({f"d_{target}": D(x, target, draw_rolls(lq, g)).mean()},))
     D.requires_grad_(False)
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from cases_vosr import fill_module
 
-from models.discriminator import AugmentPlan, Blur, Discriminator, augment, draw_augment, multilevel_loss
+from models.discriminator import (AugmentPlan, Blur, Discriminator, PatchDiscriminator, augment, draw_augment, draw_rolls,
+                                  multilevel_loss)
 from models.vit import PRESETS, ViT, ViTConfig
 from models.support.weights import load_strictly
 
@@ -181,3 +182,23 @@ def test_draws_are_reproducible_and_in_range(H, W):
 def test_gradient_flows_through_the_augmentation():
     x = pictures(2, 10, 12).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: augment(x, draw_augment(x, torch.Generator().manual_seed(5))), x)
+
+
+def test_tiny_discriminator_rolls_pictures():
+    """By offsets of their own, both alike; over them the gradient of a flat picture has no lattice left."""
+    torch.manual_seed(0)
+    D, (x, x_src) = PatchDiscriminator(8).eval(), (pictures(2, 32, 48), pictures(2, 32, 48).flip(0))
+    _, offsets = draw_rolls(x_src, torch.Generator().manual_seed(0))
+    assert offsets == draw_rolls(x_src, torch.Generator().manual_seed(0))[1] and offsets[0] != offsets[1]
+    many = sum(draw_rolls(torch.zeros(400, 3, 8, 8), torch.Generator())[1], [])
+    assert set(many) == set(range(8))
+    rolled = [torch.stack([p.roll(offset, (1, 2)) for p, offset in zip(batch, offsets)]) for batch in (x, x_src)]
+    still = [[0, 0]] * 2
+    torch.testing.assert_close(D(x, "real", (x_src, offsets)), D(rolled[0], "real", (rolled[1], still)))
+
+    def gradient(offsets):
+        flat = torch.zeros(len(offsets), 3, 64, 64, requires_grad=True)
+        D(flat, "generator", (flat.detach(), offsets)).sum().backward()
+        return flat.grad.mean(0)[:, 16:-16, 16:-16].std((1, 2)).mean()
+
+    assert gradient([[y, x] for y in range(8) for x in range(8)]) < 0.05 * gradient([[0, 0]])
