@@ -24,6 +24,7 @@ class Graphs:
             return self.call(*args)
         if self.graphs[key] is None:
             graph, places = torch.cuda.CUDAGraph(), tree_map_only(torch.Tensor, torch.clone, args)
+            self.call(*places)      # whatever is still to be compiled
             Graphs.pool = Graphs.pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, Graphs.pool, capture_error_mode="thread_local"):   # other threads go on
                 self.graphs[key] = graph, places, self.call(*places)
