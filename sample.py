@@ -42,8 +42,7 @@ EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
 KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step",
          "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
-SMALL = "dit", "unet", "vit"    # of small kernels, which graphs start together
-COMPILED = *SMALL, "vae.encoder", "vae.decoder", "light_decoder"    # whichever of them a model has
+COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
 Job = namedtuple("Job", "path name targets ref")    # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
@@ -119,8 +118,8 @@ def find_system(name):
     return GramSR if "ranks" in config or path.is_dir() and any(path.glob("model_*.pkl")) else VOSR
 
 
-def to_compile(model, names=COMPILED):
-    return [network for name, network in model.named_modules() if name in names]
+def to_compile(model):
+    return [network for name, network in model.named_modules() if name in COMPILED]
 
 
 def knobs_of(model, args):
@@ -239,7 +238,7 @@ def load(args):
             compile_all(to_compile(model), args.device)
         if args.compile and args.device.type == "cuda":
             torch.cuda.set_device(args.device)
-            replay(to_compile(model, SMALL))
+            replay(model)
     args.names = ["bicubic", *(Path(realpath(name)).name for name in names), *["reference"] * bool(args.ref)]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))

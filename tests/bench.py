@@ -43,7 +43,7 @@ from models.vae import VAEConfig  # noqa: E402
 from models.vit import DINOv3Config  # noqa: E402
 from models.vosr import SIZES, VOSR  # noqa: E402
 from release import numbers  # noqa: E402
-from sample import SMALL, to_compile  # noqa: E402
+from sample import to_compile  # noqa: E402
 from training import choose_device, choose_dtype  # noqa: E402
 
 UNET, VAE = UNetConfig(widths=(64, 64, 64, 64), num_heads=(1, 1, 1, 1), layers_per_block=1, context_dim=64), \
@@ -131,8 +131,8 @@ class Table:
         print(*(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.about.items()), sep=", ")
         print(f"{'':27} {'':13} {'ms':>9}   {'from, to':18} {'pictures/s':>10} {'TFLOP/s':>8} {'of peak':>7} {'MB':>6} {'held':>6}  ours is faster", flush=True)
 
-    def measure(self, rows, compile=(), graphs=()):
-        """rows: {name: {"ours" or another way: function}}; compile, graphs: networks, after what can be counted only before"""
+    def measure(self, rows, compile=(), graphs=None):
+        """rows: {name: {"ours" or another way: function}}; compile: networks, graphs: a model, after what can be counted only before"""
         if self.args.graphs:        # shapes alone tell graphs apart
             rows = {name: {who: f for who, f in ways.items() if who != "beside"} for name, ways in rows.items()}
         counted = {}
@@ -141,7 +141,7 @@ class Table:
                 counted[name] = {who: first_call(function, self.device) for who, function in ways.items()}
         for network in compile if self.args.compile else ():
             network.compile()
-        if self.args.graphs:
+        if self.args.graphs and graphs:
             replay(graphs)
         for name in counted:
             with self.surviving(name):
@@ -357,14 +357,14 @@ def bench(args, device, dtype):
         model.upscale(lq)
         return print(peak_memory(device))
     table = Table(args, device, dtype)
-    small = to_compile(system.model, SMALL)
-    table.measure(system.rows(lq), to_compile(system.model), small)
+    table.measure(system.rows(lq), to_compile(system.model), system.model)
     if hasattr(system.model, "merge"):      # as sample.py has it at scales of 1
         system.model.merge()
-        for network in small:
-            network._compiled_call_impl = None      # weights moved
+        anew = [system.model.unet, system.model.vit]
+        for network in anew:
+            network._compiled_call_impl = None      # graphs read weights where they were
         rows = system.rows(lq)
-        table.measure({f"{row}, merged": {"ours": rows[row]["ours"]} for row in ("UNet at (1, 1, 1)", "whole picture")}, small, small)
+        table.measure({f"{row}, merged": {"ours": rows[row]["ours"]} for row in ("UNet at (1, 1, 1)", "whole picture")}, anew, system.model)
     if not hasattr(system, "refer"):
         return table
     for who in ["ours", "reference"] if reference else ["ours"]:

@@ -36,6 +36,8 @@ class Graphs:
         return result.clone()
 
 
-def replay(networks):
-    for network in networks:
-        network._compiled_call_impl = Graphs(network._compiled_call_impl or network._call_impl)
+def replay(model):
+    """Of a model's networks those of small kernels, which see tiles of one size."""
+    for name, network in model.named_modules():
+        if name in ("dit", "unet", "vit"):
+            network._compiled_call_impl = Graphs(network._compiled_call_impl or network._call_impl)
