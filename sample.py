@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from models.gramsr import GramSR
+from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff
 from models.support.arguments import SEED, Stop, between, command, folder, positive
@@ -31,6 +31,7 @@ from models.support.evaluation import (average, find_metrics, find_references, m
 from models.support.files import PictureError, claim, find_pictures, output_paths, printable
 from models.support.imaging import (GREY, chroma, contact_sheet, middle, read_picture, resize, round8, save_png,
                                     write_picture)
+from models.support.graphs import replay
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
 from models.support.weights import EMBEDDED, WeightError, list_weights, read_config
@@ -59,7 +60,7 @@ def parse_args(argv):
                    help="cpu, cuda, cuda:1, mps; auto (default): cuda, else mps, else cpu")  # fmt: skip
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")  # fmt: skip
-    p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster")
+    p.add_argument("--compile", action="store_true", help="torch.compile, CUDA graphs: minutes once, then faster")
     p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     # knobs; what is not given is the model's own setting, and what a model does not have is an error
@@ -232,8 +233,13 @@ def load(args):
         tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
         if tile and (args.overlap or 0) >= tile:
             raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
+        if isinstance(model, GramSR) and not (args.sweep or args.knobs.keys() & SETS.keys()):
+            model.merge()
         if args.compile:
             compile_all(to_compile(model), args.device)
+        if args.compile and args.device.type == "cuda":
+            torch.cuda.set_device(args.device)
+            replay(model)
     args.names = ["bicubic", *(Path(realpath(name)).name for name in names), *["reference"] * bool(args.ref)]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))

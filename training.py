@@ -68,7 +68,7 @@ def add_arguments(p):
                    help="of autocast; trained weights stay float32")  # fmt: skip
     p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
-    p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
+    p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (4 on CUDA)")
     p.add_argument("--save-every", type=positive, help="steps between checkpoints, held-out losses and pictures")
     p.add_argument("--keep", type=positive, default=2, metavar="K", help="newest checkpoints that stay (default 2)")
 

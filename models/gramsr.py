@@ -20,7 +20,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from models.gram import normalised
-from models.lora import ALPHA, add_lora
+from models.lora import ALPHA, LoRA, add_lora
 from models.support.authors import last_step, with_step
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
@@ -134,6 +134,15 @@ class GramSR(nn.Module):
         return self.unet(z_t, t, context, self.only())
 
     # ---- in use
+
+    @torch.no_grad()
+    def merge(self):
+        """Fold all sets into the weights once, instead of in every pass: for scales of 1 alone."""
+        for m in self.unet.modules():
+            if isinstance(m, LoRA):
+                m.weight.data = m.fuse()
+                m.lora_A.clear(), m.lora_B.clear()
+        self.cfg.ranks.clear(), self.layers.clear()
 
     def restore(self, z, x, scales, tile, overlap):
         """`clean`, in tiles where the latent is larger than one; each takes its own tokens.

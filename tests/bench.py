@@ -1,7 +1,7 @@
 """How fast: milliseconds, pictures a second, TFLOP/s and memory of a system's parts and of whole pictures, and of training steps.
 
     python tests/bench.py [tiny|0.5b|0.5b-1step|1.4b|1.4b-1step|s3diff|gramsr|train] [--device auto] [--dtype auto] [--side 128] [--batch 1]
-                          [--steps N] [--compile] [--repeat 7] [--json FILE] [--tiny] [--data PHOTOS --workers 8]
+                          [--steps N] [--compile] [--graphs] [--repeat 7] [--json FILE] [--tiny] [--data PHOTOS --workers 8]
 
 tiny (the default) is the embedded model; vosr, which is 0.5b-1step, and the others have their full size and random weights, so no file is
 needed. train: one step of all three scripts, without and with gradient checkpointing; with --data also how many photos a second are read.
@@ -36,6 +36,7 @@ from models.flow import guided  # noqa: E402
 from models.gramsr import SETS, GramSR, GramSRConfig  # noqa: E402
 from models.lora import LoRA  # noqa: E402
 from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
+from models.support.graphs import replay  # noqa: E402
 from models.support.precision import in_half  # noqa: E402
 from models.unet import UNetConfig  # noqa: E402
 from models.vae import VAEConfig  # noqa: E402
@@ -123,21 +124,25 @@ class Table:
     def __init__(self, args, device, dtype):
         self.args, self.device, self.rows, self.batch = args, device, [], args.batch or 1
         self.about = {"model": args.model, "batch": args.batch, "side": args.side, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
-                      "tf32": torch.backends.cudnn.allow_tf32, "compile": args.compile,
+                      "tf32": torch.backends.cudnn.allow_tf32, "compile": args.compile, "graphs": args.graphs,
                       "threads": torch.get_num_threads(), "torch": torch.__version__,
                       "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
                       "peak_tflops": matmul_peak(device, dtype)}
         print(*(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.about.items()), sep=", ")
         print(f"{'':27} {'':13} {'ms':>9}   {'from, to':18} {'pictures/s':>10} {'TFLOP/s':>8} {'of peak':>7} {'MB':>6} {'held':>6}  ours is faster", flush=True)
 
-    def measure(self, rows, compile=()):
-        """rows: {name: {"ours" or another way: function}}; compile: networks, after what can be counted only before"""
+    def measure(self, rows, compile=(), graphs=None):
+        """rows: {name: {"ours" or another way: function}}; compile: networks, graphs: a model, after what can be counted only before"""
+        if self.args.graphs:        # shapes alone tell graphs apart
+            rows = {name: {who: f for who, f in ways.items() if who != "beside"} for name, ways in rows.items()}
         counted = {}
         for name, ways in rows.items():
             with self.surviving(name):
                 counted[name] = {who: first_call(function, self.device) for who, function in ways.items()}
         for network in compile if self.args.compile else ():
-            network.compile(mode="reduce-overhead" if self.args.graphs else None)
+            network.compile()
+        if self.args.graphs and graphs:
+            replay(graphs)
         for name in counted:
             with self.surviving(name):
                 self.measure_row(name, rows[name], counted[name])
@@ -352,7 +357,14 @@ def bench(args, device, dtype):
         model.upscale(lq)
         return print(peak_memory(device))
     table = Table(args, device, dtype)
-    table.measure(system.rows(lq), to_compile(system.model))
+    table.measure(system.rows(lq), to_compile(system.model), system.model)
+    if hasattr(system.model, "merge"):      # as sample.py has it at scales of 1
+        system.model.merge()
+        anew = [system.model.unet, system.model.vit]
+        for network in anew:
+            network._compiled_call_impl = None      # graphs read weights where they were
+        rows = system.rows(lq)
+        table.measure({f"{row}, merged": {"ours": rows[row]["ours"]} for row in ("UNet at (1, 1, 1)", "whole picture")}, anew, system.model)
     if not hasattr(system, "refer"):
         return table
     for who in ["ours", "reference"] if reference else ["ours"]:
@@ -372,7 +384,7 @@ def main():
     p.add_argument("--batch", type=int, help="pictures at once (default 1; train: 8 for VOSR, 4 for the others)")
     p.add_argument("--steps", type=int, help="of VOSR's whole picture (default: the model's own)")
     p.add_argument("--compile", action="store_true", help="torch.compile ours")
-    p.add_argument("--graphs", action="store_true", help="the same, with CUDA graphs: one launch for all kernels of a network")
+    p.add_argument("--graphs", action="store_true", help="CUDA graphs: one launch for all kernels of a network; also with --compile")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a profiler's trace of one whole picture there, and nothing else")
     p.add_argument("--repeat", type=int, default=7)
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -381,8 +393,10 @@ def main():
     p.add_argument("--workers", type=int, default=8, help="train: processes that read them")
     p.add_argument("--only", choices=["ours", "reference"], help=argparse.SUPPRESS)     # one call, for its memory
     args = p.parse_args()
-    args.model, args.compile = {"vosr": "0.5b-1step"}.get(args.model, args.model), args.compile or args.graphs
+    args.model = {"vosr": "0.5b-1step"}.get(args.model, args.model)
     device = choose_device(args.device)
+    if args.graphs and device.type != "cuda":
+        return print(f"--graphs needs CUDA, and this is {device}: nothing is measured")
     dtype = choose_dtype(args.dtype, device, "bfloat16" if args.model == "train" else "float16")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -2,10 +2,12 @@
 for model in s3diff gramsr; do
     for dtype in float32 tf32 bfloat16; do bench $model-$dtype 120 $model $side --dtype $dtype --repeat 3; done
     bench $model-compiled 400 $model $side --compile --repeat $repeat
-    bench $model-graphs 400 $model $side --graphs --repeat $repeat
+    bench $model-graphs 120 $model $side --graphs --repeat $repeat         # without CUDA it only says so
+    bench $model-compiled-graphs 400 $model $side --compile --graphs --repeat $repeat
     bench $model-batch8 120 $model $side --batch 8 --repeat 3
 done
-bench 0.5b-1step-graphs 400 $one $side --graphs --repeat $repeat
+bench 0.5b-1step-graphs 120 $one $side --graphs --repeat $repeat
+bench 0.5b-graphs 120 $many $side --graphs --repeat 3
 bench 0.5b-1step-batch8 120 $one $side --batch 8 --repeat 3
 bench train-full 400 train $side --repeat 3
 step precision 300 $python tests/precision.py --device $device $tiny

@@ -14,6 +14,8 @@ from bench import S3, Gram, Vosr
 from PIL import Image
 
 import sample
+from models.support.graphs import Graphs, replay
+from training import choose_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -23,6 +25,7 @@ SYSTEMS = {"vosr": lambda device: Vosr("tiny", ARGS, device), "s3diff": lambda d
 
 @pytest.fixture(params=SYSTEMS)
 def system(request):
+    choose_dtype("float32", torch.device("cuda"))       # cudnn would take TF32 unasked
     return SYSTEMS[request.param](torch.device("cuda"))
 
 
@@ -58,6 +61,23 @@ def test_compiled_equals_plain(system, lq):
     for network in sample.to_compile(system.model):
         network.compile()
     torch.testing.assert_close(system.model.upscale(lq), plain, atol=2e-3, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_equal_plain(system, lq, compiled):
+    """Two sizes in turn, tiles and knobs that change in between; results are compared at the end, when later calls have been."""
+    options = {"VOSR": {"steps": 3, "guidance": 0.5}, "S3Diff": {"noise": 0.1, "blur": 0.9}, "GramSR": {"pixel": 0.5, "texture": 0.2}}
+    calls = [(x, more) for x in (lq, lq[..., :24, :24]) for more in ({}, {"tile": 64, "overlap": 16}, options[type(system.model).__name__])] * 3
+    system.to(torch.float16)
+    plain = [system.model.upscale(x, **more) for x, more in calls]
+    for network in sample.to_compile(system.model) if compiled else ():
+        network.compile()
+    replay(system.model)
+    for x, y in zip([system.model.upscale(x, **more) for x, more in calls], plain):
+        torch.testing.assert_close(x, y, atol=2e-2 if compiled else 2e-3, rtol=0)
+    recorded = [m for m in system.model.modules() if isinstance(m._compiled_call_impl, Graphs)]
+    assert recorded and all(any(m._compiled_call_impl.graphs.values()) for m in recorded)
 
 
 @pytest.mark.parametrize("script", ["train_vosr.py --stage autoencoder", "train_s3diff.py --preset tiny --init none", "train_gramsr.py --preset tiny --stage pixel --init none"])

@@ -1,5 +1,6 @@
 """GramSR: names of the public files, the guided combination, tiles, files. Run: python -m pytest tests/test_gramsr.py"""
 
+import copy
 import json
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from models import gramsr
 from models.support import weights
+from models.support.precision import in_half
 from models.gram import CSD_TIMES, features, gram, loss_csd, loss_gram
 from models.gramsr import PRIOR, SETS, GramSR, GramSRConfig
 from models.unet import UNet, UNetConfig
@@ -175,6 +177,21 @@ def test_missing_sets_are_passed_over():
     assert torch.equal(model.predict(z, context, (1, 3, 5)), plain)
     torch.testing.assert_close(model.predict(z, context, (0.5, 3, 5)), plain / 2)
     assert torch.equal(model.predict(z, context, (0, 1, 1)), torch.zeros_like(z))
+
+
+def test_merged_sets_change_nothing():
+    model = make()
+    z, context = inputs(model)
+    plain, picture_before = model.predict(z, context), model.upscale(picture(12, 9))
+    model.merge()
+    torch.testing.assert_close(model.predict(z, context), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.upscale(picture(12, 9)), picture_before, rtol=0, atol=1e-4)
+    assert not any("lora" in k for k in model.state_dict()) and model.cfg.ranks == {} and SMALL.ranks
+    half = make()
+    for m in (half, twin := copy.deepcopy(half)):
+        in_half(m, torch.bfloat16)
+    twin.merge()
+    assert {k: p.dtype for k, p in half.state_dict().items() if "lora" not in k} == {k: p.dtype for k, p in twin.state_dict().items()}
 
 
 def test_a_new_set_changes_nothing():

@@ -13,6 +13,7 @@ from PIL.ContainerIO import ContainerIO
 from test_degrade import save_photos
 from torch.utils.data import DataLoader
 
+from models.support import photos as module
 from models.support.photos import Photos, list_photos, photos_for
 
 
@@ -248,6 +249,14 @@ def test_workers_and_processes_share_the_samples(tmp_path):
         for mine in ([0, 1, 4, 5], [2, 3, 6, 7]):  # steps of 4 samples, 2 on each rank
             ranks.append(list(DataLoader(Photos(tar, 32, seed=5), batch_size=2, sampler=mine, num_workers=workers)))
         assert torch.equal(one, torch.cat([batch for step in zip(*ranks) for batch in step]))
+
+
+@pytest.mark.parametrize("device, given, started", [("cpu", None, 0), ("cuda", None, 4), ("cuda", 0, 0), ("cpu", 2, 2)])
+def test_workers_by_default(monkeypatch, device, given, started):
+    options = {}
+    monkeypatch.setattr(module, "DataLoader", lambda photos, **more: options.update(more) or [])
+    module.batches([], range(1), 1, 0, 1, 1, given, torch.device(device))
+    assert options["num_workers"] == started and options["pin_memory"] == (device == "cuda")
 
 
 def test_shrink_fits_the_shorter_side(tmp_path):

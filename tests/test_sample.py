@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import test_gramsr
 import torch
 from PIL import Image
 
@@ -21,7 +22,7 @@ from models.support import evaluation
 from models.gramsr import GramSR, GramSRConfig
 from models.support.imaging import read_picture, resize, write_picture
 from models.s3diff import S3Diff, S3DiffConfig
-from models.support.weights import EMBEDDED
+from models.support.weights import EMBEDDED, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "models" / "vosr_tiny.safetensors"
@@ -373,6 +374,17 @@ def test_compile(run, monkeypatch):
     picture("a.png")
     assert run("a.png")[0] == 0 and seen == []
     assert run("a.png", "--compile")[0] == 0 and seen == ["dit"]
+
+
+@pytest.mark.parametrize("options, merged", [((), 1), (("--color", "none"), 1), (("--texture", 0.5), 0), (("--pixel", 1), 0), (("--sweep",), 0)])
+def test_sets_are_merged_where_scales_stay(run, monkeypatch, options, merged):
+    seen = []
+    monkeypatch.setattr(GramSR, "merge", lambda self: seen.append(1))
+    monkeypatch.setattr(GramSR, "SWEEP", [[{"pixel": 0.5}]])
+    model = test_gramsr.make()
+    Path("sets").mkdir(), save_model(Path("sets/model.safetensors"), model.cfg, model.state_dict())
+    picture("a.png", 8, 8)
+    assert run("a.png", "--model", "sets", *options)[0] == 0 and len(seen) == merged
 
 
 class Dark(Bicubic):

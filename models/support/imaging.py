@@ -307,8 +307,7 @@ def color_fix(x, ref, kind, stablesr=False):
     if kind != "none" and ref.shape == x.shape:
         black, white = (in_blocks(mask.all(1, keepdim=True)) for mask in (ref < 0.5 / 255, ref > 254.5 / 255))
         y = y.masked_fill(black, 0).masked_fill(white, 1)
-    grey = chroma(ref) < GREY
-    return torch.where(grey, y.mean(1, keepdim=True), y) if grey.any() else y
+    return torch.where(chroma(ref) < GREY, y.mean(1, keepdim=True), y)
 
 
 # ---- to look at

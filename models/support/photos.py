@@ -218,4 +218,5 @@ def batches(photos, steps, batch_size, rank, share, micro, workers, device):
     """This process's photos of the steps in a range -> iterator of (micro, 3, crop, crop), what it computes at once"""
     mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
     cuda = device.type == "cuda"
-    return iter(DataLoader(photos, batch_size=micro, sampler=mine, num_workers=workers, pin_memory=cuda))
+    return iter(DataLoader(photos, batch_size=micro, sampler=mine, pin_memory=cuda,
+                           num_workers=4 * cuda if workers is None else workers))

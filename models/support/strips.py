@@ -96,7 +96,7 @@ def norm_silu_conv(norm, conv, x, into=None):
 
 def attention(q, k, v):
     """Attention of all tokens to all, which never holds all their pairs.  Three of (B, nh, N, hd) -> (B, nh, N, hd)"""
-    if q.shape[2] <= QUERIES:
+    if q.shape[2] <= QUERIES and not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (x.contiguous() for x in (q, k, v))       # PyTorch's frugal kernels take no other layout
     return torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(QUERIES, dim=2)], dim=2)
