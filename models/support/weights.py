@@ -45,65 +45,8 @@ class PublicFile:
     note: str = ""              # where to look for what has no source
 
 
-def vosr(name, users, *mirrors, **facts):
-    mirrors += f"https://modelscope.cn/models/LULALULALU/VOSR_CKPT/resolve/master/{name}",
-    return PublicFile(name, (f"CSWRY/VOSR:{name}", *mirrors), users, "Apache-2.0", **facts)
-
-
-def sd21(path, users, **facts):
-    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI's own went in 2025; old caches still hold it
-    sources = [f"{owner}/{name.replace('/', ':', 1)}" for owner in ("Manojb", "sd2-community", "stabilityai")]
-    return PublicFile(name, (*sources, f"CSWRY/VOSR:{name}"), users, "CreativeML Open RAIL++-M", **facts)
-
-
-def public(users, licence, place, files, prefix=""):
-    """Rows of one place.  files: {path there: () or (size, SHA-256)}; prefix: of our names"""
-    return [PublicFile(prefix + path, (place + path,), users, licence, *facts) for path, facts in files.items()]
-
-
-META, GITHUB = "https://dl.fbaipublicfiles.com", "https://raw.githubusercontent.com"
-SD, TORCH = "diffusion_pytorch_model.safetensors", "https://download.pytorch.org/models/"
-FILES = {file.name: file for file in (
-    *(vosr(f"{model}/{path}", f"VOSR {model[5:] or '2.0'}")
-      for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os", "VOSR2")   # multi-step, one step
-      for path in ("args.json", "checkpoints/ema_model.safetensors")),
-    vosr(f"Qwen-Image-vae-2d/{SD}", "VOSR 1.4B, 2.0", f"Qwen/Qwen-Image:vae/{SD}"),
-    vosr("sd21_lwdecoder.pth", "VOSR 0.5B"),
-    vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B",
-         f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", size=346378731,
-         sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    vosr("torch_cache/checkpoints/dinov2_vitl14_pretrain.pth", "VOSR 1.4B, 2.0",
-         f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", size=1217586395,
-         sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
-    sd21(f"vae/{SD}", "VOSR 0.5B, GramSR", size=334643276,
-         sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
-    sd21(f"unet/{SD}", "GramSR", sha256="6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214"),
-    *public("S3Diff", "Stability AI Community License", "stabilityai/sd-turbo:", dict.fromkeys((
-        f"unet/{SD}", f"vae/{SD}", "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"),
-        ()), "sd-turbo/"),
-    *public("S3Diff", "Apache-2.0", "zhangap/S3Diff:", {
-        "s3diff.pkl": (138118948, "92bb59d026b44c8a19fe8df2df356a25fd4c39b37d8b67f51af9e2c7228d56b5"),
-        "de_net.pth": (9424338, "a6e77c1cb0dd51e01ef60bbf7b9d85b3f9399c3c1253889ddb73de1436231b1a")}),
-    *public("training S3Diff", "Apache-2.0", f"{META}/dino/dino_vitbase16_pretrain/", {
-        "dino_vitbase16_pretrain.pth": (
-            343242485, "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e")}),
-    *(PublicFile(f"dinov3-{kind}-pretrain-lvd1689m/model.safetensors",
-                 (f"facebook/dinov3-{kind}-pretrain-lvd1689m:model.safetensors",), users, "DINOv3 License", gated=True)
-      for kind, users in (("vitb16", "GramSR"), ("vits16plus", "training GramSR"))),
-    PublicFile("model_12501.pkl", (), "GramSR", "none stated",
-               note="behind a link of the authors, see https://github.com/aimagelab/GramSR"),
-    *public("GramSR", "none stated", f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints/", {
-        "lora_weights_dino_53001.safetensors": (), "adapter_53001.pth": ()}),
-    *public("LPIPS (VGG), training", "BSD-3-Clause", TORCH, {
-        "vgg16-397923af.pth": (553433881, "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")}),
-    *public("LPIPS (AlexNet)", "BSD-3-Clause", TORCH, {
-        "alexnet-owt-7be5be79.pth": (244408911, "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02")}),
-    *public("LPIPS, training", "BSD-2-Clause", f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/", {
-        "vgg.pth": (7289, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
-        "alex.pth": (6009, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0")}, "lpips_"),
-    *public("NIQE", "Apache-2.0", f"{GITHUB}/XPixelGroup/BasicSR/HEAD/basicsr/metrics/", {
-        "niqe_pris_params.npz": (11850, "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296")}),
-)}
+FILES = {row["name"]: PublicFile(**row)
+         for row in json.loads((MODELS.parent / "assets" / "weights.json").read_text(encoding="utf-8"))}
 
 
 def cache_folder():
