@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from models.support.arguments import (SEED, Stop, between, make_lenient,  # noqa: F401: scripts say training.Stop
-                                      positive)
+from models.support.arguments import SEED, Stop, between, make_lenient, no_memory, positive
 from models.support.charts import Log, save_sheet
 from models.support.download import sha256_of
+from models.support.files import whole_file
 from models.support.photos import batches, photos_for  # noqa: F401
 
 
@@ -36,13 +36,11 @@ def one_line_errors(name):
         yield
     except (Quit, OSError, ValueError, SafetensorError) as e:
         sys.exit(f"{name}: {str(e).strip().splitlines()[-1]}")     # a loader's worker wraps its error in a traceback
-    except torch.OutOfMemoryError:
-        sys.exit(f"{name}: out of device memory; lower --micro-batch, or add --checkpointing")
     except RuntimeError as e:
-        text, lost = str(e).lower(), ("connection closed", "connection reset", "timed out", "nccl")
-        if "allocate memory" in text:       # CPU and MPS have no class of their own for it
+        if no_memory(e):
             sys.exit(f"{name}: not enough memory; lower --micro-batch, or add --checkpointing")
-        if not (several() and any(words in text for words in lost)):
+        lost = ("connection closed", "connection reset", "timed out", "nccl")
+        if not (several() and any(words in str(e).lower() for words in lost)):
             raise
         sys.exit(f"{name}: another process of this run is gone ({str(e).splitlines()[0][:100]}); "
                  "the same command goes on from the last checkpoint")
@@ -65,7 +63,7 @@ def add_arguments(p):
     # machine
     p.add_argument("--device", type=usable_device, default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="of autocast; trained weights stay float32")  # fmt: skip
+                   help="of autocast; trained weights stay float32")
     p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
     p.add_argument("--workers", type=between(0, 999, whole=True), default=0, help="more processes, which read photos")
@@ -159,8 +157,8 @@ class Replicate(torch.nn.Module):
 
 def replicate(model, function, device):
     """function, whose backward now also averages the gradients of model over the processes (DDP)."""
-    module = Replicate(model, function)
-    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    own = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(Replicate(model, function), device_ids=own)
 
 
 def shard(module, device):
@@ -288,15 +286,13 @@ def checkpoints(folder):
 
 
 def write(path, state):
-    """torch.save under a temporary name, then rename: what was there survives any interruption. Raises Quit."""
-    part = Path(f"{path}.part")
+    """torch.save; what was there survives any interruption. Raises Quit."""
     try:
-        torch.save(state, part)
-        with open(part, "rb+") as f:        # Windows syncs only what may be written
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        with whole_file(path) as part:
+            torch.save(state, part)
+            with open(part, "rb+") as f:        # Windows syncs only what may be written
+                os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:        # torch's own writer raises RuntimeError when the disk is full
-        part.unlink(missing_ok=True)
         raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
                    "then the same command goes on from the last checkpoint") from None
 

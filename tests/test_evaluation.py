@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from cases_vosr import fill_module  # noqa: E402
 from models.support import weights  # noqa: E402
-from models.support.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average, find_metrics, measure, noting_weights, protocol,  # noqa: E402
+from models.support.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average, find_metrics, measure, protocol,  # noqa: E402
                                read_reference, record_of, report, row_of, write_metrics)
 from models.support.imaging import read_picture, resize, round8, write_picture  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
@@ -71,7 +71,7 @@ def test_equals_scikit_image_on_the_example(cache):
     reference = pytest.importorskip("skimage.metrics", reason="scikit-image is a reference for this test only")
     from skimage.color import rgb2ycbcr
     sr, bicubic, hq = example()
-    found, failed = measure(sr, bicubic, hq, find_metrics(True, 4, lpips=LPIPS.from_pretrained)[0])
+    found, failed = measure([sr, bicubic], hq, find_metrics(True, 4, lpips=LPIPS.from_pretrained)[0])
     assert list(found) == ["psnr_y", "ssim_y"] and failed == {}
     y = [rgb2ycbcr(x[0].permute(1, 2, 0).double().numpy())[4:-4, 4:-4, 0] for x in (sr, bicubic, hq)]
     for i, x in enumerate(y[:2]):
@@ -84,11 +84,11 @@ def test_lpips_from_the_cache(cache, lpips):
     sr, bicubic, hq = example()
     metrics, absent, files = find_metrics(True, 4, lpips=LPIPS.from_pretrained)
     assert list(absent) == ["niqe"] and [path.name for path in files] == list(LPIPS_FILES)
-    found, _ = measure(sr, bicubic, hq, metrics)
+    found, _ = measure([sr, bicubic], hq, metrics)
     assert found["lpips"] == tuple(lpips(2 * x - 1, 2 * hq - 1).item() for x in (sr, bicubic)) and 0 < found["lpips"][0] < found["lpips"][1]
     assert "LPIPS" in report(found)
     small = [x[..., :20, :20] for x in (sr, bicubic, hq)]
-    found, failed = measure(*small, metrics)
+    found, failed = measure(small[:2], small[2], metrics)
     assert "lpips" not in found and "31 px" in failed["lpips"], "too small for AlexNet"
 
 
@@ -114,9 +114,9 @@ def test_niqe_and_public_heads(cache):
     metrics, absent, files = find_metrics(False, 4, lpips=LPIPS.from_pretrained)
     assert list(metrics) == ["niqe"] and files == [cache / NIQE_FILE]
     sr, bicubic, _ = example()
-    found, failed = measure(sr, bicubic, None, metrics)
+    found, failed = measure([sr, bicubic], None, metrics)
     assert found["niqe"][0] < found["niqe"][1] and failed == {}
-    _, failed = measure(sr[..., :50, :50], bicubic[..., :50, :50], None, metrics)
+    _, failed = measure([sr[..., :50, :50], bicubic[..., :50, :50]], None, metrics)
     assert failed == {"niqe": "NIQE needs more pixels or more detail"}
     assert find_metrics(True, 4, lpips=LPIPS.from_pretrained)[1] == {"lpips": f"needs {LPIPS_FILES[0]} in {cache}"}
     assert find_metrics(False, 4, PUBLIC / NIQE_FILE, lpips=LPIPS.from_pretrained)[2] == [PUBLIC / NIQE_FILE]
@@ -125,10 +125,10 @@ def test_niqe_and_public_heads(cache):
 def test_references_that_do_not_fit(tmp_path, capsys):
     write_picture(tmp_path / "hq.png", torch.zeros(1, 3, 8, 8))
     (tmp_path / "text.png").write_text("no")
-    for ref, words in ((None, "no reference named a"), (tmp_path / "hq.png", "is 8x8, not 16x12"), (tmp_path / "text.png", "is not a picture")):
+    for ref, words in (((), "no reference named a"), ((tmp_path / "hq.png",), "is 8x8, not 16x12"), ((tmp_path / "text.png",), "is not a picture")):
         hq, why = read_reference(Path("a.png"), ref, (12, 16))
         assert hq is None and words in why and words in capsys.readouterr().err
-    assert read_reference(Path("a.png"), tmp_path / "hq.png", (8, 8))[1] == ""
+    assert read_reference(Path("a.png"), [tmp_path / "hq.png"], (8, 8))[1] == ""
 
 
 # -----------------------------------------------------------------------------
@@ -179,8 +179,6 @@ def test_equal_pictures_make_valid_json(tmp_path):
 def test_weights_that_are_read_are_noted(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     weights.save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors")
-    with noting_weights() as noted:
-        weights.read_tensors(tmp_path / "a.pth"), weights.read_tensors(tmp_path / "b.safetensors")
-    assert noted == [tmp_path / "a.pth", tmp_path / "b.safetensors"]
-    weights.read_tensors(tmp_path / "a.pth")
-    assert len(noted) == 2
+    weights.noted.clear()
+    weights.read_tensors(tmp_path / "a.pth"), weights.read_tensors(tmp_path / "b.safetensors")
+    assert weights.noted == [tmp_path / "a.pth", tmp_path / "b.safetensors"]

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 
 from models.support import charts
-from models.support.files import list_pictures
+from models.support.files import find_pictures
 from models.support.imaging import (PictureError, adain, chroma, color_fix, contact_sheet, pad_to_multiple, read_picture,
                             resize, round8, tile_starts, tile_weight, to_uint8, wavelet, write_picture)
 
@@ -214,14 +215,14 @@ def test_decompression_bomb(tmp_path, monkeypatch):
             read_picture(path)
 
 
-def test_list_pictures(tmp_path):
+def test_find_pictures(tmp_path):
     for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png"):
         (tmp_path / name).touch()
-    assert [p.name for p in list_pictures([tmp_path])] == ["a.jpg", "b.PNG"]
-    assert list_pictures(["x.txt", tmp_path / "b.PNG"])[0].name == "x.txt"
+    assert [p.name for p in find_pictures(tmp_path)] == ["a.jpg", "b.PNG"]
+    assert find_pictures(Path("x.txt")) == {Path("x.txt"): Path("x.txt")}
     (tmp_path / "none").mkdir()
     with pytest.raises(PictureError, match="no pictures"):
-        list_pictures([tmp_path / "none"])
+        find_pictures(tmp_path / "none")
 
 
 # ---- writing

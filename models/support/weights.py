@@ -115,7 +115,7 @@ def nearby(name, folder):
 
 # ---- files of any origin
 
-noted = []      # every weight file that was read
+noted = []      # every weight file that was read; sample.py names them in its tables
 
 
 def read_json(path):
