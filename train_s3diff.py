@@ -44,7 +44,7 @@ from models.vit import PRESETS as VITS
 from models.vit import ViT
 from models.support.arguments import between
 from models.support.precision import in_half
-from models.support.weights import PRIOR, fetch, load_strictly, read_model, read_tensors, save_model
+from models.support.weights import PRIOR, fetch, load_strictly, read_tensors, save_model
 from models.vosr import VOSR
 
 
@@ -142,7 +142,7 @@ def take_over(model, init, wanted=lambda name: True):
     if not path.exists():
         raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny "
                             "--stage prior, or none")
-    tensors = {k: v for k, v in read_model(path)[1].items() if wanted(k)}
+    tensors = {k: v for k, v in read_tensors(path).items() if wanted(k)}
     load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
     return f"from {path}"
 

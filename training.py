@@ -21,7 +21,7 @@ from models.support.arguments import SEED, Stop, between, make_lenient, no_memor
 from models.support.charts import Log, save_sheet
 from models.support.download import sha256_of
 from models.support.files import whole_file
-from models.support.photos import batches, photos_for  # noqa: F401
+from models.support.photos import batches, photos_for  # noqa: F401: scripts say training.batches
 
 
 class Quit(Exception):
@@ -288,7 +288,7 @@ def checkpoints(folder):
 def write(path, state):
     """torch.save; what was there survives any interruption. Raises Quit."""
     try:
-        with whole_file(path) as part:
+        with whole_file(path, f"{path}.part") as part:      # of one name, or killed runs would leave many
             torch.save(state, part)
             with open(part, "rb+") as f:        # Windows syncs only what may be written
                 os.fsync(f.fileno())

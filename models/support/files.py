@@ -25,10 +25,13 @@ class PictureError(ValueError):
 
 
 @contextmanager
-def whole_file(path):
-    """A temporary path to write, which then gets the name `path`: that never holds half a file. Makes its folder."""
+def whole_file(path, part=None):
+    """A temporary path to write, which then gets the name `path`: that never holds half a file. Makes its folder.
+
+    part: the temporary path (default: a short one, since names may be as long as can be; of this process and thread)
+    """
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")   # short: names may be as long as can be
+    part = Path(part or path.with_name(f".{os.getpid()}-{threading.get_ident()}.part"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

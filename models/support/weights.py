@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models.support.download import WeightError, address, download
+from models.support.files import whole_file
 
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
@@ -207,22 +208,20 @@ def find_args(path):
 
 
 def save_model(path, cfg, tensors, note=""):
-    """Write a model's tensors in float16 with its cfg (a dataclass) and a note, under a temporary name at first."""
+    """Write a model's tensors in float16 with its cfg (a dataclass) and a note."""
     # the rotary tables are left out: they follow from the config, and float16 would spoil them.
     tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
-    save_file(tensors, part := f"{path}.part", metadata={"config": json.dumps(asdict(cfg)), "note": note})
-    os.replace(part, path)
+    with whole_file(path, f"{path}.part") as part:
+        save_file(tensors, part, metadata={"config": json.dumps(asdict(cfg)), "note": note})
 
 
 def save_release(folder, tensors, settings):
     """Write a transformer's tensors, in float32, and args.json as VOSR's authors do."""
     target = Path(folder, "checkpoints", "ema_model.safetensors")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{target}.part")
-    part.write_text(json.dumps(settings, indent=2))
-    os.replace(part, Path(folder, "args.json"))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    os.replace(part, target)
+    with whole_file(Path(folder, "args.json")) as part:
+        part.write_text(json.dumps(settings, indent=2))
+    with whole_file(target, f"{target}.part") as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
 
 def read_config(path):
@@ -235,11 +234,6 @@ def read_config(path):
     return {}
 
 
-def read_model(path):
-    """What `save_model` wrote -> config, tensors by name. Raises WeightError."""
-    return read_config(path), read_tensors(path)
-
-
 def find_ours(name):
     """An embedded model by its name, a .safetensors file, or model.safetensors in a folder -> Path or None."""
     path = EMBEDDED.get(str(name)) or Path(name)
@@ -249,11 +243,11 @@ def find_ours(name):
 
 def load_ours(system, settings, path):
     """The system (a class) that `save_model` wrote. settings: class of its config. Raises WeightError."""
-    config, tensors = read_model(path)
+    tensors = read_tensors(path)
     if path in (EMBEDDED["s3diff-tiny"], EMBEDDED["gramsr-tiny"]):      # what learned around one prior
         tensors = read_tensors(PRIOR) | tensors
     with on_paper(path, system.__name__):
-        model = system(checked(settings.from_dict(config)))
+        model = system(checked(settings.from_dict(read_config(path))))
     load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
     return model
 
