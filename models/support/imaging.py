@@ -1,6 +1,6 @@
 """Picture files, sizes, tiles, colour fixes, contact sheets.
 
-Only here are pictures uint8. Everywhere else they are float tensors (B, C, H, W) in RGB; here in [0, 1].
+Only here are pictures uint8; elsewhere they are float tensors (B, C, H, W) in RGB, here in [0, 1].
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from models.support.files import OTHERS, PictureError, printable
+from models.support.files import OTHERS, PictureError, printable, whole_file
 from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow would hand some others to programs
@@ -32,8 +32,8 @@ def to_uint8(x):
 
 
 def from_uint8(a):
-    """Bytes to float picture.  a: (H, W, C) uint8 array -> (1, C, H, W) in [0, 1]"""
-    return torch.from_numpy(np.array(a)).permute(2, 0, 1)[None] / 255
+    """Bytes to float picture.  a: (H, W, C) or (H, W) uint8 array or Pillow image -> (1, C, H, W) in [0, 1]"""
+    return torch.from_numpy(np.array(np.atleast_3d(a))).permute(2, 0, 1)[None] / 255
 
 
 def round8(x):
@@ -45,11 +45,6 @@ def to_pil(x):
     """x: (C, H, W) in [0, 1], C one of 1, 3, 4 -> Pillow image in mode L, RGB or RGBA"""
     a = to_uint8(x)
     return Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a)
-
-
-def from_pil(img):
-    """Pillow image in mode L, RGB or RGBA -> (1, C, H, W) in [0, 1]"""
-    return from_uint8(np.atleast_3d(np.asarray(img)))
 
 
 # ---- files
@@ -73,13 +68,12 @@ def read_picture(path, file=None, note=lambda line: None):
     file: open binary file to read instead, path is then its name; note: is told what is not read
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
-    if file is None:
+    if file is None and not (os.path.isfile(path) and os.path.getsize(path)):
         wrong = ("no such file; check the spelling" if not os.path.exists(path)
                  else "is a folder; name a picture in it" if os.path.isdir(path)
-                 else "is a pipe or a device; name a file" if not os.path.isfile(path)      # would wait for ever
-                 else "is empty (0 bytes); copy or download it again" if os.path.getsize(path) == 0 else "")
-        if wrong:
-            raise PictureError(f"{path}: {wrong}")
+                 else "is empty (0 bytes); copy or download it again" if os.path.isfile(path)
+                 else "is a pipe or a device; name a file")     # which would keep us waiting for ever
+        raise PictureError(f"{path}: {wrong}")
     try:
         with open_image(file or path) as img:
             if getattr(img, "is_animated", False):
@@ -107,7 +101,7 @@ def decode(img):
     if min(img.size) == 0:
         raise ValueError("it has no pixels")
     if img.mode[0] not in "IF":
-        x = from_pil(to_srgb(img))
+        x = from_uint8(to_srgb(img))
         rgb, alpha = x[:, :3], x[:, 3:] if x.shape[1] == 4 else None
     else:           # I, I;16, I;16B: grey integers, F: grey floats; Pillow's own conversion would clip at 255
         a, key = np.asarray(img).astype(np.float64), img.info.get("transparency")
@@ -138,20 +132,14 @@ def bleed(x, alpha, rgb):
 
 
 def save_png(img, path):
-    """Write a Pillow image; `path` is never half a file. Raises PictureError."""
-    path = Path(path)
-    if path.suffix.lower() != ".png":
+    """Write a Pillow image. Raises PictureError."""
+    if Path(path).suffix.lower() != ".png":
         raise PictureError(f"{path}: results are PNG; give it the suffix .png")
-    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")   # short: names may be as long as can be
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        img.save(part, format="PNG", pnginfo=MARK)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            img.save(part, format="PNG", pnginfo=MARK)
     except OSError as e:
         raise PictureError(f"{path}: cannot be written ({e.strerror or e}); choose another place") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def write_picture(path, rgb, alpha=None):
@@ -169,20 +157,17 @@ def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
     if isinstance(size_or_scale, (int, float)):
         size_or_scale = [max(round(side * size_or_scale), 1) for side in x.shape[-2:]]
     h, w = size_or_scale
-    return torch.cat([from_pil(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
-
-
-def mirror(length, before, after, device):
-    """Indices that extend 0 .. length-1 by reflection, as often as needed.  -> (before+length+after,)"""
-    period = max(2 * (length - 1), 1)
-    i = torch.arange(-before, length + after, device=device) % period
-    return torch.minimum(i, period - i)
+    return torch.cat([from_uint8(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
 
 
 def mirror_pad(x, left, right, top, bottom):
-    """Reflection that also works where the picture is smaller than the pad, which F.pad refuses."""
-    H, W = x.shape[-2:]
-    return x[..., mirror(H, top, bottom, x.device)[:, None], mirror(W, left, right, x.device)]
+    """Reflection, as often as needed, also where the picture is smaller than the pad, which F.pad refuses."""
+    def mirror(length, before, after):
+        period = max(2 * (length - 1), 1)
+        i = torch.arange(-before, length + after, device=x.device) % period
+        return torch.minimum(i, period - i)
+
+    return x[..., mirror(x.shape[2], top, bottom)[:, None], mirror(x.shape[3], left, right)]
 
 
 def pad_to_multiple(x, multiple):
