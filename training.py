@@ -51,7 +51,7 @@ def one_line_errors(name):
 
 def add_arguments(p):
     """The flags that all three scripts have."""
-    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar, or a .txt list")
+    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, or a .txt list")
     p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
     # optimisation

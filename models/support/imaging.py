@@ -53,29 +53,29 @@ ONE_AT_A_TIME = threading.RLock()   # what is done about warnings holds for all 
 
 
 @contextmanager
-def open_image(file):
-    """Pillow's image of a path or binary file, so far only its header."""
+def open_image(path):
+    """Pillow's image of a file, so far only its header."""
     with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")                                 # chatter about odd metadata ...
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
-        with Image.open(file, formats=FORMATS) as img:
+        with Image.open(path, formats=FORMATS) as img:
             yield img
 
 
-def read_picture(path, file=None, note=lambda line: None):
+def read_picture(path, note=lambda line: None):
     """Any picture file as sRGB and, if it has transparency, alpha; turned as its EXIF orientation says.
 
-    file: open binary file to read instead, path is then its name; note: is told what is not read
+    note: is told what is not read
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
-    if file is None and not (os.path.isfile(path) and os.path.getsize(path)):
+    if not (os.path.isfile(path) and os.path.getsize(path)):
         wrong = ("no such file; check the spelling" if not os.path.exists(path)
                  else "is a folder; name a picture in it" if os.path.isdir(path)
                  else "is empty (0 bytes); copy or download it again" if os.path.isfile(path)
                  else "is a pipe or a device; name a file")     # which would keep us waiting for ever
         raise PictureError(f"{path}: {wrong}")
     try:
-        with open_image(file or path) as img:
+        with open_image(path) as img:
             if getattr(img, "is_animated", False):
                 note(printable(f"{path}: holds several pictures, only the first is read"))
             scale_key(img)
@@ -86,7 +86,7 @@ def read_picture(path, file=None, note=lambda line: None):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         wrong = f"has more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; crop or shrink it first"
     except UnidentifiedImageError:
-        suffix = Path(str(path)).suffix.lower()     # it may lie in a .tar
+        suffix = Path(path).suffix.lower()
         kind = f" ({OTHERS[suffix]})" if suffix in OTHERS else ""
         wrong = f"is not a picture of a kind that is read here{kind}; convert it to PNG"
     except PermissionError:
