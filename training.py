@@ -1,4 +1,4 @@
-"""What the training scripts share. Each has its networks, losses and its `step`; `fit` below is the loop around it."""
+"""What the training scripts share. Each has its networks, losses and its `step`; `fit` is the loop around it."""
 
 import argparse
 import math
@@ -39,7 +39,7 @@ def one_line_errors(name):
     except RuntimeError as e:
         if no_memory(e):
             sys.exit(f"{name}: not enough memory; lower --micro-batch, or add --checkpointing")
-        lost = ("connection closed", "connection reset", "timed out", "nccl")
+        lost = "connection closed", "connection reset", "timed out", "nccl"
         if not (several() and any(words in str(e).lower() for words in lost)):
             raise
         sys.exit(f"{name}: another process of this run is gone ({str(e).splitlines()[0][:100]}); "
@@ -72,11 +72,10 @@ def add_arguments(p):
 
 
 def choose_device(name):
-    """'auto' is the best one at hand -> torch.device."""
+    """'auto' is the best one at hand -> torch.device"""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""      # torchrun's
-    return torch.device(name + own)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)     # torchrun's
 
 
 def usable_device(name):
@@ -102,15 +101,15 @@ def autocast(device, dtype):
 
 def compile_all(networks, device):
     """torch.compile networks; where nothing can be compiled, a line says so instead."""
-    probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, which no cache knows
     try:
+        probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, which no cache knows
         torch.compile(lambda x: x.sin() + 1)(probe)
     except Exception as e:      # without a compiler, without Triton, on a card or a Python that it does not know
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         print(f"--compile is left out, it cannot be done here ({reason})", file=sys.stderr)
-        return
-    for network in networks:
-        network.compile()
+    else:
+        for network in networks:
+            network.compile()
 
 
 # ---- several processes
@@ -131,11 +130,6 @@ def join(device):
 def several():
     """Whether torchrun started this; some builds of torch have no distributed at all."""
     return dist.is_available() and dist.is_initialized()
-
-
-def leave():
-    if several():
-        dist.destroy_process_group()
 
 
 def mean_of_all(x, device):
@@ -194,15 +188,6 @@ def scatter(tensor, like):
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def divide(batch_size, micro_batch, world):
-    """A step's photos: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
-    share = batch_size // world
-    micro = micro_batch or max(share, 1)
-    if share * world != batch_size or share % micro:
-        raise Quit(f"--batch-size {batch_size} is not {world} processes x a whole number of --micro-batch {micro}")
-    return share, micro, share // micro
-
-
 # ---- seeds, parameters, schedules
 
 
@@ -237,10 +222,8 @@ def learning_rate(step, steps, lr, schedule="constant", warmup=0):
     """Learning rate of a step: linear warm-up, then constant or a cosine to 2 % of lr."""
     if step < warmup:
         return lr * (step + 1) / warmup
-    if schedule == "constant":
-        return lr
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+    progress = 0 if schedule == "constant" else min((step - warmup) / max(steps - warmup, 1), 1)
+    return lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Health:
@@ -356,12 +339,16 @@ def load_optimizer(optimizer, state):
 
 def begin(args, recipe):
     """What all parts of a run share: arguments, the recipe with what they override, device, type, processes, folder."""
-    given = {k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)}
-    recipe = replace(recipe, **given)
+    recipe = replace(recipe, **{k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)})
     run = SimpleNamespace(args=args, recipe=recipe, out=Path(args.out), step=0, over=False, photos=None)
     run.device, run.dtype = args.device, choose_dtype(args.dtype, args.device)
     run.rank, run.world = join(run.device)
-    run.share, run.micro, run.parts = divide(recipe.batch_size, args.micro_batch, run.world)
+    run.share = recipe.batch_size // run.world              # photos of a step for each process, in parts of micro
+    run.micro = args.micro_batch or max(run.share, 1)
+    run.parts = run.share // run.micro
+    if run.parts * run.micro * run.world != recipe.batch_size:
+        raise Quit(f"--batch-size {recipe.batch_size} is not {run.world} processes x a whole number of "
+                   f"--micro-batch {run.micro}")
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     run.health = Health()
     run.out.mkdir(parents=True, exist_ok=True)
@@ -462,4 +449,5 @@ def fit(run, terms, step, evaluate, save, title):
         run.seen = None
         save(run)
         print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
-    leave()
+    if several():
+        dist.destroy_process_group()

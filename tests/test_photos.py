@@ -83,7 +83,7 @@ def test_too_few_good_photos(tmp_path):
 
 def test_names_are_seen_from_their_source(tmp_path, monkeypatch):
     """However it is spelled, of a folder and a list."""
-    folder = save_photos(tmp_path / "a" / "deep", [(16, 16)] * 2).parent
+    save_photos(tmp_path / "a" / "deep", [(16, 16)] * 2)
     (tmp_path / "list.txt").write_text("a/deep/0.png\na/deep/1.png, 2\n")
     monkeypatch.chdir(tmp_path)
     for here, names in (("a", ["deep/0.png", "deep/1.png"]), ("list.txt", ["a/deep/0.png", "a/deep/1.png", "a/deep/1.png"])):
