@@ -5,8 +5,8 @@
     python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
 
-Writes OUT/<name>.png for every picture and OUT/sheet.png to compare by eye; metrics.csv and metrics.json beside the
-results if something is to be measured. Several models have a folder each in OUT.
+Writes OUT/<name>.png for every picture, OUT/sheet.png to compare by eye, metrics.csv and metrics.json of what can be
+measured. Several models have a folder each in OUT.
 """
 
 import argparse
@@ -39,8 +39,23 @@ from training import choose_dtype, compile_all, usable_device
 
 EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-KNOBS = ("guidance", "steps", "weak", "temperature", "noise", "blur", "prompt", "negative_prompt", "start_step",
-         "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
+STRENGTH = between(-100, 100)
+KNOBS = {   # of the models: type, meaning. What is not given is a model's own setting, what it does not have an error
+    "guidance": (STRENGTH, "1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper"),
+    "steps": (positive, "VOSR: steps of the sampler, from 1 on"),
+    "weak": (between(0, 1), "VOSR: strength of the weak condition that guidance starts from"),
+    "temperature": (between(0, 100), "VOSR: deviation of the starting noise; one step: 0 is soft, 1 crisp"),
+    "noise": (between(0, 1), "S3Diff: how noisy the picture is, in place of the estimate"),
+    "blur": (between(0, 1), "S3Diff: how blurred the picture is, in place of the estimate"),
+    "prompt": (str, "S3Diff: what the result should be, in words, in place of its own text"),
+    "negative_prompt": (str, "S3Diff: what it should not be"),
+    "start_step": (between(1, 999, whole=True), "S3Diff: below 999 the noise of that time is added first"),
+    "pixel": (STRENGTH, "GramSR: strength of the pixel LoRA (all at 1: one pass)"),
+    "semantic": (STRENGTH, "GramSR: strength of the semantic LoRA"),
+    "texture": (STRENGTH, "GramSR: strength of the texture LoRA"),
+    "tile": (between(64, 2**16, whole=True), "side of the tiles in output pixels, 64 or more"),
+    "overlap": (positive, "pixels that tiles share"),
+}
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
 Job = namedtuple("Job", "path name targets references")     # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
@@ -61,25 +76,9 @@ def parse_args(argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes once, then faster")
     p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
-    # knobs; what is not given is the model's own setting, and what a model does not have is an error
-    p.add_argument("--guidance", type=between(-100, 100),
-                   help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")
-    p.add_argument("--steps", type=positive, help="VOSR: steps of the sampler, from 1 on")
-    p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from")
-    p.add_argument("--temperature", type=between(0, 100), help="VOSR: deviation of the starting noise; 0 is soft")
-    p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, in place of the estimate")
-    p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, in place of the estimate")
-    p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
-    p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
-    p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="S3Diff: below 999 the noise of that time is added first (the paper: 250, 500)")
+    for name, (kind, meaning) in KNOBS.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
     p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper")
-    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (all at 1: one pass)")
-    p.add_argument("--semantic", type=between(-100, 100), help="GramSR: strength of the semantic LoRA")
-    p.add_argument("--texture", type=between(-100, 100), help="GramSR: strength of the texture LoRA")
-    p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX",
-                   help="side of the tiles in output pixels, 64 or more (default: the model's choice)")
-    p.add_argument("--overlap", type=positive, metavar="PX", help="pixels that tiles share (default: the model's)")
     p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours")
     p.add_argument("--sweep", action="store_true", help="also a sheet OUT/sweep/<name>.png with the main knobs turned")
     # measuring and looking
@@ -93,6 +92,8 @@ def parse_args(argv):
         args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
     args.model = args.model or "vosr-tiny"
     args.dtype = choose_dtype(args.dtype, args.device, "float16")
+    given = {name: getattr(args, name) for name in (*KNOBS, "paper", "color")}
+    args.knobs = {name: value for name, value in given.items() if value is not None and value is not False}
     if args.tile and args.overlap and args.overlap >= args.tile:
         p.error(f"argument --overlap: {args.overlap} is not less than the tile's {args.tile}")
     return args
@@ -119,9 +120,9 @@ def knobs_of(model, args):
 
 
 def upscale(name, model, path, lq, args):
-    """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.
+    """Upscale one picture, with a line on what was estimated. Raises PictureError.
 
-    -> (1, 3, H * scale, W * scale) in [0, 1], seconds. Raises PictureError.
+    lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale) in [0, 1], seconds
     """
     start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
@@ -189,21 +190,19 @@ def sweep(model, lq, job, path, args):
 class Failures(list):
     """What went wrong, a line each, printed when it happens."""
 
-    def add(self, message):
-        self.append(printable(message))
-        print(self[-1], file=sys.stderr)
-
     @contextmanager
     def at(self, path):
         """What a user may meet becomes a line, and the next picture's turn comes."""
         try:
             yield
+            return
         except (PictureError, WeightError, OSError) as e:
-            self.add(str(e))
+            self.append(printable(e))
         except RuntimeError as e:
             if not no_memory(e):
                 raise
-            self.add(f"{path}: not enough memory; try --tile 256")
+            self.append(printable(f"{path}: not enough memory; try --tile 256"))
+        print(self[-1], file=sys.stderr)
 
 
 def load(args):
@@ -306,9 +305,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list_weights:
         return list_weights()
-    args.flags = dict(vars(args))
+    args.flags = {name: value for name, value in vars(args).items() if name != "knobs"}
     args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
-    args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
     failures, names = Failures(), {}
     for top in args.pictures:
         with failures.at(top):

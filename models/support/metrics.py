@@ -1,8 +1,8 @@
 """PSNR, SSIM and NIQE as the super-resolution papers report them (LPIPS lives in lpips.py).
 
 psnr_y and ssim_y follow BasicSR: luma unrounded, float64, a border cut off; what pyiqa does otherwise are arguments.
-NIQE (Mittal et al. 2013) needs no reference: it measures how far the statistics of a picture are from those of pristine
-photographs, lower is better. Its parameters (a mean, a covariance, a window) are niqe_pris_params.npz of BasicSR.
+NIQE (Mittal et al. 2013) needs no reference: it measures how far a picture's statistics are from those of pristine
+photographs, by BasicSR's niqe_pris_params.npz (a mean, a covariance, a window).
 
 A picture is a tensor (3, H, W) or (1, 3, H, W), RGB, float in [0, 1] or uint8. Results are Python floats.
 """

@@ -1,7 +1,7 @@
 """Weight files: the table of public ones, fetching them, strict reading, safe writing.
 
 A public file has one name, in code and below our cache folder ($NANOSR_CACHE or ~/.cache/nanosr), where it can also be
-put by hand. Names of VOSR are the paths of the authors' own release folder.
+put by hand. VOSR's are the paths of the authors' own release folder.
 """
 
 import json
@@ -36,6 +36,8 @@ EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vo
 
 @dataclass(frozen=True)
 class PublicFile:
+    """A row of assets/weights.json."""
+
     name: str                   # also its path below our cache folder
     sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs
     users: str
@@ -46,8 +48,8 @@ class PublicFile:
     note: str = ""              # where to look for what has no source
 
 
-FILES = {row["name"]: PublicFile(**row)
-         for row in json.loads((MODELS.parent / "assets" / "weights.json").read_text(encoding="utf-8"))}
+TABLE = MODELS.parent / "assets" / "weights.json"
+FILES = {row["name"]: PublicFile(**row) for row in json.loads(TABLE.read_text(encoding="utf-8"))}
 
 
 def cache_folder():
@@ -166,27 +168,27 @@ def read_file(path):
 
 def read_tensors(path):
     """`read_file` less what DDP, compile and averaging add to the bare model, which a line says."""
-    tensors = unwrapped(read_file(path), path, left_out := set())
+    left_out = set()
+
+    def unwrapped(tensors):
+        found = {}
+        for name, x in tensors.items():
+            *parts, last = str(name).split(".")
+            single = isinstance(x, (int, float)) or torch.is_tensor(x) and x.numel() == 1
+            if last in COUNTERS and single or "online_model" in parts:      # of which ema_model is the average
+                left_out.add("online_model." if "online_model" in parts else last)
+                continue
+            left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
+            bare = ".".join([part for part in parts if part not in WRAPPERS] + [last])
+            if bare in found:
+                raise WeightError(f"{path}: holds {bare:.200} twice, with a prefix and without; leave one of them")
+            found[bare] = unwrapped(x) if isinstance(x, dict) else x
+        return found
+
+    tensors = unwrapped(read_file(path))
     if left_out:
         print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
     return tensors
-
-
-def unwrapped(tensors, path, left_out):
-    """A dict, maybe of dicts, without WRAPPERS in its names and COUNTERS; the set left_out learns which."""
-    found = {}
-    for name, x in tensors.items():
-        *parts, last = str(name).split(".")
-        single = isinstance(x, (int, float)) or torch.is_tensor(x) and x.numel() == 1
-        if last in COUNTERS and single or "online_model" in parts:      # of which ema_model is the average
-            left_out.add("online_model." if "online_model" in parts else last)
-            continue
-        left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
-        bare = ".".join([part for part in parts if part not in WRAPPERS] + [last])
-        if bare in found:
-            raise WeightError(f"{path}: holds {bare:.200} twice, with a prefix and without; leave one of them")
-        found[bare] = unwrapped(x, path, left_out) if isinstance(x, dict) else x
-    return found
 
 
 def find_weights(path):
@@ -281,7 +283,9 @@ def on_paper(path, system):
 
     So a layer of 10^9 channels costs nothing, and fits no tensors afterwards; 10^9 layers would take days.
     """
-    def limit(*_, made=count(1)):
+    made = count(1)
+
+    def limit(*_):
         if next(made) > MOST:
             raise ValueError(f"it asks for more than {MOST} parameters")
 
