@@ -18,20 +18,13 @@ def read_vocabulary(vocab, merges, single):
     ids = read_json(vocab)
     try:
         lines = merges.read_text(encoding="utf-8").strip().split("\n")[1:]      # the first one is a version
+        pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
     except (OSError, ValueError) as e:
-        raise WeightError(f"{merges}: cannot be read as text ({e}); get it again") from None
-    pairs = [tuple(line.split(" ")) for line in lines]
-    wrong = next((n for n, pair in enumerate(pairs, 2) if len(pair) != 2 or not all(pair)), None)
-    if wrong or not pairs:
-        raise WeightError(f"{merges}: line {wrong or 2} is not a pair of symbols; get it again")
-    needed = {symbol: None for symbol in (*single, *map("".join, pairs))}
-    absent = [symbol for symbol in needed if type(ids.get(symbol)) is not int]
-    if absent:
-        raise WeightError(f"{vocab}: has no id for {absent[0]} ({len(absent)} such in all), which {merges} needs; "
-                          "get both again")
-    # Merges that a cut-off file lacks would go unnoticed in most texts, and change the others.
-    if len(ids) != len(needed):
-        raise WeightError(f"{merges}: makes {len(needed)} symbols, {vocab} has {len(ids)}; get both again")
+        raise WeightError(f"{merges}: cannot be read as pairs of symbols ({e}); get it again") from None
+    # merges that a cut-off file lacks would go unnoticed in most texts, and change the others
+    needed = {*single, *map("".join, pairs)}
+    if ids.keys() != needed or not all(type(n) is int for n in ids.values()):
+        raise WeightError(f"{vocab}: has {len(ids)} symbols, not the {len(needed)} that {merges} makes; get both again")
     return ids, {pair: rank for rank, pair in enumerate(pairs)}
 
 
