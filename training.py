@@ -141,18 +141,11 @@ def mean_of_all(x, device):
     return x.item() / dist.get_world_size()
 
 
-class Replicate(torch.nn.Module):
-    """A function of a model, as the module whose forward DistributedDataParallel wants to be called."""
-
-    def __init__(self, model, function):
-        super().__init__()
-        self.model, self.forward = model, function
-
-
 def replicate(model, function, device):
     """function, whose backward now also averages the gradients of model over the processes (DDP)."""
-    own = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(Replicate(model, function), device_ids=own)
+    module = torch.nn.Module()      # DDP takes a module, and calls its forward
+    module.model, module.forward = model, function
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def shard(module, device):
@@ -300,22 +293,24 @@ def load_checkpoint(folder, must_match, moved=False):
             if sha256_of(path)[:16] != path.stem.rpartition("-")[2]:
                 raise ValueError("it is not what was written")
             state = torch.load(path, map_location="cpu", weights_only=True)
+            break
         except Exception as e:      # a damaged file makes torch raise nearly anything
             print(f"{path}: skipped, damaged ({str(e).splitlines()[0]})", file=sys.stderr)
-            continue
-        for name, value in must_match.items():
-            was, hint = state["settings"].get(name), ""
-            if name in ("data", "init") and was and value:      # paths, unless --init is a public name
-                old, hint = os.path.join(state.get("cwd", ""), was), ", or --moved if it is the same in another place"
-                if moved or os.path.exists(old) and os.path.exists(value) and os.path.samefile(old, value):
-                    continue
-                was = old if os.path.exists(old) else was       # the same words may mean another place by now
-            if was != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise Quit(f"{flag}: {path} was written with {was}, not {value}; use that or another --out{hint}")
-        return state
-    if found:
-        raise Quit(f"{folder}: no checkpoint is whole; move them away to begin anew")
+    else:
+        if found:
+            raise Quit(f"{folder}: no checkpoint is whole; move them away to begin anew")
+        return None
+    for name, value in must_match.items():
+        was, hint = state["settings"].get(name), ""
+        if name in ("data", "init") and was and value:      # paths, unless --init is a public name
+            old, hint = os.path.join(state.get("cwd", ""), was), ", or --moved if it is the same in another place"
+            if moved or os.path.exists(old) and os.path.exists(value) and os.path.samefile(old, value):
+                continue
+            was = old if os.path.exists(old) else was       # the same words may mean another place by now
+        if was != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise Quit(f"{flag}: {path} was written with {was}, not {value}; use that or another --out{hint}")
+    return state
 
 
 def load_tensors(module, tensors):
@@ -371,8 +366,8 @@ def resume(run, settings):
                 load_tensors(part, checkpoint[name])
             elif isinstance(part, torch.optim.Optimizer):
                 load_optimizer(part, checkpoint[name])
-            else:
-                part.load_state_dict(checkpoint[name] or part.state_dict())     # a scaler's is {} in another type
+            elif checkpoint[name]:      # a scaler's is {} in another type
+                part.load_state_dict(checkpoint[name])
     print(f"{run.origin}, on {run.device} in {str(run.dtype)[6:]}, {run.world} process{'es' * (run.world > 1)}")
     batch = f"batch {run.recipe.batch_size} = {run.world} x {run.parts} x {run.micro}"
     print(f"{count(run.params):,} parameters learn; {batch}; {run.recipe}")

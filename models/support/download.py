@@ -32,7 +32,8 @@ def download(source, target, file, sleep):
     part, tag = (target.with_name(target.name + end) for end in (".part", ".part.of"))
     url, best, tries = address(source), size_of(part), 0
     while True:
-        have, wait, headers = size_of(part) if size_of(tag) else 0, 2**tries, {"Accept-Encoding": "identity"}
+        have, wait = size_of(part) if size_of(tag) else 0, 2**tries
+        headers = {"Accept-Encoding": "identity"}       # gzip would change the length
         if have:
             headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
         if "://" not in source and (token := os.environ.get("HF_TOKEN", "").strip()):
