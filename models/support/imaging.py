@@ -186,10 +186,7 @@ def tile_starts(length, tile, overlap):
 
 
 def tile_weight(height, width, down=0.0):
-    """Gaussian window that fades a tile towards its edges.  -> (1, 1, height, width) in (0, 1]
-
-    down: rows by which its centre lies below the tile's
-    """
+    """Gaussian window that fades a tile towards its edges, its centre `down` rows too low -> (1, 1, height, width)"""
     def window(n, shift=0.0):
         return torch.exp(-((torch.arange(n) - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
     return (window(height, down)[:, None] * window(width))[None, None]
@@ -225,7 +222,7 @@ def blend_tiles(function, x, boxes, at_once=8, down=0.0):
 def adain(x, ref, stablesr=False):
     """Per channel, give x the mean and standard deviation of ref.
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any); stablesr: see `color_fix` -> (B, 3, H, W) in [0, 1]
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any); stablesr: see `color_fix` -> like x
     """
     def stats(x):
         more = x.shape[2] * x.shape[3] > 1      # a single pixel has no n - 1
@@ -247,7 +244,7 @@ def blur(x, sigma=5.0, radius=20):
 def wavelet(x, ref):
     """Replace the low frequencies of x by those of ref (called wavelet officially, but it is one Gaussian).
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any), resized if need be -> (B, 3, H, W) in [0, 1]
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any), resized if need be -> like x
     """
     if ref.shape[-2:] != x.shape[-2:]:
         ref = resize(ref, x.shape[-2:], Image.Resampling.LANCZOS)
@@ -282,13 +279,14 @@ def color_fix(x, ref, kind, stablesr=False):
 
     x, ref: (B, 3, H, W) in [0, 1]; stablesr: as StableSR (S3Diff, GramSR), else as VOSR -> like x. Raises ValueError.
     """
-    if kind not in ("adain", "wavelet", "none"):
-        raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
-    y = x
     if kind == "adain":
         y = adain(x, ref, stablesr)
     elif kind == "wavelet":
         y = (x + low_frequencies(ref - x)).clamp(0, 1) if stablesr else wavelet(x, ref)
+    elif kind == "none":
+        y = x
+    else:
+        raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
     if kind != "none" and ref.shape == x.shape:
         black, white = (in_blocks(mask.all(1, keepdim=True)) for mask in (ref < 0.5 / 255, ref > 254.5 / 255))
         y = y.masked_fill(black, 0).masked_fill(white, 1)

@@ -71,8 +71,8 @@ class Photos(torch.utils.data.Dataset):
     Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged;
     one smaller than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why.
 
-    files: what list_photos gives, None = list_photos(source); flip: mirror every other one; cache_mb: of pixels
-    shrink: large pictures, too, are brought to the crop's size, by their shorter side
+    files: None = list_photos(source); flip: mirror every other one; shrink: bring large pictures, too, to the crop's
+    size, by their shorter side; cache_mb: of pixels
     """
 
     def __init__(self, source, crop, seed=0, flip=False, shrink=False, files=None, cache_mb=1024):
@@ -129,20 +129,21 @@ class Photos(torch.utils.data.Dataset):
 def photos_for(data, crop, seed, names=None, **options):
     """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the good ones that are held out, one of every 30.
 
-    names: of the files when the run began, seen from the source; what came later is not seen, so that a resumed run is
-    the same run; None = it begins now -> Photos, crops, names. Raises ValueError.
+    names: of the files when the run began, seen from the source, so that a resumed run is the same run and what came
+    later is not seen; None = it begins now -> Photos, crops, names. Raises ValueError.
     """
     root, files = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data)
-    seen = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
-    if names is not None:
-        found = dict(zip(seen, files))
+    found = {str(f).removeprefix(f"{root}{os.sep}"): f for f in files}
+    if names is None:
+        names = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
+    else:
         new = found.keys() - set(names)
         if len(new) == len(found):
             raise ValueError(f"{data}: has none of the photos of this run's beginning, as {names[0]}; "
                              "put them or a link there, or begin another --out")
         if new:
             print(f"{data}: {len(new)} photos came after this run began and are left out", file=sys.stderr)
-        files = [found.get(name, root / name) for name in names]    # what is gone will be named and skipped
+    files = [found.get(name, root / name) for name in names]        # what is gone will be named and skipped
 
     photos = Photos(data, crop, seed=seed, files=files, **options)
     room = photos.cache_left
@@ -157,7 +158,7 @@ def photos_for(data, crop, seed, names=None, **options):
     if photos.skipped.keys() >= set(photos.files):
         raise ValueError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
     test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
-    return photos, torch.stack([test[i] for i in range(16)]), names or seen
+    return photos, torch.stack([test[i] for i in range(16)]), names
 
 
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):
