@@ -162,11 +162,10 @@ def finish(job, lq, alpha, results, args):
         if seconds is not None:
             write_picture(target, sr[:, :1] if grey else sr, alpha)
     hq, why = read_reference(job.name, job.references, size) if args.ref else (None, "")
-    found, failed = measure([*files, bicubic], hq, args.metrics, why, job.path)
-    for i, (top, target, (_, seconds)) in enumerate(zip(args.folders, job.targets, results)):
+    found, failed = measure(files, bicubic, hq, args.metrics, why, job.path)
+    for top, target, figures, (_, seconds) in zip(args.folders, job.targets, found, results):
         made = f"{lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}"
         lines.append(f"{name}: {printable(target)} is kept" if seconds is None else f"{name}: {made}, {seconds:.2f} s")
-        figures = {m: (every[i], every[-1]) for m, every in found.items()}
         lines += [f"{name}: {report(figures)}"] * bool(figures)
         rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, figures, args.absent | failed))
     shown = [x for x in (bicubic, *files, hq) if x is not None]

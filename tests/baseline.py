@@ -128,7 +128,7 @@ def compare(args):
         (lq, _), (hq, _) = read_picture(path), read_picture(args.ref / path.name)
         sr = round8(model(lq).clamp(0, 1))
         write_picture(Path(args.out, "pictures", path.name), sr)
-        found, failed = measure([sr, resize(lq, sr.shape[-2:])], hq, metrics)
+        (found,), failed = measure([sr], resize(lq, sr.shape[-2:]), hq, metrics)
         rows.append(row_of(path.name, sr.shape[-2:], 0.0, found, absent | failed))
     print(report(average(rows)))
 

@@ -32,6 +32,7 @@ LPIPS_FILES = "alexnet-owt-7be5be79.pth", "lpips_alex.pth"      # papers report 
 # column: name, digits to print, which is better
 METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"), "lpips": ("LPIPS", 4, "lower"),
            "niqe": ("NIQE", 2, "lower")}
+COLUMNS = [m + end for m in METRICS for end in ("", "_bicubic")]
 NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"
 
 
@@ -99,50 +100,45 @@ def read_reference(path, references, size):
         return None, str(e)
 
 
-def measure(pictures, hq, metrics, why="", name="picture"):
-    """Several versions of a picture by the metrics of `find_metrics`.
+def measure(pictures, bicubic, hq, metrics, why="", name="picture"):
+    """Our versions of a picture, and bicubic's, by the metrics of `find_metrics`.
 
-    pictures: of (1, 3, H, W) in [0, 1], name: theirs; hq: the same, or None, and why
-    -> {metric: its figure of each}, {metric: why not}
+    pictures: list of (1, 3, H, W) in [0, 1]; bicubic: the same; hq: the same, or None, and why; name: of all of them
+    -> for each of pictures {metric: ours, metric_bicubic: its}, {metric: why not}
     """
-    found, failed = {}, {}
+    found, failed = [{} for _ in pictures], {}
     for m, metric in metrics.items():
         if hq is None and m in NEED_REFERENCE:
             failed[m] = why
             continue
         try:
-            figures = tuple(metric(x, hq) for x in pictures)
-            if math.isnan(sum(figures)):
+            theirs, *ours = (metric(x, hq) for x in (bicubic, *pictures))
+            if math.isnan(sum(ours, theirs)):
                 raise ValueError(f"{METRICS[m][0]} needs more pixels or more detail")
-            found[m] = figures
+            for figures, figure in zip(found, ours):
+                figures |= {m: figure, f"{m}_bicubic": theirs}
         except (ValueError, torch.OutOfMemoryError) as e:
             failed[m] = str(e) if isinstance(e, ValueError) else "not enough memory"
             print(f"{printable(name)}: not measured: {failed[m]}", file=sys.stderr)
     return found, failed
 
 
-def report(found):
-    """{metric: (ours, bicubic's)} as text, bicubic's in brackets."""
-    return "  ".join(f"{name} {found[m][0]:.{n}f} ({found[m][1]:.{n}f})"
-                     for m, (name, n, _) in METRICS.items() if m in found)
+def report(figures):
+    """{metric: ours, metric_bicubic: its} as text, bicubic's in brackets."""
+    return "  ".join(f"{name} {figures[m]:.{n}f} ({figures[f'{m}_bicubic']:.{n}f})"
+                     for m, (name, n, _) in METRICS.items() if m in figures)
 
 
-def row_of(name, size, seconds, found, missing):
-    """The line of a picture.
-
-    size: (H, W); seconds: None = made earlier; found: {metric: (ours, bicubic's)}; missing: {metric: why} -> dict
-    """
-    row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3)}
-    for metric, (ours, bicubic) in found.items():
-        row |= {metric: ours, f"{metric}_bicubic": bicubic}
-    return row | {"not_measured": missing}
+def row_of(name, size, seconds, figures, missing):
+    """The line of a picture.  size: (H, W); seconds: None = made earlier; figures, missing: of `measure` -> dict"""
+    return {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3),
+            **figures, "not_measured": missing}
 
 
 def average(rows):
-    """-> {metric: (our average, bicubic's)} over the pictures where it was measured"""
-    measured = {m: [row for row in rows if m in row] for m in METRICS}
-    return {m: tuple(fmean(row[column] for row in some) for column in (m, f"{m}_bicubic"))
-            for m, some in measured.items() if some}
+    """-> {column: its mean over the pictures where it was measured}"""
+    measured = {column: [row[column] for row in rows if column in row] for column in COLUMNS}
+    return {column: fmean(figures) for column, figures in measured.items() if figures}
 
 
 def protocol(rows, seed, scale, absent):
@@ -179,8 +175,8 @@ def record_of(rows, command, flags, absent, files):
         "command": command, "protocol": protocol(rows, flags["seed"], flags["scale"], absent), "seed": flags["seed"],
         "flags": flags,
         "metrics": {m: {"name": name, "better": better} for m, (name, _, better) in METRICS.items()},
-        "average": {m: {"ours": ours, "bicubic": bicubic, "pictures": sum(m in row for row in rows)}
-                    for m, (ours, bicubic) in means.items()},
+        "average": {m: {"ours": means[m], "bicubic": means[f"{m}_bicubic"], "pictures": sum(m in row for row in rows)}
+                    for m in METRICS if m in means},
         "not_measured": {m: absent.get(m, "not of any picture") for m in METRICS if m not in means},
         "pictures": rows,
         "weights": {printable(path): hash_of(path) for path in dict.fromkeys(files)},
@@ -196,8 +192,8 @@ def write_text(path, text):
 
 def write_metrics(record, folder):
     """metrics.json, and metrics.csv with a line for every picture."""
-    text, columns = io.StringIO(newline=""), [m + end for m in METRICS for end in ("", "_bicubic")]
-    table = csv.DictWriter(text, ["picture", "width", "height", "seconds", *columns, "not_measured"])
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, ["picture", "width", "height", "seconds", *COLUMNS, "not_measured"])
     table.writeheader()
     for row in record["pictures"]:
         why = "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.support.evaluation import METRICS
+from models.support.evaluation import METRICS, average
 from models.support.files import printable
 from models.support.imaging import to_pil
 
@@ -91,8 +91,7 @@ def page_of(figures, names, records):
     pairs = sorted(combinations(range(len(names)), 2), key=lambda pair: pair[1] - pair[0])
     choices = "".join(f'<label><input type="radio" name="pair" value="[{a}, {b}]"{" checked" * (b == a + 1 == 1)}>'
                       f"{text(names[a])} | {text(names[b])}</label> " for a, b in pairs)
-    means = [{f"{m}{end}": mean[key] for m, mean in each["average"].items()
-              for key, end in (("ours", ""), ("bicubic", "_bicubic"))} for each in records]
+    means = [average(each["pictures"]) for each in records]
     averages = f"<p>Averages:</p>{table(means, names[: len(records) + 1])}" if len(figures) > 1 and means[0] else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = "\n".join(f"{sha}  {text(name)}" for name, sha in record["weights"].items())

@@ -2,8 +2,8 @@
 
 An autoencoder run on tiles forgets what lies beyond a tile's edge and normalises each tile by itself: seams. Here every
 layer is cut instead. A 3x3 convolution needs one more row above and below its strip; a group norm takes its statistics
-from the whole map first; attention, which sees every cell, is cut by queries. So the result is that of the whole picture
-up to rounding, with two feature maps in memory at a time.
+from the whole map first; attention, which sees every cell, is cut by queries. So the result is that of the whole
+picture up to rounding, with two feature maps in memory at a time.
 
 Plain, as if this file did not exist: maps of up to 512x512 pixels, on a GPU 1024x1024; and whatever records gradients.
 """
