@@ -25,12 +25,12 @@ from models.support.photos import batches, photos_for  # noqa: F401: scripts say
 
 
 class Quit(Exception):
-    """An error of the user's; its message is one line."""
+    """An error of the user's, in one line."""
 
 
 @contextmanager
 def one_line_errors(name):
-    """Turn the errors a user can cause into one line on stderr and exit status 1."""
+    """Errors that a user can cause become one line on stderr and exit status 1."""
     make_lenient()
     try:
         yield
@@ -116,7 +116,7 @@ def compile_all(networks, device):
 
 
 def join(device):
-    """Join the processes that torchrun started, of which only the first speaks -> rank, their number (else 0, 1)."""
+    """Join the processes that torchrun started; only the first speaks -> rank, their number (else 0, 1)"""
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
@@ -164,7 +164,7 @@ def whole(x):
 
 
 def gather(state):
-    """A state dict with whole tensors on the CPU of the first process, None elsewhere; all processes must call it."""
+    """A state dict with whole tensors on the first process's CPU, None elsewhere; all processes must call it."""
     if isinstance(state, dict):
         return {k: gather(v) for k, v in state.items()}
     if not torch.is_tensor(state):
@@ -197,7 +197,7 @@ def count(parameters):
 
 
 def freeze_all_but(model, params):
-    """Let params learn and nothing else in model -> params. Raises AssertionError if one is not its own, or twice."""
+    """Let params learn and nothing else in model -> params"""
     model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
@@ -220,13 +220,13 @@ def learning_rate(step, steps, lr, schedule="constant", warmup=0):
 
 
 class Health:
-    """Steps of optimizers, left out where a gradient is not a number; `most` of those in a row end the run."""
+    """Steps of optimizers, left out where a gradient is no number; `most` of those in a row end the run."""
 
     def __init__(self, most=25):
         self.most, self.skipped, self.in_a_row = most, 0, 0
 
     def step(self, optimizer, scaler):
-        """Clip the gradients to norm 1, step, forget them -> their norm before, not finite if left out. Raises Quit."""
+        """Clip the gradients to norm 1, step, forget them -> their norm before. Raises Quit."""
         scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = whole(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
@@ -246,7 +246,7 @@ class Health:
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, over the trained parameters; buffers are copied."""
+    """ema <- decay * ema + (1 - decay) * model, of what learns; buffers are copied."""
     averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))
     torch._foreach_lerp_(averaged, learned, 1 - decay)
     for e, b in zip(ema.buffers(), model.buffers()):
@@ -314,7 +314,7 @@ def load_checkpoint(folder, must_match, moved=False):
 
 
 def load_tensors(module, tensors):
-    """Put a checkpoint's tensors, maybe a part, into a module, whatever the number of processes."""
+    """Put tensors of a checkpoint into a module, whatever the number of processes."""
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -333,7 +333,7 @@ def load_optimizer(optimizer, state):
 
 
 def begin(args, recipe):
-    """What all parts of a run share: arguments, the recipe with what they override, device, type, processes, folder."""
+    """What a run's parts share: arguments, the recipe with what they override, device, type, processes, folder."""
     recipe = replace(recipe, **{k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)})
     run = SimpleNamespace(args=args, recipe=recipe, out=Path(args.out), step=0, over=False, photos=None)
     run.device, run.dtype = args.device, choose_dtype(args.dtype, args.device)
@@ -375,7 +375,7 @@ def resume(run, settings):
 
 
 def save_state(run, **more):
-    """Write a checkpoint: run.state, of the model what learns, which all processes gather and the first one writes."""
+    """Write a checkpoint: run.state, of models what learns; all processes gather it, the first one writes."""
     state = {name: part.state_dict() for name, part in run.state.items()}
     for name in {"model", "ema"} & state.keys():
         state[name] = {k: v for k, v in state[name].items() if run.learns(k)}
@@ -385,7 +385,7 @@ def save_state(run, **more):
 
 
 def backward(run, compute, *inputs):
-    """One part of the batch, whose losses are added to run.sums -> what compute returns beside {name: loss}"""
+    """One part of the batch, its losses added to run.sums -> what compute returns beside {name: loss}"""
     with autocast(run.device, run.dtype):
         terms, *others = compute(*inputs)
     run.scaler.scale(sum(terms.values()) / run.parts).backward()

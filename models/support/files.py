@@ -26,12 +26,9 @@ class PictureError(ValueError):
 
 @contextmanager
 def whole_file(path, part=None):
-    """A temporary path to write, which then gets the name `path`: that never holds half a file. Makes its folder.
-
-    part: the temporary path (default: a short one, since names may be as long as can be; of this process and thread)
-    """
+    """A temporary path to write, `part`, which then gets the name `path`, so that this never holds half a file."""
     path = Path(path)
-    part = Path(part or path.with_name(f".{os.getpid()}-{threading.get_ident()}.part"))
+    part = Path(part or path.with_name(f".{os.getpid()}-{threading.get_ident()}.part"))     # names may be at their limit
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

@@ -37,7 +37,7 @@ def from_uint8(a):
 
 
 def round8(x):
-    """The picture a file of 8 bits per channel would hold.  x: any shape in [0, 1] -> same shape, multiples of 1/255"""
+    """What a file of 8 bits per channel would hold.  x: any shape in [0, 1] -> like x, multiples of 1/255"""
     return (x.clamp(0, 1) * 255).round() / 255
 
 
@@ -63,9 +63,8 @@ def open_image(path):
 
 
 def read_picture(path, note=lambda line: None):
-    """Any picture file as sRGB and, if it has transparency, alpha; turned as its EXIF orientation says.
+    """Any picture file as sRGB and alpha, turned as its EXIF orientation says; note: is told what is not read.
 
-    note: is told what is not read
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
     if not (os.path.isfile(path) and os.path.getsize(path)):
@@ -119,7 +118,7 @@ def decode(img):
 
 
 def bleed(x, alpha, rgb):
-    """Colours where alpha is below 1 %, which blend in when the picture is resized, from the visible ones around.
+    """Colours where alpha is below 1 %, which resizing would blend in, from the visible ones around.
 
     x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W); rgb: (1, 3, H, W), kept where visible -> like rgb
     """
@@ -150,7 +149,7 @@ def write_picture(path, rgb, alpha=None):
 # ---- sizes
 
 def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
-    """Resize as the official scripts do, with Pillow on 8-bit pictures (antialiased when shrinking).
+    """Resize as the official scripts do, with Pillow on 8-bit pictures.
 
     x: (B, 1 or 3, H, W) in [0, 1]; size_or_scale: (h, w) or a factor -> (B, C, h, w), multiples of 1/255
     """
@@ -161,7 +160,7 @@ def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
 
 
 def mirror_pad(x, left, right, top, bottom):
-    """Reflection, as often as needed, also where the picture is smaller than the pad, which F.pad refuses."""
+    """Reflection, also where the picture is smaller than the pad, which F.pad refuses."""
     def mirror(length, before, after):
         period = max(2 * (length - 1), 1)
         i = torch.arange(-before, length + after, device=x.device) % period
@@ -171,7 +170,7 @@ def mirror_pad(x, left, right, top, bottom):
 
 
 def pad_to_multiple(x, multiple):
-    """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W].  (B, C, H, W)"""
+    """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W]."""
     H, W = x.shape[-2:]
     return mirror_pad(x, 0, -W % multiple, 0, -H % multiple)
 
@@ -179,7 +178,7 @@ def pad_to_multiple(x, multiple):
 # ---- tiles
 
 def tile_starts(length, tile, overlap):
-    """First positions of tiles that cover `length` with at least `overlap` in common; the last one ends flush."""
+    """First positions of tiles that cover `length` and share `overlap` or more; the last one ends flush."""
     tile = min(tile, length)
     starts = list(range(0, length - tile + 1, max(tile - overlap, 1)))
     return starts if starts[-1] + tile == length else [*starts, length - tile]
@@ -193,7 +192,7 @@ def tile_weight(height, width, down=0.0):
 
 
 def tile_boxes(height, width, tile, overlap):
-    """(rows, columns) slices of the tiles that cover height x width; a tile is smaller only where the whole is."""
+    """(rows, columns) slices of tiles that cover height x width; smaller ones only where the whole is."""
     rows, cols = ([slice(i, i + min(tile, n)) for i in tile_starts(n, tile, overlap)] for n in (height, width))
     return [(row, col) for row in rows for col in cols]
 

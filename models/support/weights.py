@@ -63,7 +63,7 @@ def hub_folder():
 
 
 def locate(name):
-    """A public file that is on this disk already -> Path or None. What has another size is not it."""
+    """A public file on this disk -> Path or None. What has another size is not it."""
     file, paths = FILES[name], []
     for repository, _, path in (source.partition(":") for source in file.sources if "://" not in source):
         folder = hub_folder() / f"models--{repository.replace('/', '--')}"
@@ -74,7 +74,7 @@ def locate(name):
 
 
 def list_weights():
-    """Print the table: what is present and where, or where it would come from."""
+    """Print the table: where each file is, or would come from."""
     found = {name: locate(name) for name in FILES}
     for name, file in FILES.items():
         mark, size = "x" if found[name] else " ", f"{file.size:,} bytes" if file.size else ""
@@ -141,7 +141,7 @@ def is_plain(x):
 
 
 def read_pickle(path):
-    """torch.load, which runs no code of the file, without the ways it leaves a small file to fill the memory."""
+    """torch.load, which runs no code of the file, without its ways for a small file to fill the memory."""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as file:
         sound = file.find(b"bytearray") < 0     # torch would make one as long as the pickle says; a GB takes a second
     if zipfile.is_zipfile(path):                # torch.save does not compress
@@ -152,7 +152,7 @@ def read_pickle(path):
 
 
 def read_file(path):
-    """A .safetensors file or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is not run."""
+    """A .safetensors file, or a pickle of torch that would run no code -> dict. Raises WeightError."""
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
     noted.append(path)
@@ -192,7 +192,7 @@ def read_tensors(path):
 
 
 def find_weights(path):
-    """The .safetensors file that a file or folder means, in the order of VOSR's official loader -> Path or None."""
+    """The .safetensors file that a file or folder means, in VOSR's official order -> Path or None"""
     if path.is_file():
         return path
     likely = [path / folder / f"{name}.safetensors" for folder in ("clean_weights", "checkpoints", ".")
@@ -201,7 +201,7 @@ def find_weights(path):
 
 
 def find_args(path):
-    """VOSR's args.json in the folder path (or of the file path) or in one of the four above it -> Path or None."""
+    """VOSR's args.json in the folder path (or of the file path) or one of the four above it -> Path or None"""
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     return next(filter(Path.is_file, (f / "args.json" for f in (folder, *folder.parents[:4]))), None)
 
@@ -211,7 +211,7 @@ def find_args(path):
 
 def save_model(path, cfg, tensors, note=""):
     """Write a model's tensors in float16 with its cfg (a dataclass) and a note."""
-    # the rotary tables are left out: they follow from the config, and float16 would spoil them.
+    # not the rotary tables: they follow from the config, and float16 would spoil them
     tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
     with whole_file(path, f"{path}.part") as part:
         save_file(tensors, part, metadata={"config": json.dumps(asdict(cfg)), "note": note})
@@ -227,7 +227,7 @@ def save_release(folder, tensors, settings):
 
 
 def read_config(path):
-    """The config that `save_model` wrote into a file -> dict; {} for any other file, of which nothing is said here."""
+    """The config that `save_model` wrote into a file -> dict, {} of any other file"""
     with suppress(OSError, SafetensorError, ValueError, RecursionError):
         if path.is_file():
             with safe_open(path, framework="pt") as f:
@@ -237,7 +237,7 @@ def read_config(path):
 
 
 def find_ours(name):
-    """An embedded model by its name, a .safetensors file, or model.safetensors in a folder -> Path or None."""
+    """An embedded model by its name, a .safetensors file, or model.safetensors in a folder -> Path or None"""
     path = EMBEDDED.get(str(name)) or Path(name)
     path = path / "model.safetensors" if path.is_dir() else path
     return path if path.suffix == ".safetensors" and path.is_file() else None
@@ -269,7 +269,7 @@ def load_public(system, cfg, networks, folder, source):
 
 @contextmanager
 def laid_out_as(name, path):
-    """In here a file's dict is taken apart as if it were the public one of that name. Raises WeightError."""
+    """In here a file's dict is taken apart as the public one of that name. Raises WeightError."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as e:
@@ -301,7 +301,7 @@ def on_paper(path, system):
 
 
 def checked(cfg):
-    """A config out of a file, a dataclass, if its values have their fields' types and sane sizes. Raises ValueError."""
+    """A config (a dataclass), if its values have their fields' types and sane sizes. Raises ValueError."""
     for f in fields(cfg):
         value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
         if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:
