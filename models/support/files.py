@@ -28,7 +28,8 @@ class PictureError(ValueError):
 def whole_file(path, part=None):
     """A temporary path to write, `part`, which then gets the name `path`, so that this never holds half a file."""
     path = Path(path)
-    part = Path(part or path.with_name(f".{os.getpid()}-{threading.get_ident()}.part"))     # names may be at their limit
+    short = f".{os.getpid()}-{threading.get_ident()}.part"      # names may be as long as can be
+    part = Path(part or path.with_name(short))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
