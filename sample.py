@@ -119,11 +119,16 @@ def knobs_of(model, args):
     return {k: v for k, v in args.knobs.items() if k in signature(model.upscale).parameters}
 
 
-def upscale(name, model, path, lq, args):
-    """Upscale one picture, with a line on what was estimated. Raises PictureError.
+def upscale(name, model, path, target, lq, args):
+    """Upscale one picture, with a line on what was estimated, or read the result of an earlier run that is to be kept.
 
-    lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale) in [0, 1], seconds
+    lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), seconds, None = was there. Raises PictureError.
     """
+    with suppress(PictureError):
+        if args.skip_existing and exists(target):
+            sr, _ = read_picture(target)
+            if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]):
+                return sr, None
     start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
@@ -139,20 +144,11 @@ def upscale(name, model, path, lq, args):
     return sr.cpu(), time.perf_counter() - start
 
 
-def earlier(target, lq, args):
-    """The result of an earlier run, if it is to be kept and fits.  -> (1, 3, H, W) in [0, 1] or None"""
-    with suppress(PictureError):
-        if args.skip_existing and exists(target):
-            sr, _ = read_picture(target)
-            return sr if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]) else None
-
-
 def finish(job, lq, alpha, results, args):
-    """Write the results of one picture, unless they were there, and measure them.
+    """Write the results of one picture, unless they were there, and measure them. Raises PictureError.
 
-    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of each model; seconds None = was there
-    -> lines of metrics.csv, [low quality, bicubic, ours ..., reference if any], figure of the page, lines to print
-    Raises PictureError.
+    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of `upscale`, of each model
+    -> rows of metrics.csv, [low quality, bicubic, ours ..., reference if any], figure of the page, lines to print
     """
     size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
     bicubic, grey = resize(lq, size), chroma(lq) < GREY
@@ -229,7 +225,7 @@ def load(args):
 
 
 def upscale_all(models, jobs, args, failures):
-    """Upscale one picture after the other; the last one is measured and written while the next is computed.
+    """Upscale one picture after the other; each is written and measured while the next is computed.
 
     -> [what `finish` returns], was it stopped by Ctrl-C?
     """
@@ -253,10 +249,8 @@ def upscale_all(models, jobs, args, failures):
                         claim(target, job.path, args.inputs)
                     with stop:
                         for top, target, (name, model) in zip(args.folders, job.targets, models.items()):
-                            kept = earlier(target, lq, args)
-                            new = kept is None
-                            results.append(upscale(name, model, job.path, lq, args) if new else (kept, None))
-                            if args.sweep and new:
+                            results.append(upscale(name, model, job.path, target, lq, args))
+                            if args.sweep and results[-1][1] is not None:
                                 sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
                     waiting.append((job.path, writer.submit(finish, job, lq, alpha, results, args)))
             except KeyboardInterrupt:       # the picture at hand is dropped

@@ -106,12 +106,11 @@ def believe(cfg, settings, path):
         return value
 
     def whole(low, high, step=1):
-        return lambda x: type(x) is int and low <= x <= high and x % step == 0
+        return lambda x: type(x) is int and x in range(low, high + 1, step)
 
-    for name, value in ONLY.items():
-        take(name, value, lambda x: x == value)
     side, last, p = 8 * cfg.dit.input_size, cfg.vit.depth - 1, cfg.vit.patch_size
-    take("resolution", side, lambda x: x == side)
+    for name, value in (ONLY | {"resolution": side}).items():
+        take(name, value, lambda x: x == value)
     layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
     return {"vit_input": take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), "tile": side,
             "vit_layer": None if layers[0] in (-1, last) else layers[0],    # of the last block the normed tokens
