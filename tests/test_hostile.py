@@ -355,8 +355,7 @@ def test_photos(pictures, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [("pipe.png", "is a pipe"), ("loop.png", "no such"),
-                                         ("a b.png, 999999999", "weight"),
-                                         ("a b.png, 9999999999999999", "no such"), ("nul\0.png", "no such"),
+                                         ("a b.png, 9", "no such"), ("nul\0.png", "no such"),
                                          ("/dev/zero", "is a pipe")])
 def test_lists(pictures, text, words):
     source = pictures[0].parent / "list.txt"

@@ -330,7 +330,7 @@ def test_bars_stay(kind):
 
 def test_contact_sheet():
     small, big = torch.rand(1, 3, 8, 10), torch.ones(1, 3, 32, 40)
-    sheet = contact_sheet([[small, big], [big]], ["input", "ours"])
+    sheet = contact_sheet([[small, big], [big]], [["input", "ours"]])
     assert sheet.size == (8 + 40 + 8 + 40 + 8, 22 + 8 + 32 + 8 + 32 + 8)
     shown = np.asarray(sheet)[30:62, 8:48]  # every pixel of the small one is a 4x4 block
     assert np.array_equal(shown[::4, ::4], bytes_of(small)) and np.array_equal(shown[3::4, 3::4], bytes_of(small))

@@ -90,4 +90,4 @@ class Log:
 def save_sheet(path, columns):
     """Contact sheet with one column per entry. columns: {title: (B, 3, H, W) in [-1, 1]}."""
     pictures = ((x.float().cpu().clamp(-1, 1) / 2 + 0.5).split(1) for x in columns.values())
-    save_png(contact_sheet(list(zip(*pictures)), list(columns)), path)
+    save_png(contact_sheet(list(zip(*pictures)), [list(columns)]), path)

@@ -304,9 +304,8 @@ def middle(x, side):
 def contact_sheet(rows, labels=(), gap=8, font_size=14):
     """Pictures in rows and columns on white; smaller ones are enlarged to the height of their row.
 
-    rows: list of lists of (1, 3, H, W) in [0, 1]; labels: column titles, or captions nested as rows are -> Pillow image
+    rows: list of lists of (1, 3, H, W) in [0, 1]; labels: captions, nested as rows are, maybe fewer -> Pillow image
     """
-    labels = [labels] if labels and isinstance(labels[0], str) else labels
     font, cells = ImageFont.load_default(font_size), []
     for row in rows:
         height = max(x.shape[-2] for x in row)

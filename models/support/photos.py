@@ -1,10 +1,9 @@
-"""Good photos as training data: folders, and text lists with weights; random crops without end.
+"""Good photos as training data: folders and text lists; random crops without end.
 
 Shuffling, resuming and sharing between processes need no state: sample i is a function of (seed, i).
 """
 
 import os
-import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -20,9 +19,9 @@ KINDS = " ".join(sorted(SUFFIXES))
 
 
 def list_photos(source):
-    """All photos of a source, each as often as its weight says -> list of Path
+    """All photos of a folder, a picture, or a .txt list of such, a line each -> list of Path, each as often as named
 
-    source: a folder, a picture, or a .txt list of sources. Raises FileNotFoundError, ValueError.
+    Raises FileNotFoundError, ValueError.
     """
     photos = list(expand(Path(source)))
     if not photos:
@@ -45,24 +44,14 @@ def expand(source, lists=(), where=""):
     elif source.resolve() in lists:
         raise ValueError(f"{source}: this list leads back to itself{where}; remove that line")
     else:
-        yield from listed(source, (*lists, source.resolve()))
-
-
-def listed(path, lists):
-    """Yield the photos of a text list: a source a line, and maybe a comma and how often an epoch shows its photos."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()   # sig: Windows' editors begin a file with a mark
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is no text in UTF-8; save it as such") from None
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line[0] == "#":
-            continue
-        name, weight = re.fullmatch(r"(.*?)(?:,\s*([+-]?\d{1,9}))?", line).groups()    # other commas: of the name
-        weight = int(weight or 1)
-        if not 1 <= weight <= 10_000:
-            raise ValueError(f"{path}, line {number}: the weight {weight} is not from 1 to 10000; correct it")
-        # official: of .tar shards the weight is a probability, whatever their size; of lists it repeats, as here
-        yield from weight * list(expand(path.parent / name.strip(), lists, f" (named in {path}, line {number})"))
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()     # sig: Windows' editors begin it with a mark
+        except UnicodeDecodeError:
+            raise ValueError(f"{source}: is no text in UTF-8; save it as such") from None
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if line and line[0] != "#":
+                where = f" (named in {source}, line {number})"
+                yield from expand(source.parent / line, (*lists, source.resolve()), where)
 
 
 class Photos(torch.utils.data.Dataset):
