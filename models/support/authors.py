@@ -1,4 +1,4 @@
-"""The authors' files, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json, the layouts of the others."""
+"""The authors' files, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json, others' layouts."""
 
 from dataclasses import replace
 from inspect import signature
@@ -51,8 +51,8 @@ def dit_config(cls, tensors, path, settings):
 def release_config(sizes, size, dit_cls, tensors, weights, args):
     """The VOSRConfig of the authors' transformer. Raises ValueError, WeightError.
 
-    sizes: {size: VOSRConfig}; size: one of them, or None: what the tensors say, and args.json is believed
-    dit_cls: DiTConfig; tensors: of file weights; args: path of args.json, or None
+    sizes: {size: VOSRConfig}; size: one of them, or None: what the tensors of file weights and args.json say
+    dit_cls: DiTConfig; args: path of args.json, or None
     """
     settings, custom = read_json(args) if args else {}, size is None
     dit = dit_config(dit_cls, tensors, weights, settings if custom else {})
@@ -137,7 +137,7 @@ def read_s3diff(file):
 
 
 def s3diff_layout(cfg, trained):
-    """The reverse, with an entry of ours for settings that the authors' code does not know."""
+    """The reverse, with an entry of ours for what the authors' code does not know."""
     def take(names, prefix=""):
         starts = {f"state_dict_{name}": f"{prefix}{name}." for name in names}
         return {name: {k.removeprefix(start): v for k, v in trained.items() if k.startswith(start)}

@@ -37,7 +37,7 @@ NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"
 
 
 def find_references(names, ref):
-    """For each picture `ref`, or in that folder the file of its name, of another suffix if need be.
+    """For each picture `ref`, or in that folder the file of its name, maybe of another suffix.
 
     names: paths relative to the folder of pictures -> list of tuples of Path: one if all is well, none, several
     """
@@ -185,7 +185,7 @@ def record_of(rows, command, flags, absent, files):
 
 
 def write_text(path, text):
-    """A whole file in UTF-8; bytes of a name that are none as JSON writes them."""
+    """A whole file in UTF-8; bytes that are none, of names, as JSON writes them."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 

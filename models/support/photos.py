@@ -57,8 +57,8 @@ def expand(source, lists=(), where=""):
 class Photos(torch.utils.data.Dataset):
     """Random crops of photos, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) in [0, 1].
 
-    Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged;
-    one smaller than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why.
+    Each epoch takes the files in a new order. A picture smaller than the crop is enlarged; one smaller than half of it,
+    or broken, is skipped: the next good file takes its place, and `skipped` says why.
 
     files: None = list_photos(source); flip: mirror every other one; shrink: bring large pictures, too, to the crop's
     size, by their shorter side; cache_mb: of pixels

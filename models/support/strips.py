@@ -26,7 +26,7 @@ def rows_at_a_time(width, cuda=False):
 
 
 class Checkpointing:
-    """For training: what network.run(part, ...) found is computed again in backward, where `checkpointing` is on."""
+    """For training: what network.run(part, ...) found is computed again in backward, if `checkpointing`."""
 
     checkpointing = False
 
