@@ -5,8 +5,8 @@
     python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
 
-Writes OUT/<name>.png for every picture and OUT/sheet.png to compare by eye; metrics.csv and metrics.json beside the
-results if something is to be measured. Several models have a folder each in OUT.
+Writes OUT/<name>.png for every picture, OUT/sheet.png to compare by eye, metrics.csv and metrics.json of what can be
+measured. Several models have a folder each in OUT.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from inspect import signature
 from os.path import exists, realpath
 from pathlib import Path
@@ -25,84 +25,77 @@ import torch
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff
-from models.support.arguments import SEED, Stop, between, command, folder, positive
-from models.support.evaluation import (average, find_metrics, find_references, measure, noting_weights, read_reference,
-                                       record_of, report, row_of, write_metrics, write_text)
+from models.support.arguments import SEED, Stop, between, command, existing, folder, no_memory, positive
+from models.support.evaluation import (average, find_metrics, find_references, measure, read_reference, record_of,
+                                       report, row_of, write_metrics, write_text)
 from models.support.files import PictureError, claim, find_pictures, output_paths, printable
+from models.support.graphs import replay
 from models.support.imaging import (GREY, chroma, contact_sheet, middle, read_picture, resize, round8, save_png,
                                     write_picture)
-from models.support.graphs import replay
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
-from models.support.weights import EMBEDDED, WeightError, list_weights, read_config
+from models.support.weights import EMBEDDED, WeightError, list_weights, noted, read_config
 from models.vosr import VOSR
 from training import choose_dtype, compile_all, usable_device
 
 EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
 SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
-KNOBS = ("guidance", "steps", "weak", "temperature", "crisp", "noise", "blur", "prompt", "negative_prompt",
-         "start_step", "paper", "pixel", "semantic", "texture", "tile", "overlap", "color")
+STRENGTH = between(-100, 100)
+KNOBS = {   # of the models: type, meaning. What is not given is a model's own setting, what it does not have an error
+    "guidance": (STRENGTH, "1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper"),
+    "steps": (positive, "VOSR: steps of the sampler, from 1 on"),
+    "weak": (between(0, 1), "VOSR: strength of the weak condition that guidance starts from"),
+    "temperature": (between(0, 100), "VOSR: deviation of the starting noise; one step: 0 is soft, 1 crisp"),
+    "crisp": (between(0, 1), "tiny VOSR: from faithful, 0, to sharp edges, 1"),
+    "noise": (between(0, 1), "S3Diff: how noisy the picture is, in place of the estimate"),
+    "blur": (between(0, 1), "S3Diff: how blurred the picture is, in place of the estimate"),
+    "prompt": (str, "S3Diff: what the result should be, in words, in place of its own text"),
+    "negative_prompt": (str, "S3Diff: what it should not be"),
+    "start_step": (between(1, 999, whole=True), "S3Diff: below 999 the noise of that time is added first"),
+    "pixel": (STRENGTH, "GramSR: strength of the pixel LoRA (all at 1: one pass)"),
+    "semantic": (STRENGTH, "GramSR: strength of the semantic LoRA"),
+    "texture": (STRENGTH, "GramSR: strength of the texture LoRA"),
+    "tile": (between(64, 2**16, whole=True), "side of the tiles in output pixels, 64 or more"),
+    "overlap": (positive, "pixels that tiles share"),
+}
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
-Job = namedtuple("Job", "path name targets ref")    # name: below the given folder; targets: one a model
+Job = namedtuple("Job", "path name targets references")     # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
 
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Upscale pictures with diffusion super-resolution.")
     p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE",
-                   help="pictures and folders of pictures (default: the example, and --model all)")  # fmt: skip
+                   help="pictures and folders of pictures (default: the example, and --model all)")
     p.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder for the results (default out)")
     p.add_argument("--skip-existing", action="store_true", help="keep results that are in DIR: go on after a stop")
     # model
     p.add_argument("--model", help="vosr-tiny (default), s3diff-tiny, gramsr-tiny, all (these three), "
-                   "vosr-{0.5b,1.4b}[-1step], vosr-2, s3diff, gramsr, or a file or folder")  # fmt: skip
-    p.add_argument("--device", type=usable_device, default="auto",
-                   help="cpu, cuda, cuda:1, mps; auto (default): cuda, else mps, else cpu")  # fmt: skip
+                   "vosr-{0.5b,1.4b}[-1step], vosr-2, s3diff, gramsr, or a file or folder")
+    p.add_argument("--device", type=usable_device, default="auto", help="cpu, cuda, cuda:1, mps; auto: the best here")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
-                   help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")  # fmt: skip
+                   help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")
     p.add_argument("--compile", action="store_true", help="torch.compile, CUDA graphs: minutes once, then faster")
     p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
-    # knobs; what is not given is the model's own setting, and what a model does not have is an error
-    p.add_argument("--guidance", type=between(-100, 100),
-                   help="1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper")  # fmt: skip
-    p.add_argument("--steps", type=positive, help="VOSR: steps of the sampler, from 1 on")
-    p.add_argument("--weak", type=between(0, 1), help="VOSR: strength of the weak condition that guidance starts from")
-    p.add_argument("--temperature", type=between(0, 100),
-                   help="VOSR: deviation of the starting noise; one step: 0 is soft and faithful, 1 crisp")  # fmt: skip
-    p.add_argument("--crisp", type=between(0, 1), help="tiny VOSR: from faithful, 0, to sharp edges, 1")
-    p.add_argument("--noise", type=between(0, 1), help="S3Diff: how noisy the picture is, in place of the estimate")
-    p.add_argument("--blur", type=between(0, 1), help="S3Diff: how blurred the picture is, in place of the estimate")
-    p.add_argument("--prompt", help="S3Diff: what the result should be, in words, in place of its own text")
-    p.add_argument("--negative-prompt", help="S3Diff: what it should not be")
-    p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="S3Diff: below 999 the noise of that time is added first (the paper: 250, 500)")  # fmt: skip
-    p.add_argument("--paper", action="store_true",
-                   help="S3Diff: guidance, prompt and enlargement of the paper, not of the released code")  # fmt: skip
-    p.add_argument("--pixel", type=between(-100, 100), help="GramSR: strength of the pixel LoRA (all at 1: one pass)")
-    p.add_argument("--semantic", type=between(-100, 100), help="GramSR: strength of the semantic LoRA")
-    p.add_argument("--texture", type=between(-100, 100), help="GramSR: strength of the texture LoRA")
-    p.add_argument("--tile", type=between(64, 2**16, whole=True), metavar="PX",
-                   help="side of the tiles in output pixels, 64 or more (default: the model's choice)")  # fmt: skip
-    p.add_argument("--overlap", type=positive, metavar="PX", help="pixels that tiles share (default: the model's)")
-    p.add_argument("--color", choices=["adain", "wavelet", "none"],
-                   help="how to restore the input's colours (default: the model's choice)")  # fmt: skip
+    for name, (kind, meaning) in KNOBS.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
+    p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper")
+    p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours")
     p.add_argument("--sweep", action="store_true", help="also a sheet OUT/sweep/<name>.png with the main knobs turned")
     # measuring and looking
     p.add_argument("--page", action="store_true", help="also OUT/page.html: before and after with a divider")
-    p.add_argument("--ref", type=Path, metavar="DIR", help="references: a folder with the same names, or one picture")
-    p.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz (default: from the weights cache)")
+    p.add_argument("--ref", type=existing, metavar="DIR", help="references: a folder with the same names, or a picture")
+    p.add_argument("--niqe", type=existing, metavar="FILE", help="niqe_pris_params.npz (default: in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     args = p.parse_args(argv)
     if not args.pictures:
         args.pictures, args.model = [EXAMPLE], args.model or "all"
         args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
     args.model = args.model or "vosr-tiny"
-
-    for option, path in (("--ref", args.ref), ("--niqe", args.niqe)):
-        if path is not None and not exists(path):
-            p.error(f"argument {option}: {path} does not exist")
     args.dtype = choose_dtype(args.dtype, args.device, "float16")
+    given = {name: getattr(args, name) for name in (*KNOBS, "paper", "color")}
+    args.knobs = {name: value for name, value in given.items() if value is not None and value is not False}
     if args.tile and args.overlap and args.overlap >= args.tile:
         p.error(f"argument --overlap: {args.overlap} is not less than the tile's {args.tile}")
     return args
@@ -128,19 +121,24 @@ def knobs_of(model, args):
     return {k: v for k, v in args.knobs.items() if k in signature(model.upscale).parameters}
 
 
-def upscale(name, model, path, lq, args):
-    """Upscale one picture, (1, 3, H, W) in [0, 1], with a line on what was estimated.
+def upscale(name, model, path, target, lq, args):
+    """Upscale one picture, with a line on what was estimated, or read the result of an earlier run that is to be kept.
 
-    -> (1, 3, H * scale, W * scale) in [0, 1], seconds. Raises PictureError.
+    lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), seconds, None = was there. Raises PictureError.
     """
+    with suppress(PictureError):
+        if args.skip_existing and exists(target):
+            sr, _ = read_picture(target)
+            if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]):
+                return sr, None
     start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
-    large = not plain(lq.shape[2] * lq.shape[3] * args.scale**2, args.device.type == "cuda")
-    # of a map in strips every strip would be compiled anew
-    with torch.compiler.set_stance("force_eager" if large else "default") if args.compile else nullcontext():
-        sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
+    if args.compile:        # of a map in strips every strip would be compiled anew
+        small = plain(lq.shape[2] * lq.shape[3] * args.scale**2, args.device.type == "cuda")
+        torch.compiler.set_stance("default" if small else "force_eager")
+    sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
     if not sr.isfinite().all():
         bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)      # takes seconds
         remedy = f"{name} has none in {bad}, get it again" if bad else "try --dtype float32"
@@ -148,40 +146,29 @@ def upscale(name, model, path, lq, args):
     return sr.cpu(), time.perf_counter() - start
 
 
-def earlier(target, lq, args):
-    """The result of an earlier run, if it is to be kept and fits.  -> (1, 3, H, W) in [0, 1] or None"""
-    with suppress(PictureError):
-        if args.skip_existing and exists(target):
-            sr, _ = read_picture(target)
-            return sr if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]) else None
-
-
 def finish(job, lq, alpha, results, args):
-    """Write the results of one picture, unless they were there, and measure them.
+    """Write the results of one picture, unless they were there, and measure them. Raises PictureError.
 
-    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of each model; seconds None = was there
-    -> lines of metrics.csv, [low quality, bicubic, ours ..., reference if any], lines to print, figure of the page
-    Raises PictureError.
+    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of `upscale`, of each model
+    -> rows of metrics.csv, [low quality, bicubic, ours ..., reference if any], figure of the page, lines to print
     """
     size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
     bicubic, grey = resize(lq, size), chroma(lq) < GREY
     alpha = None if alpha is None else resize(alpha, size)
     files = [round8(sr) for sr, _ in results]       # what they will hold is measured and shown
-    hq, why = read_reference(job.name, job.ref, size) if args.ref else (None, "")
-    for top, target, sr, (_, seconds) in zip(args.folders, job.targets, files, results):
-        if seconds is None:
-            lines.append(f"{name}: {printable(target)} is kept")
-        else:
+    for target, sr, (_, seconds) in zip(job.targets, files, results):
+        if seconds is not None:
             write_picture(target, sr[:, :1] if grey else sr, alpha)
-            line = f"{name}: {lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}, {seconds:.2f} s"
-            lines.append(line)
-        found, failed = measure(sr, bicubic, hq, args.metrics, why, job.path)
-        if found:
-            lines.append(f"{name}: {report(found)}")
-        rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, found, args.absent | failed))
+    hq, why = read_reference(job.name, job.references, size) if args.ref else (None, "")
+    found, failed = measure(files, bicubic, hq, args.metrics, why, job.path)
+    for top, target, figures, (_, seconds) in zip(args.folders, job.targets, found, results):
+        made = f"{lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}"
+        lines.append(f"{name}: {printable(target)} is kept" if seconds is None else f"{name}: {made}, {seconds:.2f} s")
+        lines += [f"{name}: {report(figures)}"] * bool(figures)
+        rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, figures, args.absent | failed))
     shown = [x for x in (bicubic, *files, hq) if x is not None]
     figure = figure_of(rows, shown, args.names, args.shown) if args.page else None
-    return rows, [middle(lq, round(SHEET_CROP / args.scale)), *(middle(x, SHEET_CROP) for x in shown)], lines, figure
+    return rows, [middle(lq, round(SHEET_CROP / args.scale)), *(middle(x, SHEET_CROP) for x in shown)], figure, lines
 
 
 def sweep(model, lq, job, path, args):
@@ -200,21 +187,19 @@ def sweep(model, lq, job, path, args):
 class Failures(list):
     """What went wrong, a line each, printed when it happens."""
 
-    def add(self, message):
-        self.append(printable(message))
-        print(self[-1], file=sys.stderr)
-
     @contextmanager
     def at(self, path):
         """What a user may meet becomes a line, and the next picture's turn comes."""
         try:
             yield
+            return
         except (PictureError, WeightError, OSError) as e:
-            self.add(str(e))
-        except RuntimeError as e:  # torch.OutOfMemoryError on CUDA; CPU and MPS have no class of their own
-            if not any(words in str(e) for words in ("out of memory", "not enough memory", "allocate memory")):
+            self.append(printable(e))
+        except RuntimeError as e:
+            if not no_memory(e):
                 raise
-            self.add(f"{path}: not enough memory; try --tile 256")
+            self.append(printable(f"{path}: not enough memory; try --tile 256"))
+        print(self[-1], file=sys.stderr)
 
 
 def load(args):
@@ -222,11 +207,11 @@ def load(args):
     names = [args.model]
     if args.model == "all":
         names = [name for name, file in EMBEDDED.items() if file.is_file()]
-    with noting_weights() as weights:
-        models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
+    noted.clear()
+    models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
                                                     LPIPS.from_pretrained)
-    args.measuring, args.files = bool(args.ref or args.metrics), [*weights, *files]
+    args.measuring, args.files = bool(args.ref or args.metrics), [*noted, *files]
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     for model in models.values():
@@ -247,49 +232,47 @@ def load(args):
 
 
 def upscale_all(models, jobs, args, failures):
-    """Upscale one picture after the other; the last one is measured and written while the next is computed.
+    """Upscale one picture after the other; each is written and measured while the next is computed.
 
     -> [what `finish` returns], was it stopped by Ctrl-C?
     """
-    done, stop, stopped, last = [], Stop(), True, None
+    done, stop, stopped, waiting = [], Stop(), False, []
 
-    def collect(last):
-        with failures.at(last and last[0]):
-            if last:
-                done.append(last[1].result())
-                print(*done[-1][2], sep="\n")
+    def collect():
+        path, finished = waiting.pop(0)
+        with failures.at(path):
+            done.append(finished.result())
+            print(*done[-1][-1], sep="\n")
 
     with ThreadPoolExecutor(1) as writer:
-        try:
-            for job in jobs:
+        for job in jobs:
+            try:
                 if stop:
-                    break
-                current, results = None, []
+                    raise KeyboardInterrupt
                 with failures.at(job.path):
                     lq, alpha = read_picture(job.path, note=print)
+                    results = []
                     for target in job.targets:
                         claim(target, job.path, args.inputs)
                     with stop:
                         for top, target, (name, model) in zip(args.folders, job.targets, models.items()):
-                            kept = earlier(target, lq, args)
-                            new = kept is None
-                            results.append(upscale(name, model, job.path, lq, args) if new else (kept, None))
-                            if args.sweep and new:
+                            results.append(upscale(name, model, job.path, target, lq, args))
+                            if args.sweep and results[-1][1] is not None:
                                 sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
-                    current = job.path, writer.submit(finish, job, lq, alpha, results, args)
-                collect(last)
-                last = current
-            else:
-                stopped = False
-        except KeyboardInterrupt:
-            pass                        # the picture at hand is dropped
-        collect(last)
+                    waiting.append((job.path, writer.submit(finish, job, lq, alpha, results, args)))
+            except KeyboardInterrupt:       # the picture at hand is dropped
+                stopped = True
+                break
+            if len(waiting) > 1:
+                collect()
+        while waiting:
+            collect()
     return done, stopped
 
 
 def summarise(done, args, failures):
     """Write the sheet, the metrics and the page; print averages and how they were measured."""
-    rows, shown, _, figures = zip(*done)
+    rows, shown, figures, _ = zip(*done)
     with failures.at(path := args.out / "sheet.png"):
         claim(path, args.out, args.inputs)
         captions = []
@@ -322,9 +305,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list_weights:
         return list_weights()
-    args.flags = dict(vars(args))
+    args.flags = {name: value for name, value in vars(args).items() if name != "knobs"}
     args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
-    args.knobs = {k: v for k in KNOBS if (v := getattr(args, k)) is not None and v is not False}
     failures, names = Failures(), {}
     for top in args.pictures:
         with failures.at(top):
@@ -338,8 +320,7 @@ def main(argv=None):
     args.folders = [args.out / name for name in models] if len(models) > 1 else [args.out]
     targets = zip(*(output_paths(names, top, taken) for top in args.folders))
     jobs = [Job(*job) for job in zip(names, names.values(), targets, references)]
-    read = [*names, *(path for ref in references if ref for path in (ref if isinstance(ref, tuple) else [ref]))]
-    args.inputs = {realpath(path) for path in read}     # Path.resolve fails at loops of links
+    args.inputs = set(map(realpath, [*names, *sum(references, ())]))     # Path.resolve fails at loops of links
     args.shown = len(jobs) * len(args.names)
     done, stopped = upscale_all(models, jobs, args, failures)
     if done:

@@ -1,4 +1,4 @@
-"""What the training scripts share. Each has its networks, losses and its `step`; `fit` below is the loop around it."""
+"""What the training scripts share. Each has its networks, losses and its `step`; `fit` is the loop around it."""
 
 import argparse
 import math
@@ -17,32 +17,30 @@ from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from models.support.arguments import (SEED, Stop, between, make_lenient,  # noqa: F401: scripts say training.Stop
-                                      positive)
+from models.support.arguments import SEED, Stop, between, make_lenient, no_memory, positive
 from models.support.charts import Log, save_sheet
 from models.support.download import sha256_of
-from models.support.photos import batches, photos_for  # noqa: F401
+from models.support.files import whole_file
+from models.support.photos import batches, photos_for  # noqa: F401: scripts say training.batches
 
 
 class Quit(Exception):
-    """An error of the user's; its message is one line."""
+    """An error of the user's, in one line."""
 
 
 @contextmanager
 def one_line_errors(name):
-    """Turn the errors a user can cause into one line on stderr and exit status 1."""
+    """Errors that a user can cause become one line on stderr and exit status 1."""
     make_lenient()
     try:
         yield
     except (Quit, OSError, ValueError, SafetensorError) as e:
         sys.exit(f"{name}: {str(e).strip().splitlines()[-1]}")     # a loader's worker wraps its error in a traceback
-    except torch.OutOfMemoryError:
-        sys.exit(f"{name}: out of device memory; lower --micro-batch, or add --checkpointing")
     except RuntimeError as e:
-        text, lost = str(e).lower(), ("connection closed", "connection reset", "timed out", "nccl")
-        if "allocate memory" in text:       # CPU and MPS have no class of their own for it
+        if no_memory(e):
             sys.exit(f"{name}: not enough memory; lower --micro-batch, or add --checkpointing")
-        if not (several() and any(words in text for words in lost)):
+        lost = "connection closed", "connection reset", "timed out", "nccl"
+        if not (several() and any(words in str(e).lower() for words in lost)):
             raise
         sys.exit(f"{name}: another process of this run is gone ({str(e).splitlines()[0][:100]}); "
                  "the same command goes on from the last checkpoint")
@@ -53,7 +51,7 @@ def one_line_errors(name):
 
 def add_arguments(p):
     """The flags that all three scripts have."""
-    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, a .tar, or a .txt list")
+    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, or a .txt list")
     p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", required=True, help="folder for everything this run writes")
     # optimisation
@@ -65,7 +63,7 @@ def add_arguments(p):
     # machine
     p.add_argument("--device", type=usable_device, default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="of autocast; trained weights stay float32")  # fmt: skip
+                   help="of autocast; trained weights stay float32")
     p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
     p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (4 on CUDA)")
@@ -74,11 +72,10 @@ def add_arguments(p):
 
 
 def choose_device(name):
-    """'auto' is the best one at hand -> torch.device."""
+    """'auto' is the best one at hand -> torch.device"""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    own = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""      # torchrun's
-    return torch.device(name + own)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)     # torchrun's
 
 
 def usable_device(name):
@@ -104,22 +101,22 @@ def autocast(device, dtype):
 
 def compile_all(networks, device):
     """torch.compile networks; where nothing can be compiled, a line says so instead."""
-    probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, which no cache knows
     try:
+        probe = torch.zeros(2 + time.time_ns() % 10_007, device=device)     # of a new size, which no cache knows
         torch.compile(lambda x: x.sin() + 1)(probe)
     except Exception as e:      # without a compiler, without Triton, on a card or a Python that it does not know
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         print(f"--compile is left out, it cannot be done here ({reason})", file=sys.stderr)
-        return
-    for network in networks:
-        network.compile()
+    else:
+        for network in networks:
+            network.compile()
 
 
 # ---- several processes
 
 
 def join(device):
-    """Join the processes that torchrun started, of which only the first speaks -> rank, their number (else 0, 1)."""
+    """Join the processes that torchrun started; only the first speaks -> rank, their number (else 0, 1)"""
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
@@ -135,11 +132,6 @@ def several():
     return dist.is_available() and dist.is_initialized()
 
 
-def leave():
-    if several():
-        dist.destroy_process_group()
-
-
 def mean_of_all(x, device):
     """The mean of a number over the processes."""
     if not several():
@@ -149,17 +141,10 @@ def mean_of_all(x, device):
     return x.item() / dist.get_world_size()
 
 
-class Replicate(torch.nn.Module):
-    """A function of a model, as the module whose forward DistributedDataParallel wants to be called."""
-
-    def __init__(self, model, function):
-        super().__init__()
-        self.model, self.forward = model, function
-
-
 def replicate(model, function, device):
     """function, whose backward now also averages the gradients of model over the processes (DDP)."""
-    module = Replicate(model, function)
+    module = torch.nn.Module()      # DDP takes a module, and calls its forward
+    module.model, module.forward = model, function
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
@@ -179,7 +164,7 @@ def whole(x):
 
 
 def gather(state):
-    """A state dict with whole tensors on the CPU of the first process, None elsewhere; all processes must call it."""
+    """A state dict with whole tensors on the first process's CPU, None elsewhere; all processes must call it."""
     if isinstance(state, dict):
         return {k: gather(v) for k, v in state.items()}
     if not torch.is_tensor(state):
@@ -194,15 +179,6 @@ def scatter(tensor, like):
         return tensor
     from torch.distributed.tensor import distribute_tensor      # some builds of torch have none
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def divide(batch_size, micro_batch, world):
-    """A step's photos: a share for each process, in parts of micro -> share, micro, parts. Raises Quit."""
-    share = batch_size // world
-    micro = micro_batch or max(share, 1)
-    if share * world != batch_size or share % micro:
-        raise Quit(f"--batch-size {batch_size} is not {world} processes x a whole number of --micro-batch {micro}")
-    return share, micro, share // micro
 
 
 # ---- seeds, parameters, schedules
@@ -221,7 +197,7 @@ def count(parameters):
 
 
 def freeze_all_but(model, params):
-    """Let params learn and nothing else in model -> params. Raises AssertionError if one is not its own, or twice."""
+    """Let params learn and nothing else in model -> params"""
     model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
@@ -239,20 +215,18 @@ def learning_rate(step, steps, lr, schedule="constant", warmup=0):
     """Learning rate of a step: linear warm-up, then constant or a cosine to 2 % of lr."""
     if step < warmup:
         return lr * (step + 1) / warmup
-    if schedule == "constant":
-        return lr
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+    progress = 0 if schedule == "constant" else min((step - warmup) / max(steps - warmup, 1), 1)
+    return lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Health:
-    """Steps of optimizers, left out where a gradient is not a number; `most` of those in a row end the run."""
+    """Steps of optimizers, left out where a gradient is no number; `most` of those in a row end the run."""
 
     def __init__(self, most=25):
         self.most, self.skipped, self.in_a_row = most, 0, 0
 
     def step(self, optimizer, scaler):
-        """Clip the gradients to norm 1, step, forget them -> their norm before, not finite if left out. Raises Quit."""
+        """Clip the gradients to norm 1, step, forget them -> their norm before. Raises Quit."""
         scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = whole(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
@@ -272,7 +246,7 @@ class Health:
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, over the trained parameters; buffers are copied."""
+    """ema <- decay * ema + (1 - decay) * model, of what learns; buffers are copied."""
     averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))
     torch._foreach_lerp_(averaged, learned, 1 - decay)
     for e, b in zip(ema.buffers(), model.buffers()):
@@ -288,15 +262,13 @@ def checkpoints(folder):
 
 
 def write(path, state):
-    """torch.save under a temporary name, then rename: what was there survives any interruption. Raises Quit."""
-    part = Path(f"{path}.part")
+    """torch.save; what was there survives any interruption. Raises Quit."""
     try:
-        torch.save(state, part)
-        with open(part, "rb+") as f:        # Windows syncs only what may be written
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        with whole_file(path, f"{path}.part") as part:      # of one name, or killed runs would leave many
+            torch.save(state, part)
+            with open(part, "rb+") as f:        # Windows syncs only what may be written
+                os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:        # torch's own writer raises RuntimeError when the disk is full
-        part.unlink(missing_ok=True)
         raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
                    "then the same command goes on from the last checkpoint") from None
 
@@ -321,26 +293,28 @@ def load_checkpoint(folder, must_match, moved=False):
             if sha256_of(path)[:16] != path.stem.rpartition("-")[2]:
                 raise ValueError("it is not what was written")
             state = torch.load(path, map_location="cpu", weights_only=True)
+            break
         except Exception as e:      # a damaged file makes torch raise nearly anything
             print(f"{path}: skipped, damaged ({str(e).splitlines()[0]})", file=sys.stderr)
-            continue
-        for name, value in must_match.items():
-            was, hint = state["settings"].get(name), ""
-            if name in ("data", "init") and was and value:      # paths, unless --init is a public name
-                old, hint = os.path.join(state.get("cwd", ""), was), ", or --moved if it is the same in another place"
-                if moved or os.path.exists(old) and os.path.exists(value) and os.path.samefile(old, value):
-                    continue
-                was = old if os.path.exists(old) else was       # the same words may mean another place by now
-            if was != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise Quit(f"{flag}: {path} was written with {was}, not {value}; use that or another --out{hint}")
-        return state
-    if found:
-        raise Quit(f"{folder}: no checkpoint is whole; move them away to begin anew")
+    else:
+        if found:
+            raise Quit(f"{folder}: no checkpoint is whole; move them away to begin anew")
+        return None
+    for name, value in must_match.items():
+        was, hint = state["settings"].get(name), ""
+        if name in ("data", "init") and was and value:      # paths, unless --init is a public name
+            old, hint = os.path.join(state.get("cwd", ""), was), ", or --moved if it is the same in another place"
+            if moved or os.path.exists(old) and os.path.exists(value) and os.path.samefile(old, value):
+                continue
+            was = old if os.path.exists(old) else was       # the same words may mean another place by now
+        if was != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise Quit(f"{flag}: {path} was written with {was}, not {value}; use that or another --out{hint}")
+    return state
 
 
 def load_tensors(module, tensors):
-    """Put a checkpoint's tensors, maybe a part, into a module, whatever the number of processes."""
+    """Put tensors of a checkpoint into a module, whatever the number of processes."""
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -359,13 +333,17 @@ def load_optimizer(optimizer, state):
 
 
 def begin(args, recipe):
-    """What all parts of a run share: arguments, the recipe with what they override, device, type, processes, folder."""
-    given = {k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)}
-    recipe = replace(recipe, **given)
+    """What a run's parts share: arguments, the recipe with what they override, device, type, processes, folder."""
+    recipe = replace(recipe, **{k: v for k, v in vars(args).items() if v is not None and hasattr(recipe, k)})
     run = SimpleNamespace(args=args, recipe=recipe, out=Path(args.out), step=0, over=False, photos=None)
     run.device, run.dtype = args.device, choose_dtype(args.dtype, args.device)
     run.rank, run.world = join(run.device)
-    run.share, run.micro, run.parts = divide(recipe.batch_size, args.micro_batch, run.world)
+    run.share = recipe.batch_size // run.world              # photos of a step for each process, in parts of micro
+    run.micro = args.micro_batch or max(run.share, 1)
+    run.parts = run.share // run.micro
+    if run.parts * run.micro * run.world != recipe.batch_size:
+        raise Quit(f"--batch-size {recipe.batch_size} is not {run.world} processes x a whole number of "
+                   f"--micro-batch {run.micro}")
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     run.health = Health()
     run.out.mkdir(parents=True, exist_ok=True)
@@ -388,8 +366,8 @@ def resume(run, settings):
                 load_tensors(part, checkpoint[name])
             elif isinstance(part, torch.optim.Optimizer):
                 load_optimizer(part, checkpoint[name])
-            else:
-                part.load_state_dict(checkpoint[name] or part.state_dict())     # a scaler's is {} in another type
+            elif checkpoint[name]:      # a scaler's is {} in another type
+                part.load_state_dict(checkpoint[name])
     print(f"{run.origin}, on {run.device} in {str(run.dtype)[6:]}, {run.world} process{'es' * (run.world > 1)}")
     batch = f"batch {run.recipe.batch_size} = {run.world} x {run.parts} x {run.micro}"
     print(f"{count(run.params):,} parameters learn; {batch}; {run.recipe}")
@@ -397,7 +375,7 @@ def resume(run, settings):
 
 
 def save_state(run, **more):
-    """Write a checkpoint: run.state, of the model what learns, which all processes gather and the first one writes."""
+    """Write a checkpoint: run.state, of models what learns; all processes gather it, the first one writes."""
     state = {name: part.state_dict() for name, part in run.state.items()}
     for name in {"model", "ema"} & state.keys():
         state[name] = {k: v for k, v in state[name].items() if run.learns(k)}
@@ -407,7 +385,7 @@ def save_state(run, **more):
 
 
 def backward(run, compute, *inputs):
-    """One part of the batch, whose losses are added to run.sums -> what compute returns beside {name: loss}"""
+    """One part of the batch, its losses added to run.sums -> what compute returns beside {name: loss}"""
     with autocast(run.device, run.dtype):
         terms, *others = compute(*inputs)
     run.scaler.scale(sum(terms.values()) / run.parts).backward()
@@ -466,4 +444,5 @@ def fit(run, terms, step, evaluate, save, title):
         run.seen = None
         save(run)
         print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
-    leave()
+    if several():
+        dist.destroy_process_group()

@@ -184,7 +184,8 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.ModuleList(
             spectral_norm(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)) for c_in, c_out in pairwise(widths))
         self.layers.append(spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)))
-        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (*widths[2:], widths[-1]))   # free: logits may be large
+        # not normalised: logits may be large
+        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (*widths[2:], widths[-1]))
 
     def forward(self, x, target, plan):
         """x: (B, 3, H, W) in [-1, 1]; plan: of `draw_rolls` -> (B, 1)"""
@@ -198,5 +199,5 @@ class PatchDiscriminator(nn.Module):
 
 
 def draw_rolls(x_src, generator):
-    """What PatchDiscriminator sees beside a picture: the enlarged LQ picture x_src (B, 3, H, W), and offsets for both."""
+    """What PatchDiscriminator gets beside pictures: enlarged LQ ones, x_src (B, 3, H, W), and offsets for both."""
     return x_src, torch.randint(8, (len(x_src), 2), generator=generator, device=generator.device).tolist()

@@ -22,7 +22,7 @@ import training  # noqa: E402
 from degrade import RECIPES, degrade  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
 from models.support.evaluation import average, find_metrics, measure, report, row_of  # noqa: E402
-from models.support.files import list_pictures  # noqa: E402
+from models.support.files import find_pictures  # noqa: E402
 from models.support.imaging import read_picture, resize, round8, write_picture  # noqa: E402
 from models.support.photos import batches, photos_for  # noqa: E402
 from models.vae import ResBlock  # noqa: E402
@@ -124,11 +124,11 @@ def compare(args):
     model, rows = Baseline().eval(), []
     model.load_state_dict(torch.load(Path(args.out, "baseline.pt"), weights_only=True)["ema"])
     metrics, absent, _ = find_metrics(True, 4, args.niqe, torch.device("cpu"), LPIPS.from_pretrained)
-    for path in list_pictures([args.lq]):
+    for path in find_pictures(args.lq):
         (lq, _), (hq, _) = read_picture(path), read_picture(args.ref / path.name)
         sr = round8(model(lq).clamp(0, 1))
         write_picture(Path(args.out, "pictures", path.name), sr)
-        found, failed = measure(sr, resize(lq, sr.shape[-2:]), hq, metrics)
+        (found,), failed = measure([sr], resize(lq, sr.shape[-2:]), hq, metrics)
         rows.append(row_of(path.name, sr.shape[-2:], 0.0, found, absent | failed))
     print(report(average(rows)))
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from cases_vosr import fill_module  # noqa: E402
 from models.support import weights  # noqa: E402
-from models.support.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average, find_metrics, measure, noting_weights, protocol,  # noqa: E402
+from models.support.evaluation import (LPIPS_FILES, METRICS, NIQE_FILE, average, find_metrics, measure, protocol,  # noqa: E402
                                read_reference, record_of, report, row_of, write_metrics)
 from models.support.imaging import read_picture, resize, round8, write_picture  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
@@ -71,24 +71,25 @@ def test_equals_scikit_image_on_the_example(cache):
     reference = pytest.importorskip("skimage.metrics", reason="scikit-image is a reference for this test only")
     from skimage.color import rgb2ycbcr
     sr, bicubic, hq = example()
-    found, failed = measure(sr, bicubic, hq, find_metrics(True, 4, lpips=LPIPS.from_pretrained)[0])
-    assert list(found) == ["psnr_y", "ssim_y"] and failed == {}
+    (found,), failed = measure([sr], bicubic, hq, find_metrics(True, 4, lpips=LPIPS.from_pretrained)[0])
+    assert list(found) == ["psnr_y", "psnr_y_bicubic", "ssim_y", "ssim_y_bicubic"] and failed == {}
     y = [rgb2ycbcr(x[0].permute(1, 2, 0).double().numpy())[4:-4, 4:-4, 0] for x in (sr, bicubic, hq)]
-    for i, x in enumerate(y[:2]):
-        assert found["psnr_y"][i] == pytest.approx(reference.peak_signal_noise_ratio(y[2], x, data_range=255), abs=1e-4)
+    for end, x in zip(("", "_bicubic"), y):
+        assert found["psnr_y" + end] == pytest.approx(reference.peak_signal_noise_ratio(y[2], x, data_range=255), abs=1e-4)
         _, whole = reference.structural_similarity(y[2], x, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
-        assert found["ssim_y"][i] == pytest.approx(whole[5:-5, 5:-5].mean(), abs=1e-5)
+        assert found["ssim_y" + end] == pytest.approx(whole[5:-5, 5:-5].mean(), abs=1e-5)
 
 
 def test_lpips_from_the_cache(cache, lpips):
     sr, bicubic, hq = example()
     metrics, absent, files = find_metrics(True, 4, lpips=LPIPS.from_pretrained)
     assert list(absent) == ["niqe"] and [path.name for path in files] == list(LPIPS_FILES)
-    found, _ = measure(sr, bicubic, hq, metrics)
-    assert found["lpips"] == tuple(lpips(2 * x - 1, 2 * hq - 1).item() for x in (sr, bicubic)) and 0 < found["lpips"][0] < found["lpips"][1]
+    (found,), _ = measure([sr], bicubic, hq, metrics)
+    ours, theirs = (lpips(2 * x - 1, 2 * hq - 1).item() for x in (sr, bicubic))
+    assert (found["lpips"], found["lpips_bicubic"]) == (ours, theirs) and 0 < ours < theirs
     assert "LPIPS" in report(found)
     small = [x[..., :20, :20] for x in (sr, bicubic, hq)]
-    found, failed = measure(*small, metrics)
+    (found,), failed = measure(small[:1], *small[1:], metrics)
     assert "lpips" not in found and "31 px" in failed["lpips"], "too small for AlexNet"
 
 
@@ -114,9 +115,9 @@ def test_niqe_and_public_heads(cache):
     metrics, absent, files = find_metrics(False, 4, lpips=LPIPS.from_pretrained)
     assert list(metrics) == ["niqe"] and files == [cache / NIQE_FILE]
     sr, bicubic, _ = example()
-    found, failed = measure(sr, bicubic, None, metrics)
-    assert found["niqe"][0] < found["niqe"][1] and failed == {}
-    _, failed = measure(sr[..., :50, :50], bicubic[..., :50, :50], None, metrics)
+    (found,), failed = measure([sr], bicubic, None, metrics)
+    assert found["niqe"] < found["niqe_bicubic"] and failed == {}
+    _, failed = measure([sr[..., :50, :50]], bicubic[..., :50, :50], None, metrics)
     assert failed == {"niqe": "NIQE needs more pixels or more detail"}
     assert find_metrics(True, 4, lpips=LPIPS.from_pretrained)[1] == {"lpips": f"needs {LPIPS_FILES[0]} in {cache}"}
     assert find_metrics(False, 4, PUBLIC / NIQE_FILE, lpips=LPIPS.from_pretrained)[2] == [PUBLIC / NIQE_FILE]
@@ -125,10 +126,10 @@ def test_niqe_and_public_heads(cache):
 def test_references_that_do_not_fit(tmp_path, capsys):
     write_picture(tmp_path / "hq.png", torch.zeros(1, 3, 8, 8))
     (tmp_path / "text.png").write_text("no")
-    for ref, words in ((None, "no reference named a"), (tmp_path / "hq.png", "is 8x8, not 16x12"), (tmp_path / "text.png", "is not a picture")):
+    for ref, words in (((), "no reference named a"), ((tmp_path / "hq.png",), "is 8x8, not 16x12"), ((tmp_path / "text.png",), "is not a picture")):
         hq, why = read_reference(Path("a.png"), ref, (12, 16))
         assert hq is None and words in why and words in capsys.readouterr().err
-    assert read_reference(Path("a.png"), tmp_path / "hq.png", (8, 8))[1] == ""
+    assert read_reference(Path("a.png"), [tmp_path / "hq.png"], (8, 8))[1] == ""
 
 
 # -----------------------------------------------------------------------------
@@ -136,12 +137,13 @@ def test_references_that_do_not_fit(tmp_path, capsys):
 
 def rows():
     """Two pictures, of which the second could not be compared."""
-    return [row_of("a.png", (8, 9), 0.5, {"psnr_y": (30.0, 20.0), "ssim_y": (0.9, 0.8), "niqe": (4.0, 5.0)}, {"lpips": "needs x"}),
-            row_of('b "\udcff".png', (8, 9), 0.5, {"niqe": (6.0, 5.0)}, dict.fromkeys(("psnr_y", "ssim_y", "lpips"), "no reference named b"))]
+    figures = {"psnr_y": 30.0, "psnr_y_bicubic": 20.0, "ssim_y": 0.9, "ssim_y_bicubic": 0.8, "niqe": 4.0, "niqe_bicubic": 5.0}
+    return [row_of("a.png", (8, 9), 0.5, figures, {"lpips": "needs x"}),
+            row_of('b "\udcff".png', (8, 9), 0.5, {"niqe": 6.0, "niqe_bicubic": 5.0}, dict.fromkeys(("psnr_y", "ssim_y", "lpips"), "no reference named b"))]
 
 
 def test_average_and_protocol():
-    assert average(rows()) == {"psnr_y": (30, 20), "ssim_y": (0.9, 0.8), "niqe": (5, 5)}
+    assert average(rows()) == {"psnr_y": 30, "psnr_y_bicubic": 20, "ssim_y": 0.9, "ssim_y_bicubic": 0.8, "niqe": 5, "niqe_bicubic": 5}
     line = protocol(rows(), 7, 2.5, {"lpips": "needs x"})
     for words in ("pictures 2, references 1, scale 2.5, seed 7", "no crop", "RGB", "on Y", "2 px border cut", "LPIPS needs x", "NIQE on Y"):
         assert words in line
@@ -169,7 +171,7 @@ def test_metrics_json_and_csv(tmp_path):
 
 
 def test_equal_pictures_make_valid_json(tmp_path):
-    row = row_of("a.png", (8, 8), 0.1, {"psnr_y": (math.inf, 20.0)}, {})
+    row = row_of("a.png", (8, 8), 0.1, {"psnr_y": math.inf, "psnr_y_bicubic": 20.0}, {})
     write_metrics(record_of([row], "", {"seed": 0, "scale": 4}, {}, []), tmp_path)
     text = (tmp_path / "metrics.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -179,8 +181,6 @@ def test_equal_pictures_make_valid_json(tmp_path):
 def test_weights_that_are_read_are_noted(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     weights.save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors")
-    with noting_weights() as noted:
-        weights.read_tensors(tmp_path / "a.pth"), weights.read_tensors(tmp_path / "b.safetensors")
-    assert noted == [tmp_path / "a.pth", tmp_path / "b.safetensors"]
-    weights.read_tensors(tmp_path / "a.pth")
-    assert len(noted) == 2
+    weights.noted.clear()
+    weights.read_tensors(tmp_path / "a.pth"), weights.read_tensors(tmp_path / "b.safetensors")
+    assert weights.noted == [tmp_path / "a.pth", tmp_path / "b.safetensors"]

@@ -15,7 +15,6 @@ import resource
 import struct
 import subprocess
 import sys
-import tarfile
 import zipfile
 import zlib
 from dataclasses import asdict, replace
@@ -356,33 +355,13 @@ def test_photos(pictures, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [("pipe.png", "is a pipe"), ("loop.png", "no such"),
-                                         ("a b.png, 999999999", "weight"),
-                                         ("a b.png, 9999999999999999", "no such"), ("nul\0.png", "no such"),
+                                         ("a b.png, 9", "no such"), ("nul\0.png", "no such"),
                                          ("/dev/zero", "is a pipe")])
 def test_lists(pictures, text, words):
     source = pictures[0].parent / "list.txt"
     source.write_text(f"in/{text}" if text[0] != "/" else text)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         list_photos(source)
-
-
-def test_tars_with_flipped_bits(tmp_path, capsys):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for i in range(3):
-            info = tarfile.TarInfo(f"../../{i}.png")
-            info.size = len(data := encoded(Image.fromarray(RGB), "PNG"))
-            tar.addfile(info, io.BytesIO(data))
-    whole, dice = (tmp_path / "a.tar").read_bytes(), random.Random(0)
-    for _ in range(200):
-        flipped = bytearray(whole)
-        flipped[dice.choice([0, 2048, 4096]) + dice.randrange(512)] ^= 1 << dice.randrange(8)
-        (tmp_path / "a.tar").write_bytes(flipped)
-        try:
-            photos = Photos(tmp_path / "a.tar", 16)
-            assert photos[0].shape == (3, 16, 16)
-        except ValueError as e:
-            assert str(tmp_path / "a.tar") in str(e) and "\n" not in str(e)
-    assert os.listdir(tmp_path) == ["a.tar"]
 
 
 def test_captions_of_strange_names():

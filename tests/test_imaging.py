@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 
 from models.support import charts
-from models.support.files import list_pictures
+from models.support.files import find_pictures
 from models.support.imaging import (PictureError, adain, chroma, color_fix, contact_sheet, pad_to_multiple, read_picture,
                             resize, round8, tile_starts, tile_weight, to_uint8, wavelet, write_picture)
 
@@ -214,14 +215,14 @@ def test_decompression_bomb(tmp_path, monkeypatch):
             read_picture(path)
 
 
-def test_list_pictures(tmp_path):
+def test_find_pictures(tmp_path):
     for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png"):
         (tmp_path / name).touch()
-    assert [p.name for p in list_pictures([tmp_path])] == ["a.jpg", "b.PNG"]
-    assert list_pictures(["x.txt", tmp_path / "b.PNG"])[0].name == "x.txt"
+    assert [p.name for p in find_pictures(tmp_path)] == ["a.jpg", "b.PNG"]
+    assert find_pictures(Path("x.txt")) == {Path("x.txt"): Path("x.txt")}
     (tmp_path / "none").mkdir()
     with pytest.raises(PictureError, match="no pictures"):
-        list_pictures([tmp_path / "none"])
+        find_pictures(tmp_path / "none")
 
 
 # ---- writing
@@ -329,7 +330,7 @@ def test_bars_stay(kind):
 
 def test_contact_sheet():
     small, big = torch.rand(1, 3, 8, 10), torch.ones(1, 3, 32, 40)
-    sheet = contact_sheet([[small, big], [big]], ["input", "ours"])
+    sheet = contact_sheet([[small, big], [big]], [["input", "ours"]])
     assert sheet.size == (8 + 40 + 8 + 40 + 8, 22 + 8 + 32 + 8 + 32 + 8)
     shown = np.asarray(sheet)[30:62, 8:48]  # every pixel of the small one is a 4x4 block
     assert np.array_equal(shown[::4, ::4], bytes_of(small)) and np.array_equal(shown[3::4, 3::4], bytes_of(small))
@@ -338,11 +339,10 @@ def test_contact_sheet():
 
 
 def test_loss_curves(tmp_path):
-    steps = list(range(0, 1000, 10))
-    curves = {"flow": (steps, [2.0 ** (-s / 200) for s in steps]), "gaps": (steps, [float("nan") if s < 500 else -1.0 for s in steps])}
-    odd = [{}, {"one": ([7], [0.0])}, {"flat": ([1, 2], [-3, -3])}]
-    for n, (c, log_y) in enumerate([(curves, True), (curves, False)] + [(c, False) for c in odd]):
-        charts.loss_curves(c, tmp_path / f"{n}.png", log_y=log_y, title="loss")
+    steps = range(0, 1000, 10)
+    curves = {"flow": [(s, 2.0 ** (-s / 200)) for s in steps], "gaps": [(s, float("nan") if s < 500 else -1.0) for s in steps]}
+    for n, some in enumerate([curves, {}, {"one": [(7, 0.0)]}, {"flat": [(1, 3.0), (2, 3.0)]}]):
+        charts.loss_curves(some, tmp_path / f"{n}.png", title="loss")
         with Image.open(tmp_path / f"{n}.png") as img:
             assert img.size == (900, 520) and img.mode == "RGB"
     with Image.open(tmp_path / "0.png") as img:

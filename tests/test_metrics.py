@@ -67,7 +67,7 @@ def test_niqe():
     """The figure comes from an independent, block-by-block implementation with scipy."""
     params, x = load_niqe(PARAMS), textured()
     assert niqe(x, params) == pytest.approx(7.515317, abs=1e-4)
-    assert niqe(x, PARAMS) == niqe(x[None] / 255, params) == niqe(F.pad(x, (4, 4, 4, 4)), params, border=4)
+    assert niqe(x, params) == niqe(x[None] / 255, params)
     blurred = F.avg_pool2d(x.float()[None], 5, 1, 2) / 255
     assert niqe(blurred, params) > niqe(x, params)
 
@@ -84,7 +84,7 @@ def test_niqe_parameters_that_are_none(tmp_path):
     np.savez(tmp_path / "shape.npz", mu_pris_param=np.zeros(36), cov_pris_param=np.zeros((36, 36)), gaussian_window=np.zeros((7, 7)))
     for name in ("missing.npz", "text.npz", "other.npz", "shape.npz"):
         with pytest.raises(ValueError, match=name) as error:
-            niqe(textured(), tmp_path / name)
+            load_niqe(tmp_path / name)
         assert "\n" not in str(error.value)
 
 

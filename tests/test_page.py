@@ -163,7 +163,7 @@ def example(number=1, references=True, names=None, side=None):
         bicubic = resize(x, y.shape[-2:])
         sr = (0.4 * bicubic + 0.6 * y).clamp(0, 1)
         has = references and (number == 1 or i != 1)
-        found, failed = measure(sr, bicubic, y if has else None, METRICS if references and number < 50 and not names else {}, f"no reference named {i}")
+        (found,), failed = measure([sr], bicubic, y if has else None, METRICS if references and number < 50 and not names else {}, f"no reference named {i}")
         absent = {"lpips": "needs a.pth"} | ({} if references else dict.fromkeys(METRICS, "needs --ref"))
         rows.append(row_of(names[i] if names else f"example-{i}.png", y.shape[-2:], 0.5, found, absent | failed))
         figures.append(figure_of(rows[-1:], [bicubic, sr, y][: 2 + has], versions, number * len(versions)))

@@ -1,32 +1,16 @@
-"""Photos as training data: folders, lists, tar shards.    python -m pytest tests/test_photos.py"""
+"""Photos as training data: folders, lists.    python -m pytest tests/test_photos.py"""
 
-import io
 import os
-import random
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from PIL.ContainerIO import ContainerIO
 from test_degrade import save_photos
 from torch.utils.data import DataLoader
 
 from models.support import photos as module
 from models.support.photos import Photos, list_photos, photos_for
-
-
-def pack(folder, tar, mode="w"):
-    """All files of a folder in a .tar, with what should not be found there."""
-    with tarfile.open(tar, mode, format=tarfile.GNU_FORMAT) as t:  # one header block each
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            t.add(path, path.relative_to(folder))
-        for name in ("notes.txt", "._0.png"):
-            info = tarfile.TarInfo(name)
-            info.size = 5
-            t.addfile(info, io.BytesIO(b"hello"))
-    return tar
 
 
 def test_photos_are_a_function_of_seed_and_index(tmp_path):
@@ -98,20 +82,12 @@ def test_too_few_good_photos(tmp_path):
         photos_for(folder, 32, 0)
 
 
-def test_a_bad_tar_among_photos(tmp_path, capsys):
-    folder = save_photos(tmp_path, [(64, 64)] * 2)
-    (folder / "00.tar").write_text("no tar")
-    assert [p.name for p in list_photos(folder)] == ["0.png", "1.png"] and "00.tar: cannot be read as a plain .tar" in capsys.readouterr().err
-
-
 def test_names_are_seen_from_their_source(tmp_path, monkeypatch):
-    """However it is spelled, of a folder, a list and a .tar."""
-    folder = save_photos(tmp_path / "a" / "deep", [(16, 16)] * 2).parent
-    pack(folder, tmp_path / "x.tar")
-    (tmp_path / "list.txt").write_text("a/deep/0.png\na/deep/1.png, 2\n")
+    """However it is spelled, of a folder and a list."""
+    save_photos(tmp_path / "a" / "deep", [(16, 16)] * 2)
+    (tmp_path / "list.txt").write_text("a/deep/0.png\na/deep/1.png\na/deep/1.png\n")
     monkeypatch.chdir(tmp_path)
-    for here, names in (("a", ["deep/0.png", "deep/1.png"]), ("x.tar", ["x.tar/deep/0.png", "x.tar/deep/1.png"]),
-                        ("list.txt", ["a/deep/0.png", "a/deep/1.png", "a/deep/1.png"])):
+    for here, names in (("a", ["deep/0.png", "deep/1.png"]), ("list.txt", ["a/deep/0.png", "a/deep/1.png", "a/deep/1.png"])):
         for data in (here, f"./{here}", f"../{tmp_path.name}/{here}", tmp_path / here):
             assert [name.replace(os.sep, "/") for name in photos_for(data, 16, 0)[2]] == names
 
@@ -134,11 +110,11 @@ def test_list_photos(tmp_path):
     assert list_photos(tmp_path / "0.png") == [tmp_path / "0.png"]
 
 
-def test_lists_with_weights(tmp_path, capsys):
-    """Paths are relative to their list; a comma may belong to a name; lists may name lists."""
+def test_lists(tmp_path, capsys):
+    """Paths are relative to their list; a line may stand several times; lists may name lists."""
     a, b = save_photos(tmp_path / "a", [(8, 8), (6, 6)]), save_photos(tmp_path / "b, 2019", [(8, 8)])
-    (tmp_path / "inner.txt").write_text("a/1.png\n\n# a comment\nb, 2019, 1\n")
-    (tmp_path / "list.txt").write_text(f"{a}, 3\ninner.txt,2\nb, 2019/0.png\n", encoding="utf-8-sig")
+    (tmp_path / "inner.txt").write_text("a/1.png\n\n# a comment\nb, 2019\n")
+    (tmp_path / "list.txt").write_text(3 * f"{a}\n" + 2 * "inner.txt\n" + "b, 2019/0.png\n", encoding="utf-8-sig")
     names = [path.relative_to(tmp_path).as_posix() for path in list_photos(tmp_path / "list.txt")]
     assert names == ["a/0.png", "a/1.png"] * 3 + ["a/1.png", "b, 2019/0.png"] * 2 + ["b, 2019/0.png"]
     photos = Photos(tmp_path / "list.txt", 16)
@@ -148,8 +124,7 @@ def test_lists_with_weights(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("a, 0", "list.txt, line 1: the weight 0"), ("# x\na, -2", "line 2: the weight -2"), ("\nnowhere", r"nowhere: no such .*list.txt, line 2\)"),
-    ("a, +-3", r"a, \+-3: no such .*list.txt, line 1\)"), ("a, 1.5", r"a, 1.5: no such .*list.txt, line 1\)"), ("", "no pictures"),
+    ("# x\na, 2", r"a, 2: no such .*list.txt, line 2\)"), ("\nnowhere", r"nowhere: no such .*list.txt, line 2\)"), ("", "no pictures"),
     ("list.txt", r"leads back to itself .*list.txt, line 1\)"), ("other.txt", r"leads back to itself .*other.txt, line 1\)"),
     ("notes.md", r"no source of photos .*list.txt, line 1\)"), ("caf\xe9", "list.txt: is no text in UTF-8"),
 ])
@@ -163,91 +138,14 @@ def test_wrong_lists(tmp_path, text, words):
     assert "\n" not in str(e.value)
 
 
-def test_tar_equals_folder(tmp_path):
-    folder = save_photos(tmp_path / "a", [(40, 50), (64, 32), (90, 40)])
-    save_photos(folder / "deep", [(33, 44)], ".JPG")
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    tar = pack(folder, shards / "0.tar")
-    found = list_photos(shards)
-    assert found == list_photos(tar) and [member.name for member in found] == [p.relative_to(folder).as_posix() for p in list_photos(folder)]
-    with found[0].open() as f:
-        assert f.read() == (folder / "0.png").read_bytes() and str(found[0]) == f"{tar}/0.png"
-    inside, outside = Photos(tar, 32, seed=1), Photos(folder, 32, seed=1)
-    assert all(torch.equal(inside[i], outside[i]) for i in range(9))
-    (shards / "1.png").write_bytes((folder / "0.png").read_bytes())
-    (shards / "._0.tar").write_text("a shadow that macOS leaves")
-    assert len(list_photos(shards)) == 5
-
-
-def test_headers_of_a_tar_are_read_without_its_pictures(tmp_path, monkeypatch):
-    """At the start every picture's size is wanted, of shards that may hold a terabyte."""
-    x = random.Random(0).randbytes(3 * 512 * 512)  # noise, which PNG cannot shrink
-    folder = tmp_path / "a"
-    folder.mkdir()
-    Image.frombytes("RGB", (512, 512), x).save(folder / "0.png")
-    tar = pack(folder, tmp_path / "0.tar")
-    read, real = [], ContainerIO.read
-    monkeypatch.setattr(ContainerIO, "read", lambda self, *n: read.append(real(self, *n)) or read[-1])
-    photos = Photos(tar, 32)
-    assert 0 < sum(map(len, read)) < 10_000
-    photos.pixels(photos.files[0])
-    assert sum(map(len, read)) > len(x)
-
-
-def test_wrong_tars(tmp_path, capsys):
-    folder = save_photos(tmp_path / "a", [(64, 64), (64, 64)])
-    for tar, data in ((pack(folder, tmp_path / "x.tar", "w:gz"), None), (tmp_path / "empty.tar", b""), (tmp_path / "text.tar", b"hello" * 999)):
-        if data is not None:
-            tar.write_bytes(data)
-        with pytest.raises(ValueError, match=f"{tar.name}: cannot be read as a plain .tar .*unpack it") as e:
-            list_photos(tar)
-        assert "\n" not in str(e.value)
-    whole = pack(folder, tmp_path / "y.tar")
-    members = list_photos(whole)
-    data = bytearray(whole.read_bytes())
-    data[members[0].offset : members[0].offset + 8] = b"no PNG :"
-    whole.write_bytes(data)
-    photos = Photos(whole, 32)
-    assert photos[0].shape == (3, 32, 32) and list(photos.skipped) == [members[0]]
-    assert f"{whole}/0.png: is not a picture" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kept, found, good", [  # of the second of three members: where the .tar ends, what is listed and can be read
-    (1000, 2, 1), (0, 2, 1), (-312, 1, 1), (-512, 1, 1), (None, 1, 1),  # in its picture, after its header, in it, before it; its header is noise
-])
-def test_tars_that_break_off(tmp_path, capsys, kept, found, good):
-    folder = save_photos(tmp_path / "a", [(64, 64)] * 3)
-    tar = pack(folder, tmp_path / "0.tar")
-    data, start = tar.read_bytes(), list_photos(tar)[1].offset
-    assert capsys.readouterr().err == ""  # whole
-    tar.write_bytes(data[: start - 512] + random.Random(0).randbytes(512) + data[start:] if kept is None else data[: start + kept])
-    photos = Photos(tar, 32)
-    assert [member.name for member in photos.files] == [f"{i}.png" for i in range(found)]
-    assert all(photos[i].shape == (3, 32, 32) for i in range(4)) and len(photos.skipped) == found - good
-    err = capsys.readouterr().err
-    assert err.count("0.tar: breaks off") == 1 and len(err.splitlines()) == 1 + found - good
-
-
-def test_a_tar_that_vanishes_is_skipped(tmp_path, capsys):
-    folder = save_photos(tmp_path / "a", [(64, 64)])
-    tar = pack(folder, tmp_path / "0.tar")
-    files = [*list_photos(tar), folder / "0.png"]
-    photos = Photos(folder, 32, files=files)
-    tar.unlink()
-    for p in (photos, Photos(folder, 32, files=files)):  # while training, and before it
-        assert torch.equal(p[0], p[0]) and list(p.skipped) == files[:1]
-    assert capsys.readouterr().err.count("0.tar") == 2
-
-
 def test_workers_and_processes_share_the_samples(tmp_path):
     """Any division of the numbers i gives what one process reads."""
-    tar = pack(save_photos(tmp_path / "a", [(40, 50), (64, 32), (90, 40)]), tmp_path / "0.tar")
-    one = torch.stack([photo for photo, _ in zip(Photos(tar, 32, seed=5), range(8))])
+    folder = save_photos(tmp_path, [(40, 50), (64, 32), (90, 40)])
+    one = torch.stack([photo for photo, _ in zip(Photos(folder, 32, seed=5), range(8))])
     for workers in (0, 2):
         ranks = []
         for mine in ([0, 1, 4, 5], [2, 3, 6, 7]):  # steps of 4 samples, 2 on each rank
-            ranks.append(list(DataLoader(Photos(tar, 32, seed=5), batch_size=2, sampler=mine, num_workers=workers)))
+            ranks.append(list(DataLoader(Photos(folder, 32, seed=5), batch_size=2, sampler=mine, num_workers=workers)))
         assert torch.equal(one, torch.cat([batch for step in zip(*ranks) for batch in step]))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,11 @@ def test_knobs_of_other_models_are_refused(run):
     for words in (("--noise", 0.5), ("--paper",), ("--negative-prompt", "blur")):
         status, _, err = run("a.png", *words)
         assert status == 1 and err == [f"sample.py: {words[0]} is no knob of vosr-tiny"]
+
+
+def test_every_knob_is_some_models():
+    taken = {knob for system in sample.SYSTEMS.values() for knob in signature(system.upscale).parameters}
+    assert {*sample.KNOBS, "paper", "color"} <= taken
 
 
 def test_unknown_model(run):

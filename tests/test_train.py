@@ -184,7 +184,7 @@ def test_held_out_photos_are_never_trained_on(monkeypatch, photos, tmp_path):
             seen.append(self)
 
     monkeypatch.setattr(models.support.photos, "Photos", Spy)
-    (tmp_path / "list.txt").write_text(f"{photos}, 13\n")
+    (tmp_path / "list.txt").write_text(13 * f"{photos}\n")
     train(monkeypatch, tmp_path / "list.txt", tmp_path / "ae", "autoencoder", "--steps", 1)
     trained, held_out = (set(photos.files) for photos in seen)
     assert len(trained) == 4 and len(held_out) == 1 and not trained & held_out

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -32,6 +33,18 @@ def folder(text):
     if Path(text).suffix.lower() in SUFFIXES | OTHERS.keys() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is the name of a file; give a folder")
     return Path(text)
+
+
+def existing(text):
+    """A type of argument: a file or folder that is there."""
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
+
+
+def no_memory(error):
+    """Whether a RuntimeError says so; CPU and MPS have no class of their own for it, as CUDA has."""
+    return any(words in str(error).lower() for words in ("out of memory", "not enough memory", "allocate memory"))
 
 
 class Lenient:

@@ -1,4 +1,4 @@
-"""The authors' files, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json, the layouts of the others."""
+"""The authors' files, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json, others' layouts."""
 
 from dataclasses import replace
 from inspect import signature
@@ -18,20 +18,13 @@ def read_vocabulary(vocab, merges, single):
     ids = read_json(vocab)
     try:
         lines = merges.read_text(encoding="utf-8").strip().split("\n")[1:]      # the first one is a version
+        pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
     except (OSError, ValueError) as e:
-        raise WeightError(f"{merges}: cannot be read as text ({e}); get it again") from None
-    pairs = [tuple(line.split(" ")) for line in lines]
-    wrong = next((n for n, pair in enumerate(pairs, 2) if len(pair) != 2 or not all(pair)), None)
-    if wrong or not pairs:
-        raise WeightError(f"{merges}: line {wrong or 2} is not a pair of symbols; get it again")
-    needed = {symbol: None for symbol in (*single, *map("".join, pairs))}
-    absent = [symbol for symbol in needed if type(ids.get(symbol)) is not int]
-    if absent:
-        raise WeightError(f"{vocab}: has no id for {absent[0]} ({len(absent)} such in all), which {merges} needs; "
-                          "get both again")
-    # Merges that a cut-off file lacks would go unnoticed in most texts, and change the others.
-    if len(ids) != len(needed):
-        raise WeightError(f"{merges}: makes {len(needed)} symbols, {vocab} has {len(ids)}; get both again")
+        raise WeightError(f"{merges}: cannot be read as pairs of symbols ({e}); get it again") from None
+    # merges that a cut-off file lacks would go unnoticed in most texts, and change the others
+    needed = {*single, *map("".join, pairs)}
+    if ids.keys() != needed or not all(type(n) is int for n in ids.values()):
+        raise WeightError(f"{vocab}: has {len(ids)} symbols, not the {len(needed)} that {merges} makes; get both again")
     return ids, {pair: rank for rank, pair in enumerate(pairs)}
 
 
@@ -58,8 +51,8 @@ def dit_config(cls, tensors, path, settings):
 def release_config(sizes, size, dit_cls, tensors, weights, args):
     """The VOSRConfig of the authors' transformer. Raises ValueError, WeightError.
 
-    sizes: {size: VOSRConfig}; size: one of them, or None: what the tensors say, and args.json is believed
-    dit_cls: DiTConfig; tensors: of file weights; args: path of args.json, or None
+    sizes: {size: VOSRConfig}; size: one of them, or None: what the tensors of file weights and args.json say
+    dit_cls: DiTConfig; args: path of args.json, or None
     """
     settings, custom = read_json(args) if args else {}, size is None
     dit = dit_config(dit_cls, tensors, weights, settings if custom else {})
@@ -113,12 +106,11 @@ def believe(cfg, settings, path):
         return value
 
     def whole(low, high, step=1):
-        return lambda x: type(x) is int and low <= x <= high and x % step == 0
+        return lambda x: type(x) is int and x in range(low, high + 1, step)
 
-    for name, value in ONLY.items():
-        take(name, value, lambda x: x == value)
     side, last, p = 8 * cfg.dit.input_size, cfg.vit.depth - 1, cfg.vit.patch_size
-    take("resolution", side, lambda x: x == side)
+    for name, value in (ONLY | {"resolution": side}).items():
+        take(name, value, lambda x: x == value)
     layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
     return {"vit_input": take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), "tile": side,
             "vit_layer": None if layers[0] in (-1, last) else layers[0],    # of the last block the normed tokens
@@ -145,7 +137,7 @@ def read_s3diff(file):
 
 
 def s3diff_layout(cfg, trained):
-    """The reverse, with an entry of ours for settings that the authors' code does not know."""
+    """The reverse, with an entry of ours for what the authors' code does not know."""
     def take(names, prefix=""):
         starts = {f"state_dict_{name}": f"{prefix}{name}." for name in names}
         return {name: {k.removeprefix(start): v for k, v in trained.items() if k.startswith(start)}

@@ -1,7 +1,4 @@
-"""What a training run shows: log.csv, line charts of it drawn with Pillow, a sheet of pictures.
-
-Left out: everything else that a plotting library can do.
-"""
+"""What a training run shows: log.csv, line charts of it drawn with Pillow, a sheet of pictures."""
 
 import csv
 import math
@@ -27,33 +24,24 @@ def axis_ticks(low, high, log=False):
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
-    """Draw a line chart over training steps as PNG.
-
-    curves: {name: (steps, values)}; values that are not finite, or not positive on a log axis, leave a gap
-    Raises PictureError.
-    """
+def loss_curves(curves, path, title=""):
+    """Draw losses over training steps, on a log axis, as PNG.  curves: {name: [(step, loss), ...]}"""
     k = 2       # drawn at twice the size, then halved: Pillow's lines have no antialiasing
-    W, H = size[0] * k, size[1] * k
+    W, H = 900 * k, 520 * k
     left, right, top, bottom = 72 * k, W - 20 * k, 44 * k, H - 40 * k
-    font, up = ImageFont.load_default(14 * k), math.log10 if log_y else float
-
-    def good(v):
-        return math.isfinite(v) and (v > 0 or not log_y)
-
-    xs = [s for steps, _ in curves.values() for s in steps] or [0]
-    ys = [v for _, values in curves.values() for v in values if good(v)] or [1]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), max(ys)
+    curves = {name: [(s, v) for s, v in points if math.isfinite(v) and v > 0] for name, points in curves.items()}
+    steps, losses = zip(*sum(curves.values(), []) or [(0, 1.0)])
+    x0, x1, y0, y1 = min(steps), max(max(steps), min(steps) + 1), min(losses), max(losses)
     if y0 == y1:
-        y0, y1 = y0 - abs(y0) / 2, y1 + abs(y1) / 2 + 1e-9
+        y0, y1 = y0 / 2, y1 * 2
 
     def at(s, v):
-        across, along = (s - x0) / (x1 - x0), (up(v) - up(y0)) / (up(y1) - up(y0))
+        across, along = (s - x0) / (x1 - x0), math.log(v / y0) / math.log(y1 / y0)
         return left + across * (right - left), bottom - along * (bottom - top)
 
-    img = Image.new("RGB", (W, H), "white")
+    img, font = Image.new("RGB", (W, H), "white"), ImageFont.load_default(14 * k)
     draw = ImageDraw.Draw(img)
-    for v in axis_ticks(y0, y1, log_y):
+    for v in axis_ticks(y0, y1, log=True):
         y = at(x0, v)[1]
         draw.line([left, y, right, y], fill="#e4e4e4", width=k)
         draw.text((left - 8 * k, y), f"{v:g}", fill="#444444", font=font, anchor="rm")
@@ -62,17 +50,9 @@ def loss_curves(curves, path, log_y=False, title="", size=(900, 520)):
     draw.line([left, top, left, bottom, right, bottom], fill="#444444", width=k)
     draw.text((left, top - 28 * k), title, fill="black", font=font)
     x = right
-    for (name, (steps, values)), color in reversed([*zip(curves.items(), COLORS * len(curves))]):
-        run = []
-        for s, v in [*zip(steps, values), (x1, math.nan)]:      # the sentinel ends the last run
-            if good(v):
-                run.append(at(s, v))
-                continue
-            if len(run) > 1:
-                draw.line(run, fill=color, width=2 * k, joint="curve")
-            elif run:
-                draw.ellipse([run[0][0] - 3 * k, run[0][1] - 3 * k, run[0][0] + 3 * k, run[0][1] + 3 * k], fill=color)
-            run = []
+    for (name, points), color in reversed([*zip(curves.items(), COLORS * len(curves))]):
+        if len(points) > 1:
+            draw.line([at(*point) for point in points], fill=color, width=2 * k, joint="curve")
         x -= font.getlength(name)       # legend: names in their colours, from the right
         draw.text((x, top - 28 * k), name, fill=color, font=font)
         x -= 18 * k
@@ -103,12 +83,11 @@ class Log:
 
     def draw(self, path, names, title):
         """Loss curves of the named columns as a PNG."""
-        rows = self.rows()
-        curves = {n: [(int(r["step"]), float(r[n])) for r in rows if r[n]] for n in names}
-        loss_curves({n: tuple(zip(*c)) for n, c in curves.items() if len(c) > 1}, path, log_y=True, title=title)
+        curves = {n: [(int(r["step"]), float(r[n])) for r in self.rows() if r[n]] for n in names}
+        loss_curves({n: points for n, points in curves.items() if len(points) > 1}, path, title)
 
 
 def save_sheet(path, columns):
     """Contact sheet with one column per entry. columns: {title: (B, 3, H, W) in [-1, 1]}."""
     pictures = ((x.float().cpu().clamp(-1, 1) / 2 + 0.5).split(1) for x in columns.values())
-    save_png(contact_sheet(list(zip(*pictures)), list(columns)), path)
+    save_png(contact_sheet(list(zip(*pictures)), [list(columns)]), path)

@@ -30,8 +30,8 @@ def download(source, target, file, sleep):
     rest, or everything if its file is another one by now.
     """
     part, tag = (target.with_name(target.name + end) for end in (".part", ".part.of"))
-    url, best, tries, reason = address(source), size_of(part), 0, ""
-    while tries < TRIES:
+    url, best, tries = address(source), size_of(part), 0
+    while True:
         have, wait = size_of(part) if size_of(tag) else 0, 2**tries
         headers = {"Accept-Encoding": "identity"}       # gzip would change the length
         if have:
@@ -58,9 +58,9 @@ def download(source, target, file, sleep):
         except (requests.RequestException, UnicodeError) as e:
             raise WeightError(f"{type(e).__name__}; look at HF_ENDPOINT and HF_TOKEN") from None
         best, tries = (size_of(part), 0) if size_of(part) > best else (best, tries + 1)
-        if tries < TRIES:
-            sleep(wait)
-    raise WeightError(f"{reason}, {TRIES} times")
+        if tries == TRIES:
+            raise WeightError(f"{reason}, {TRIES} times")
+        sleep(wait)
 
 
 def receive(answer, part, tag, have, file):

@@ -1,6 +1,6 @@
 """Measuring results: which reference belongs to which picture, what can be measured, the tables and the protocol.
 
-Only with files that are on this disk: nothing is downloaded unasked. What cannot be measured is named, with the reason.
+Nothing is downloaded for it unasked; what cannot be measured is named, with the reason.
 Left out: metrics with networks of their own (DISTS, MUSIQ, MANIQA, CLIPIQA, FID), which papers take from pyiqa.
 """
 
@@ -8,12 +8,12 @@ import csv
 import io
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -21,9 +21,8 @@ import numpy as np
 import PIL
 import torch
 
-from models.support import weights
 from models.support.download import sha256_of
-from models.support.files import PictureError, list_pictures, printable
+from models.support.files import PictureError, find_pictures, printable, whole_file
 from models.support.imaging import read_picture
 from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
 from models.support.weights import cache_folder, locate
@@ -33,23 +32,22 @@ LPIPS_FILES = "alexnet-owt-7be5be79.pth", "lpips_alex.pth"      # papers report 
 # column: name, digits to print, which is better
 METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"), "lpips": ("LPIPS", 4, "lower"),
            "niqe": ("NIQE", 2, "lower")}
+COLUMNS = [m + end for m in METRICS for end in ("", "_bicubic")]
 NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"
 
 
 def find_references(names, ref):
-    """The reference of each picture: `ref`, or in that folder the file of its name, of another suffix if need be.
+    """For each picture `ref`, or in that folder the file of its name, maybe of another suffix.
 
-    names: paths relative to the folder of pictures -> list of Path, None, or a tuple where several fit
+    names: paths relative to the folder of pictures -> list of tuples of Path: one if all is well, none, several
     """
     if ref is None or ref.is_file():
-        return [ref] * len(names)
+        return [(ref,) if ref else ()] * len(names)
     exact, by_stem = {}, defaultdict(tuple)
-    for path in list_pictures([ref], print):
-        name = path.relative_to(ref)
-        exact[name] = path
+    for path, name in find_pictures(ref, print).items():
+        exact[name] = path,
         by_stem[name.with_suffix("")] += path,
-    found = [(exact[name],) if name in exact else by_stem[name.with_suffix("")] for name in names]
-    return [paths if len(paths) > 1 else paths[0] if paths else None for paths in found]
+    return [exact.get(name) or by_stem[name.with_suffix("")] for name in names]
 
 
 def find_niqe(path):
@@ -68,16 +66,16 @@ def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
     border = round(scale)           # the usual cut of BasicSR's test settings
     metrics, absent, files = {}, {}, []
     lacking = [name for name in LPIPS_FILES if not locate(name)]
-    if not compare:
-        absent = dict.fromkeys(NEED_REFERENCE, "needs --ref")
-    else:
+    if compare:
         metrics = {"psnr_y": lambda x, hq: psnr_y(x, hq, border), "ssim_y": lambda x, hq: ssim_y(x, hq, border)}
-        if lacking or not lpips:
-            absent["lpips"] = f"needs {' and '.join(lacking)} in {cache_folder()}" if lacking else "not asked for"
-        else:
-            network = lpips("alex", device)
-            metrics["lpips"] = lambda x, hq: network(2 * x.to(device) - 1, 2 * hq.to(device) - 1).item()
-            files += map(locate, LPIPS_FILES)
+    else:
+        absent = dict.fromkeys(NEED_REFERENCE, "needs --ref")
+    if compare and lacking:
+        absent["lpips"] = f"needs {' and '.join(lacking)} in {cache_folder()}"
+    elif compare:
+        network = lpips("alex", device)
+        metrics["lpips"] = lambda x, hq: network(2 * x.to(device) - 1, 2 * hq.to(device) - 1).item()
+        files += map(locate, LPIPS_FILES)
     if (parameters := find_niqe(niqe_file)) is None:
         absent["niqe"] = f"needs {NIQE_FILE} in {cache_folder()}"
     else:
@@ -86,63 +84,61 @@ def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
     return metrics, absent, files
 
 
-def read_reference(path, ref, size):
-    """The reference of picture `path`.  -> (1, 3, *size) in [0, 1], "", or None, why not"""
+def read_reference(path, references, size):
+    """The reference of picture `path`, of `find_references`.  -> (1, 3, *size) in [0, 1], "", or None, why not"""
     try:
-        if ref is None:
+        if not references:
             raise PictureError(f"no reference named {path.with_suffix('')}")
-        if isinstance(ref, tuple):
-            raise PictureError(f"{' and '.join(map(str, ref))} have its name; keep the one that is its reference")
-        hq, _ = read_picture(ref, note=print)
+        if len(references) > 1:
+            raise PictureError(f"{' and '.join(map(str, references))} have its name; keep the one that is meant")
+        hq, _ = read_picture(references[0], note=print)
         if hq.shape[-2:] != size:
-            raise PictureError(f"reference {ref} is {hq.shape[3]}x{hq.shape[2]}, not {size[1]}x{size[0]}")
+            raise PictureError(f"reference {references[0]} is {hq.shape[3]}x{hq.shape[2]}, not {size[1]}x{size[0]}")
         return hq, ""
     except PictureError as e:
         print(f"{printable(path)}: {e}; not compared", file=sys.stderr)
         return None, str(e)
 
 
-def measure(sr, bicubic, hq, metrics, why="", name="picture"):
-    """Our result and bicubic's by the metrics of `find_metrics`.
+def measure(pictures, bicubic, hq, metrics, why="", name="picture"):
+    """Our versions of a picture, and bicubic's, by the metrics of `find_metrics`.
 
-    sr, bicubic: (1, 3, H, W) in [0, 1]; hq: the same, or None, and why
-    -> {metric: (ours, bicubic's)}, {metric: why not}
+    pictures: list of (1, 3, H, W) in [0, 1]; bicubic: the same; hq: the same, or None, and why; name: of all of them
+    -> for each of pictures {metric: ours, metric_bicubic: its}, {metric: why not}
     """
-    found, failed = {}, {}
+    found, failed = [{} for _ in pictures], {}
     for m, metric in metrics.items():
         if hq is None and m in NEED_REFERENCE:
             failed[m] = why
             continue
         try:
-            ours_and_theirs = metric(sr, hq), metric(bicubic, hq)
-            if math.isnan(sum(ours_and_theirs)):
+            theirs, *ours = (metric(x, hq) for x in (bicubic, *pictures))
+            if math.isnan(sum(ours, theirs)):
                 raise ValueError(f"{METRICS[m][0]} needs more pixels or more detail")
-            found[m] = ours_and_theirs
+            for figures, figure in zip(found, ours):
+                figures |= {m: figure, f"{m}_bicubic": theirs}
         except (ValueError, torch.OutOfMemoryError) as e:
             failed[m] = str(e) if isinstance(e, ValueError) else "not enough memory"
             print(f"{printable(name)}: not measured: {failed[m]}", file=sys.stderr)
     return found, failed
 
 
-def report(found):
-    """{metric: (ours, bicubic's)} as text, bicubic's in brackets."""
-    return "  ".join(f"{name} {found[m][0]:.{n}f} ({found[m][1]:.{n}f})"
-                     for m, (name, n, _) in METRICS.items() if m in found)
+def report(figures):
+    """{metric: ours, metric_bicubic: its} as text, bicubic's in brackets."""
+    return "  ".join(f"{name} {figures[m]:.{n}f} ({figures[f'{m}_bicubic']:.{n}f})"
+                     for m, (name, n, _) in METRICS.items() if m in figures)
 
 
-def row_of(name, size, seconds, found, missing):
-    """The line of a picture.  size: (H, W); seconds: None = made earlier; found, missing: of `measure` -> dict"""
-    row = {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3)}
-    for metric, (ours, bicubic) in found.items():
-        row |= {metric: ours, f"{metric}_bicubic": bicubic}
-    return row | {"not_measured": missing}
+def row_of(name, size, seconds, figures, missing):
+    """The line of a picture.  size: (H, W); seconds: None = made earlier; figures, missing: of `measure` -> dict"""
+    return {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3),
+            **figures, "not_measured": missing}
 
 
 def average(rows):
-    """-> {metric: (our average, bicubic's)} over the pictures where it was measured"""
-    measured = {m: [row for row in rows if m in row] for m in METRICS}
-    return {m: tuple(fmean(row[column] for row in some) for column in (m, f"{m}_bicubic"))
-            for m, some in measured.items() if some}
+    """-> {column: its mean over the pictures where it was measured}"""
+    measured = {column: [row[column] for row in rows if column in row] for column in COLUMNS}
+    return {column: fmean(figures) for column, figures in measured.items() if figures}
 
 
 def protocol(rows, seed, scale, absent):
@@ -157,20 +153,16 @@ def protocol(rows, seed, scale, absent):
 
 # ---- what a later reader needs in order to trust the figures
 
-@contextmanager
-def noting_weights():
-    """In here, every weight file that is read is noted.  -> list of paths, which grows"""
-    weights.noted = noted = []
-    yield noted
-    weights.noted = []
+hash_of = cache(sha256_of)      # of weights, which do not change meanwhile
 
 
+@cache
 def versions():
     """What ran. nanosr: the commit, with -dirty where files were changed; None outside a clone"""
     root, commit = Path(__file__).resolve().parents[2], None
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        with suppress(OSError, subprocess.TimeoutExpired):      # no git
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.TimeoutExpired):      # no git
+        if (root / ".git").exists():
             commit = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
     return {"nanosr": commit, "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "pillow": PIL.__version__}
@@ -183,26 +175,25 @@ def record_of(rows, command, flags, absent, files):
         "command": command, "protocol": protocol(rows, flags["seed"], flags["scale"], absent), "seed": flags["seed"],
         "flags": flags,
         "metrics": {m: {"name": name, "better": better} for m, (name, _, better) in METRICS.items()},
-        "average": {m: {"ours": ours, "bicubic": bicubic, "pictures": sum(m in row for row in rows)}
-                    for m, (ours, bicubic) in means.items()},
+        "average": {m: {"ours": means[m], "bicubic": means[f"{m}_bicubic"], "pictures": sum(m in row for row in rows)}
+                    for m in METRICS if m in means},
         "not_measured": {m: absent.get(m, "not of any picture") for m in METRICS if m not in means},
         "pictures": rows,
-        "weights": {printable(path): sha256_of(path) for path in dict.fromkeys(files)},
+        "weights": {printable(path): hash_of(path) for path in dict.fromkeys(files)},
         "versions": versions(),
     }
 
 
 def write_text(path, text):
-    """Under a temporary name, then renamed; bytes of a name that are no UTF-8 as JSON writes them."""
-    part = path.with_name(f".{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    os.replace(part, path)
+    """A whole file in UTF-8; bytes that are none, of names, as JSON writes them."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def write_metrics(record, folder):
     """metrics.json, and metrics.csv with a line for every picture."""
-    text, columns = io.StringIO(newline=""), [m + end for m in METRICS for end in ("", "_bicubic")]
-    table = csv.DictWriter(text, ["picture", "width", "height", "seconds", *columns, "not_measured"])
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, ["picture", "width", "height", "seconds", *COLUMNS, "not_measured"])
     table.writeheader()
     for row in record["pictures"]:
         why = "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())

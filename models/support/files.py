@@ -1,8 +1,9 @@
 """Which files are pictures, what a folder holds, where results go. What is not ours is never overwritten."""
 
 import os
+import threading
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split())
@@ -23,9 +24,23 @@ class PictureError(ValueError):
         super().__init__(printable(message))
 
 
+@contextmanager
+def whole_file(path, part=None):
+    """A temporary path to write, `part`, which then gets the name `path`, so that this never holds half a file."""
+    path = Path(path)
+    short = f".{os.getpid()}-{threading.get_ident()}.part"      # names may be as long as can be
+    part = Path(part or path.with_name(short))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
 def is_picture(path):
-    name = Path(path).name
-    return Path(name).suffix.lower() in SUFFIXES and name[0] != "."
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
 
 
 def walk(top):
@@ -47,34 +62,24 @@ def walk(top):
     return sorted(paths), unseen
 
 
-def list_pictures(paths, note=lambda line: None):
-    """Files as they are, folders replaced by the pictures anywhere below them.
+def find_pictures(top, note=lambda line: None):
+    """A picture as it is, a folder replaced by the pictures anywhere below it; note: is told what else it holds.
 
-    paths: iterable of str or Path; note: is told in a line what else a folder holds -> list of Path
-    Raises PictureError for a folder without pictures.
+    -> {path: its name, relative to the folder that was given}. Raises PictureError for a folder without pictures.
     """
-    found = []
-    for top in map(Path, paths):
-        if not os.path.isdir(top):      # Path.is_dir fails at names that are too long
-            found.append(top)
-            continue
-        inside, others = walk(top)
-        pictures = list(filter(is_picture, inside))
-        kinds = [path.suffix.lower() for path in inside if not is_picture(path)]
-        others.update(f"{kind} ({OTHERS[kind]})" if kind in OTHERS else kind or "without suffix" for kind in kinds)
-        left_out = ", ".join(f"{n} x {kind}" for kind, n in sorted(others.items()) if n)
-        if not pictures:
-            only = f", only {left_out}" if left_out else ""
-            raise PictureError(f"{top}: no pictures in this folder{only}; expected {' '.join(sorted(SUFFIXES))}")
-        if left_out:
-            note(printable(f"{top}: left out {left_out}"))
-        found += pictures
-    return found
-
-
-def find_pictures(top, note):
-    """What `list_pictures` finds of one argument.  -> {path: its name, relative to the folder that was given}"""
-    return {path: Path(path.name) if path == top else path.relative_to(top) for path in list_pictures([top], note)}
+    if not os.path.isdir(top):      # Path.is_dir fails at names that are too long
+        return {top: Path(top.name)}
+    files, others = walk(top)
+    pictures = list(filter(is_picture, files))
+    kinds = [path.suffix.lower() for path in files if not is_picture(path)]
+    others.update(f"{kind} ({OTHERS[kind]})" if kind in OTHERS else kind or "without suffix" for kind in kinds)
+    left_out = ", ".join(f"{n} x {kind}" for kind, n in sorted(others.items()) if n)
+    if not pictures:
+        only = f", only {left_out}" if left_out else ""
+        raise PictureError(f"{top}: no pictures in this folder{only}; expected {' '.join(sorted(SUFFIXES))}")
+    if left_out:
+        note(printable(f"{top}: left out {left_out}"))
+    return {path: path.relative_to(top) for path in pictures}
 
 
 def output_paths(names, out, taken=("sheet",), note=print):

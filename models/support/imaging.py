@@ -1,6 +1,6 @@
 """Picture files, sizes, tiles, colour fixes, contact sheets.
 
-Only here are pictures uint8. Everywhere else they are float tensors (B, C, H, W) in RGB; here in [0, 1].
+Only here are pictures uint8; elsewhere they are float tensors (B, C, H, W) in RGB, here in [0, 1].
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from models.support.files import OTHERS, PictureError, printable
+from models.support.files import OTHERS, PictureError, printable, whole_file
 from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow would hand some others to programs
@@ -32,12 +32,12 @@ def to_uint8(x):
 
 
 def from_uint8(a):
-    """Bytes to float picture.  a: (H, W, C) uint8 array -> (1, C, H, W) in [0, 1]"""
-    return torch.from_numpy(np.array(a)).permute(2, 0, 1)[None] / 255
+    """Bytes to float picture.  a: (H, W, C) or (H, W) uint8 array or Pillow image -> (1, C, H, W) in [0, 1]"""
+    return torch.from_numpy(np.array(np.atleast_3d(a))).permute(2, 0, 1)[None] / 255
 
 
 def round8(x):
-    """The picture a file of 8 bits per channel would hold.  x: any shape in [0, 1] -> same shape, multiples of 1/255"""
+    """What a file of 8 bits per channel would hold.  x: any shape in [0, 1] -> like x, multiples of 1/255"""
     return (x.clamp(0, 1) * 255).round() / 255
 
 
@@ -47,41 +47,34 @@ def to_pil(x):
     return Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a)
 
 
-def from_pil(img):
-    """Pillow image in mode L, RGB or RGBA -> (1, C, H, W) in [0, 1]"""
-    return from_uint8(np.atleast_3d(np.asarray(img)))
-
-
 # ---- files
 
 ONE_AT_A_TIME = threading.RLock()   # what is done about warnings holds for all threads
 
 
 @contextmanager
-def open_image(file):
-    """Pillow's image of a path or binary file, so far only its header."""
+def open_image(path):
+    """Pillow's image of a file, so far only its header."""
     with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")                                 # chatter about odd metadata ...
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
-        with Image.open(file, formats=FORMATS) as img:
+        with Image.open(path, formats=FORMATS) as img:
             yield img
 
 
-def read_picture(path, file=None, note=lambda line: None):
-    """Any picture file as sRGB and, if it has transparency, alpha; turned as its EXIF orientation says.
+def read_picture(path, note=lambda line: None):
+    """Any picture file as sRGB and alpha, turned as its EXIF orientation says; note: is told what is not read.
 
-    file: open binary file to read instead, path is then its name; note: is told what is not read
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
-    if file is None:
+    if not (os.path.isfile(path) and os.path.getsize(path)):
         wrong = ("no such file; check the spelling" if not os.path.exists(path)
                  else "is a folder; name a picture in it" if os.path.isdir(path)
-                 else "is a pipe or a device; name a file" if not os.path.isfile(path)      # would wait for ever
-                 else "is empty (0 bytes); copy or download it again" if os.path.getsize(path) == 0 else "")
-        if wrong:
-            raise PictureError(f"{path}: {wrong}")
+                 else "is empty (0 bytes); copy or download it again" if os.path.isfile(path)
+                 else "is a pipe or a device; name a file")     # which would keep us waiting for ever
+        raise PictureError(f"{path}: {wrong}")
     try:
-        with open_image(file or path) as img:
+        with open_image(path) as img:
             if getattr(img, "is_animated", False):
                 note(printable(f"{path}: holds several pictures, only the first is read"))
             scale_key(img)
@@ -92,7 +85,7 @@ def read_picture(path, file=None, note=lambda line: None):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         wrong = f"has more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; crop or shrink it first"
     except UnidentifiedImageError:
-        suffix = Path(str(path)).suffix.lower()     # it may lie in a .tar
+        suffix = Path(path).suffix.lower()
         kind = f" ({OTHERS[suffix]})" if suffix in OTHERS else ""
         wrong = f"is not a picture of a kind that is read here{kind}; convert it to PNG"
     except PermissionError:
@@ -107,7 +100,7 @@ def decode(img):
     if min(img.size) == 0:
         raise ValueError("it has no pixels")
     if img.mode[0] not in "IF":
-        x = from_pil(to_srgb(img))
+        x = from_uint8(to_srgb(img))
         rgb, alpha = x[:, :3], x[:, 3:] if x.shape[1] == 4 else None
     else:           # I, I;16, I;16B: grey integers, F: grey floats; Pillow's own conversion would clip at 255
         a, key = np.asarray(img).astype(np.float64), img.info.get("transparency")
@@ -125,7 +118,7 @@ def decode(img):
 
 
 def bleed(x, alpha, rgb):
-    """Colours where alpha is below 1 %, which blend in when the picture is resized, from the visible ones around.
+    """Colours where alpha is below 1 %, which resizing would blend in, from the visible ones around.
 
     x: (1, 3, H, W) colours times alpha; alpha: (1, 1, H, W); rgb: (1, 3, H, W), kept where visible -> like rgb
     """
@@ -138,20 +131,14 @@ def bleed(x, alpha, rgb):
 
 
 def save_png(img, path):
-    """Write a Pillow image; `path` is never half a file. Raises PictureError."""
-    path = Path(path)
-    if path.suffix.lower() != ".png":
+    """Write a Pillow image. Raises PictureError."""
+    if Path(path).suffix.lower() != ".png":
         raise PictureError(f"{path}: results are PNG; give it the suffix .png")
-    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")   # short: names may be as long as can be
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        img.save(part, format="PNG", pnginfo=MARK)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            img.save(part, format="PNG", pnginfo=MARK)
     except OSError as e:
         raise PictureError(f"{path}: cannot be written ({e.strerror or e}); choose another place") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def write_picture(path, rgb, alpha=None):
@@ -162,31 +149,28 @@ def write_picture(path, rgb, alpha=None):
 # ---- sizes
 
 def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
-    """Resize as the official scripts do, with Pillow on 8-bit pictures (antialiased when shrinking).
+    """Resize as the official scripts do, with Pillow on 8-bit pictures.
 
     x: (B, 1 or 3, H, W) in [0, 1]; size_or_scale: (h, w) or a factor -> (B, C, h, w), multiples of 1/255
     """
     if isinstance(size_or_scale, (int, float)):
         size_or_scale = [max(round(side * size_or_scale), 1) for side in x.shape[-2:]]
     h, w = size_or_scale
-    return torch.cat([from_pil(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
-
-
-def mirror(length, before, after, device):
-    """Indices that extend 0 .. length-1 by reflection, as often as needed.  -> (before+length+after,)"""
-    period = max(2 * (length - 1), 1)
-    i = torch.arange(-before, length + after, device=device) % period
-    return torch.minimum(i, period - i)
+    return torch.cat([from_uint8(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
 
 
 def mirror_pad(x, left, right, top, bottom):
-    """Reflection that also works where the picture is smaller than the pad, which F.pad refuses."""
-    H, W = x.shape[-2:]
-    return x[..., mirror(H, top, bottom, x.device)[:, None], mirror(W, left, right, x.device)]
+    """Reflection, also where the picture is smaller than the pad, which F.pad refuses."""
+    def mirror(length, before, after):
+        period = max(2 * (length - 1), 1)
+        i = torch.arange(-before, length + after, device=x.device) % period
+        return torch.minimum(i, period - i)
+
+    return x[..., mirror(x.shape[2], top, bottom)[:, None], mirror(x.shape[3], left, right)]
 
 
 def pad_to_multiple(x, multiple):
-    """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W].  (B, C, H, W)"""
+    """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W]."""
     H, W = x.shape[-2:]
     return mirror_pad(x, 0, -W % multiple, 0, -H % multiple)
 
@@ -194,24 +178,21 @@ def pad_to_multiple(x, multiple):
 # ---- tiles
 
 def tile_starts(length, tile, overlap):
-    """First positions of tiles that cover `length` with at least `overlap` in common; the last one ends flush."""
+    """First positions of tiles that cover `length` and share `overlap` or more; the last one ends flush."""
     tile = min(tile, length)
     starts = list(range(0, length - tile + 1, max(tile - overlap, 1)))
     return starts if starts[-1] + tile == length else [*starts, length - tile]
 
 
 def tile_weight(height, width, down=0.0):
-    """Gaussian window that fades a tile towards its edges.  -> (1, 1, height, width) in (0, 1]
-
-    down: rows by which its centre lies below the tile's
-    """
+    """Gaussian window that fades a tile towards its edges, its centre `down` rows too low -> (1, 1, height, width)"""
     def window(n, shift=0.0):
         return torch.exp(-((torch.arange(n) - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
     return (window(height, down)[:, None] * window(width))[None, None]
 
 
 def tile_boxes(height, width, tile, overlap):
-    """(rows, columns) slices of the tiles that cover height x width; a tile is smaller only where the whole is."""
+    """(rows, columns) slices of tiles that cover height x width; smaller ones only where the whole is."""
     rows, cols = ([slice(i, i + min(tile, n)) for i in tile_starts(n, tile, overlap)] for n in (height, width))
     return [(row, col) for row in rows for col in cols]
 
@@ -240,7 +221,7 @@ def blend_tiles(function, x, boxes, at_once=8, down=0.0):
 def adain(x, ref, stablesr=False):
     """Per channel, give x the mean and standard deviation of ref.
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any); stablesr: see `color_fix` -> (B, 3, H, W) in [0, 1]
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any); stablesr: see `color_fix` -> like x
     """
     def stats(x):
         more = x.shape[2] * x.shape[3] > 1      # a single pixel has no n - 1
@@ -262,7 +243,7 @@ def blur(x, sigma=5.0, radius=20):
 def wavelet(x, ref):
     """Replace the low frequencies of x by those of ref (called wavelet officially, but it is one Gaussian).
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any), resized if need be -> (B, 3, H, W) in [0, 1]
+    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any), resized if need be -> like x
     """
     if ref.shape[-2:] != x.shape[-2:]:
         ref = resize(ref, x.shape[-2:], Image.Resampling.LANCZOS)
@@ -297,13 +278,14 @@ def color_fix(x, ref, kind, stablesr=False):
 
     x, ref: (B, 3, H, W) in [0, 1]; stablesr: as StableSR (S3Diff, GramSR), else as VOSR -> like x. Raises ValueError.
     """
-    if kind not in ("adain", "wavelet", "none"):
-        raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
-    y = x
     if kind == "adain":
         y = adain(x, ref, stablesr)
     elif kind == "wavelet":
         y = (x + low_frequencies(ref - x)).clamp(0, 1) if stablesr else wavelet(x, ref)
+    elif kind == "none":
+        y = x
+    else:
+        raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
     if kind != "none" and ref.shape == x.shape:
         black, white = (in_blocks(mask.all(1, keepdim=True)) for mask in (ref < 0.5 / 255, ref > 254.5 / 255))
         y = y.masked_fill(black, 0).masked_fill(white, 1)
@@ -321,9 +303,8 @@ def middle(x, side):
 def contact_sheet(rows, labels=(), gap=8, font_size=14):
     """Pictures in rows and columns on white; smaller ones are enlarged to the height of their row.
 
-    rows: list of lists of (1, 3, H, W) in [0, 1]; labels: column titles, or captions nested as rows are -> Pillow image
+    rows: list of lists of (1, 3, H, W) in [0, 1]; labels: captions, nested as rows are, maybe fewer -> Pillow image
     """
-    labels = [labels] if labels and isinstance(labels[0], str) else labels
     font, cells = ImageFont.load_default(font_size), []
     for row in rows:
         height = max(x.shape[-2] for x in row)

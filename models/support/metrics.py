@@ -1,15 +1,14 @@
 """PSNR, SSIM and NIQE as the super-resolution papers report them (LPIPS lives in lpips.py).
 
 psnr_y and ssim_y follow BasicSR: luma unrounded, float64, a border cut off; what pyiqa does otherwise are arguments.
-NIQE (Mittal et al. 2013) needs no reference: it measures how far the statistics of a picture are from those of pristine
-photographs, lower is better. Its parameters (a mean, a covariance, a window) are niqe_pris_params.npz of BasicSR.
+NIQE (Mittal et al. 2013) needs no reference: it measures how far a picture's statistics are from those of pristine
+photographs, by BasicSR's niqe_pris_params.npz (a mean, a covariance, a window).
 
 A picture is a tensor (3, H, W) or (1, 3, H, W), RGB, float in [0, 1] or uint8. Results are Python floats.
 """
 
 import math
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,14 +85,13 @@ def load_niqe(path):
     shapes = {"mu_pris_param": (1, 36), "cov_pris_param": (36, 36), "gaussian_window": (7, 7)}
     try:
         with np.load(path) as file:
-            found = {key: file[key] for key in shapes}
-        for key, shape in shapes.items():
-            if found[key].shape != shape or not np.isfinite(found[key]).all():
-                raise ValueError(f"{key} has shape {found[key].shape} or is not finite, expected {shape}")
+            found = [file[key] for key in shapes]
+        if [x.shape for x in found] != [*shapes.values()] or not all(np.isfinite(x).all() for x in found):
+            raise ValueError("another shape, or not finite")
     except Exception as error:      # numpy raises nearly anything at a wrong file
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not NIQE's parameter file ({reason}); get niqe_pris_params.npz of BasicSR") from None
-    mean, covariance, window = (torch.from_numpy(x).double() for x in found.values())
+    mean, covariance, window = (torch.from_numpy(x).double() for x in found)
     return mean[0], covariance, window
 
 
@@ -148,14 +146,13 @@ def features(blocks):
 
 
 @torch.no_grad()
-def niqe(x, params, border=0, luma=YCBCR):
+def niqe(x, params):
     """Naturalness of a picture as BasicSR computes it, lower is better.
 
-    params: path of niqe_pris_params.npz, or what load_niqe made of it
-    -> float; nan when fewer than two blocks of 96 x 96 pixels fit, or nearly all is flat
+    params: of `load_niqe` -> float; nan when fewer than two blocks of 96 x 96 pixels fit, or nearly all is flat
     """
-    mean, covariance, window = params if isinstance(params, tuple) else load_niqe(Path(params))
-    y = to_y(x.cpu(), border, luma).round()  # official: rounded here, unlike in PSNR and SSIM
+    mean, covariance, window = params
+    y = to_y(x.cpu()).round()  # official: rounded here, unlike in PSNR and SSIM
     rows, columns = y.shape[0] // BLOCK, y.shape[1] // BLOCK
     y = y[: rows * BLOCK, : columns * BLOCK]
     if rows * columns < 2:

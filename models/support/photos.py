@@ -1,21 +1,15 @@
-"""Good photos as training data: folders, text lists with weights, .tar shards; random crops without end.
+"""Good photos as training data: folders and text lists; random crops without end.
 
-A .tar is indexed (headers only), not streamed, so every picture can be had at any time, and shuffling,
-resuming and sharing between processes need no state: sample i is a function of (seed, i).
+Shuffling, resuming and sharing between processes need no state: sample i is a function of (seed, i).
 """
 
 import os
-import re
 import sys
-import tarfile
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ContainerIO
 from torch.utils.data import DataLoader
 
 from models.support import imaging
@@ -24,29 +18,10 @@ from models.support.files import SUFFIXES, PictureError, is_picture, printable, 
 KINDS = " ".join(sorted(SUFFIXES))
 
 
-@dataclass(frozen=True)
-class Member:
-    """A picture inside a .tar file: size bytes from offset on."""
-
-    tar: Path
-    name: str
-    offset: int
-    size: int
-
-    def __str__(self):
-        return f"{self.tar}/{self.name}"
-
-    @contextmanager
-    def open(self, mode="rb"):
-        """As Path.open, anew each time: processes that share a handle would move each other's place."""
-        with open(self.tar, mode) as f:
-            yield ContainerIO.ContainerIO(f, self.offset, self.size)
-
-
 def list_photos(source):
-    """All photos of a source, each as often as its weight says: list of Path and Member.
+    """All photos of a folder, a picture, or a .txt list of such, a line each -> list of Path, each as often as named
 
-    source: a folder, a picture, a .tar of pictures, or a .txt list. Raises FileNotFoundError, ValueError.
+    Raises FileNotFoundError, ValueError.
     """
     photos = list(expand(Path(source)))
     if not photos:
@@ -56,76 +31,37 @@ def list_photos(source):
 
 def expand(source, lists=(), where=""):
     """Yield the photos of a source; lists: the text lists it was reached through; where: the line that names it."""
-    kind = source.suffix.lower()
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder, list or file{where}; check the spelling")
     if source.is_dir():
-        for path in filter(Path.is_file, walk(source)[0]):
-            if is_picture(path):
-                yield path
-            elif path.suffix.lower() == ".tar":
-                try:
-                    yield from members(path)
-                except ValueError as e:
-                    print(f"{e}; skipped", file=sys.stderr)
+        yield from (path for path in walk(source)[0] if is_picture(path) and path.is_file())
     elif not source.is_file():      # to open a pipe would wait for ever
         raise ValueError(f"{source}: is a pipe or a device{where}; give a file or a folder")
-    elif kind == ".tar":
-        yield from members(source)
-    elif kind == ".txt":
-        if source.resolve() in lists:
-            raise ValueError(f"{source}: this list leads back to itself{where}; remove that line")
-        yield from listed(source, (*lists, source.resolve()))
     elif is_picture(source):
         yield source
+    elif source.suffix.lower() != ".txt":
+        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a .txt list or a picture ({KINDS})")
+    elif source.resolve() in lists:
+        raise ValueError(f"{source}: this list leads back to itself{where}; remove that line")
     else:
-        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a plain .tar, a .txt list "
-                         f"or a picture ({KINDS})")
-
-
-def listed(path, lists):
-    """Yield the photos of a text list: a source a line, and maybe a comma and how often an epoch shows its photos."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()   # sig: Windows' editors begin a file with a mark
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is no text in UTF-8; save it as such") from None
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line[0] == "#":
-            continue
-        name, weight = re.fullmatch(r"(.*?)(?:,\s*([+-]?\d{1,9}))?", line).groups()    # other commas: of the name
-        weight = int(weight or 1)
-        if not 1 <= weight <= 10_000:
-            raise ValueError(f"{path}, line {number}: the weight {weight} is not from 1 to 10000; correct it")
-        # official: of .tar shards the weight is a probability, whatever their size; of lists it repeats, as here
-        yield from weight * list(expand(path.parent / name.strip(), lists, f" (named in {path}, line {number})"))
-
-
-def members(path):
-    """The pictures of an uncompressed .tar file; of one that breaks off those up to there, and a line says so."""
-    found = []
-    try:
-        with tarfile.open(path, "r:") as tar:     # the colon: a compressed file has no offsets to go to
-            for m in tar:
-                if m.isfile() and is_picture(m.name):
-                    found.append(Member(path, m.name, m.offset_data, m.size))
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):     # tarfile takes a damaged header for the end
-                raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, OSError) as e:
-        if not found:
-            raise ValueError(f"{path}: cannot be read as a plain .tar ({e}); unpack it, or copy it again") from None
-        print(f"{path}: breaks off ({e}), its first {len(found)} pictures are used; copy it again", file=sys.stderr)
-    return found
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()     # sig: Windows' editors begin it with a mark
+        except UnicodeDecodeError:
+            raise ValueError(f"{source}: is no text in UTF-8; save it as such") from None
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if line and line[0] != "#":
+                where = f" (named in {source}, line {number})"
+                yield from expand(source.parent / line, (*lists, source.resolve()), where)
 
 
 class Photos(torch.utils.data.Dataset):
     """Random crops of photos, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) in [0, 1].
 
-    Each epoch, i // number of files, takes the files in a new order. A picture smaller than the crop is enlarged;
-    one smaller than half of it, or broken, is skipped: the next good file takes its place, and `skipped` says why.
+    Each epoch takes the files in a new order. A picture smaller than the crop is enlarged; one smaller than half of it,
+    or broken, is skipped: the next good file takes its place, and `skipped` says why.
 
-    files: what list_photos gives, None = list_photos(source); flip: mirror every other one; cache_mb: of pixels
-    shrink: large pictures, too, are brought to the crop's size, by their shorter side
+    files: None = list_photos(source); flip: mirror every other one; shrink: bring large pictures, too, to the crop's
+    size, by their shorter side; cache_mb: of pixels
     """
 
     def __init__(self, source, crop, seed=0, flip=False, shrink=False, files=None, cache_mb=1024):
@@ -134,7 +70,7 @@ class Photos(torch.utils.data.Dataset):
         self.skipped, self.cache, self.epoch = {}, {}, None
         for file in dict.fromkeys(self.files):      # headers only; damage further in shows when a file's turn comes
             try:
-                with file.open("rb") as f, imaging.open_image(f) as img:
+                with imaging.open_image(file) as img:
                     if 2 * min(img.size) < crop:
                         self.skip(file, f"{file}: its {img.width} x {img.height} pixels are less than half of {crop}")
             except Exception:
@@ -154,9 +90,8 @@ class Photos(torch.utils.data.Dataset):
         if file in self.skipped or file in self.cache:
             return self.cache.get(file)
         try:
-            with nullcontext() if isinstance(file, Path) else file.open() as f:
-                x, _ = imaging.read_picture(file, f)
-        except (PictureError, OSError) as error:    # OSError: the .tar itself is gone or may not be read
+            x, _ = imaging.read_picture(file)
+        except PictureError as error:
             return self.skip(file, error)
         factor = self.crop / min(x.shape[2:])
         if factor > 1 or self.shrink:    # official: VOSR enlarges however small a picture is
@@ -183,20 +118,21 @@ class Photos(torch.utils.data.Dataset):
 def photos_for(data, crop, seed, names=None, **options):
     """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the good ones that are held out, one of every 30.
 
-    names: of the files when the run began, seen from the source; what came later is not seen, so that a resumed run is
-    the same run; None = it begins now -> Photos, crops, names. Raises ValueError.
+    names: of the files when the run began, seen from the source, so that a resumed run is the same run and what came
+    later is not seen; None = it begins now -> Photos, crops, names. Raises ValueError.
     """
     root, files = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data)
-    seen = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
-    if names is not None:
-        found = dict(zip(seen, files))
+    found = {str(f).removeprefix(f"{root}{os.sep}"): f for f in files}
+    if names is None:
+        names = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
+    else:
         new = found.keys() - set(names)
         if len(new) == len(found):
             raise ValueError(f"{data}: has none of the photos of this run's beginning, as {names[0]}; "
                              "put them or a link there, or begin another --out")
         if new:
             print(f"{data}: {len(new)} photos came after this run began and are left out", file=sys.stderr)
-        files = [found.get(name, root / name) for name in names]    # what is gone will be named and skipped
+    files = [found.get(name, root / name) for name in names]        # what is gone will be named and skipped
 
     photos = Photos(data, crop, seed=seed, files=files, **options)
     room = photos.cache_left
@@ -211,7 +147,7 @@ def photos_for(data, crop, seed, names=None, **options):
     if photos.skipped.keys() >= set(photos.files):
         raise ValueError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
     test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
-    return photos, torch.stack([test[i] for i in range(16)]), names or seen
+    return photos, torch.stack([test[i] for i in range(16)]), names
 
 
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):

@@ -1,13 +1,12 @@
 """Half precision where it is safe: in the large products, and nowhere else.
 
-A matrix product or a convolution in half precision takes half the memory and a fraction of the time, and rounds its
-result once. What is added to again and again must not be rounded each time: residual streams, what norms and softmax
-count, latents, the schedule, tiles. (Steps of bfloat16 are 1/128 of a number's size: a stream that has reached 100
-would not feel a block's 0.3 any more.)
+A product in half precision takes half the memory and a fraction of the time, and rounds its result once. What is added
+to again and again must not be rounded each time: residual streams, what norms and softmax count, latents, the schedule,
+tiles. (Steps of bfloat16 are 1/128 of a number's size: a stream at 100 would not feel a block's 0.3 any more.)
 
-So a layer computes in the precision of its own weight, and two places decide it: `in_half` stores the weights of large
-products in half, and `Exact` layers, at the ends of the networks, are none of them. Sums with a float32 number are
-float32 by themselves. Training uses torch.autocast instead, which finds the same products; Exact layers resist it too.
+So a layer computes in the precision of its own weight: `in_half` stores those of large products in half, and `Exact`
+layers, at the ends of the networks, are none of them. Sums with a float32 number are float32 by themselves. Training
+uses torch.autocast, which finds the same products; Exact layers resist it too.
 """
 
 import torch

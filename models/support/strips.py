@@ -1,9 +1,9 @@
 """Large feature maps in horizontal strips: the same numbers in a fraction of the memory.
 
-An autoencoder run on tiles forgets what lies beyond a tile's edge and normalises each tile by itself: seams. Here the
-picture stays whole and every layer is cut instead. A 3x3 convolution needs one more row above and below its strip; a
-group norm takes its statistics from the whole map first; attention, which sees every cell, is cut by queries. So the
-result is that of the whole picture up to rounding, with two feature maps in memory at a time.
+An autoencoder run on tiles forgets what lies beyond a tile's edge and normalises each tile by itself: seams. Here every
+layer is cut instead. A 3x3 convolution needs one more row above and below its strip; a group norm takes its statistics
+from the whole map first; attention, which sees every cell, is cut by queries. So the result is that of the whole
+picture up to rounding, with two feature maps in memory at a time.
 
 Plain, as if this file did not exist: maps of up to 512x512 pixels, on a GPU 1024x1024; and whatever records gradients.
 """
@@ -17,20 +17,16 @@ LIMIT = 512 * 512   # pixels of a map that is computed whole, four times that on
 QUERIES = 4096      # up to which attention is computed at once, and then at a time
 
 
-def limit(cuda):
-    return LIMIT * (4 if cuda else 1)
-
-
 def plain(pixels, cuda=False):
-    return pixels <= limit(cuda) or torch.is_grad_enabled()
+    return pixels <= LIMIT * (4 if cuda else 1) or torch.is_grad_enabled()
 
 
 def rows_at_a_time(width, cuda=False):
-    return max(1, limit(cuda) // 4 // width)
+    return max(1, LIMIT // (1 if cuda else 4) // width)
 
 
 class Checkpointing:
-    """For training: what network.run(part, ...) found is computed again in backward, where `checkpointing` is on."""
+    """For training: what network.run(part, ...) found is computed again in backward, if `checkpointing`."""
 
     checkpointing = False
 

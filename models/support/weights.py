@@ -1,7 +1,7 @@
 """Weight files: the table of public ones, fetching them, strict reading, safe writing.
 
 A public file has one name, in code and below our cache folder ($NANOSR_CACHE or ~/.cache/nanosr), where it can also be
-put by hand. Names of VOSR are the paths of the authors' own release folder.
+put by hand. VOSR's are the paths of the authors' own release folder.
 """
 
 import json
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models.support.download import WeightError, address, download
+from models.support.files import whole_file
 
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
@@ -35,6 +36,8 @@ EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vo
 
 @dataclass(frozen=True)
 class PublicFile:
+    """A row of assets/weights.json."""
+
     name: str                   # also its path below our cache folder
     sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs
     users: str
@@ -45,65 +48,8 @@ class PublicFile:
     note: str = ""              # where to look for what has no source
 
 
-def vosr(name, users, *mirrors, **facts):
-    mirrors += f"https://modelscope.cn/models/LULALULALU/VOSR_CKPT/resolve/master/{name}",
-    return PublicFile(name, (f"CSWRY/VOSR:{name}", *mirrors), users, "Apache-2.0", **facts)
-
-
-def sd21(path, users, **facts):
-    name = f"stable-diffusion-2-1-base/{path}"      # Stability AI's own went in 2025; old caches still hold it
-    sources = [f"{owner}/{name.replace('/', ':', 1)}" for owner in ("Manojb", "sd2-community", "stabilityai")]
-    return PublicFile(name, (*sources, f"CSWRY/VOSR:{name}"), users, "CreativeML Open RAIL++-M", **facts)
-
-
-def public(users, licence, place, files, prefix=""):
-    """Rows of one place.  files: {path there: () or (size, SHA-256)}; prefix: of our names"""
-    return [PublicFile(prefix + path, (place + path,), users, licence, *facts) for path, facts in files.items()]
-
-
-META, GITHUB = "https://dl.fbaipublicfiles.com", "https://raw.githubusercontent.com"
-SD, TORCH = "diffusion_pytorch_model.safetensors", "https://download.pytorch.org/models/"
-FILES = {file.name: file for file in (
-    *(vosr(f"{model}/{path}", f"VOSR {model[5:] or '2.0'}")
-      for model in ("VOSR_0.5B_ms", "VOSR_0.5B_os", "VOSR_1.4B_ms", "VOSR_1.4B_os", "VOSR2")   # multi-step, one step
-      for path in ("args.json", "checkpoints/ema_model.safetensors")),
-    vosr(f"Qwen-Image-vae-2d/{SD}", "VOSR 1.4B, 2.0", f"Qwen/Qwen-Image:vae/{SD}"),
-    vosr("sd21_lwdecoder.pth", "VOSR 0.5B"),
-    vosr("torch_cache/checkpoints/dinov2_vitb14_pretrain.pth", "VOSR 0.5B",
-         f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", size=346378731,
-         sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    vosr("torch_cache/checkpoints/dinov2_vitl14_pretrain.pth", "VOSR 1.4B, 2.0",
-         f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", size=1217586395,
-         sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
-    sd21(f"vae/{SD}", "VOSR 0.5B, GramSR", size=334643276,
-         sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
-    sd21(f"unet/{SD}", "GramSR", sha256="6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214"),
-    *public("S3Diff", "Stability AI Community License", "stabilityai/sd-turbo:", dict.fromkeys((
-        f"unet/{SD}", f"vae/{SD}", "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"),
-        ()), "sd-turbo/"),
-    *public("S3Diff", "Apache-2.0", "zhangap/S3Diff:", {
-        "s3diff.pkl": (138118948, "92bb59d026b44c8a19fe8df2df356a25fd4c39b37d8b67f51af9e2c7228d56b5"),
-        "de_net.pth": (9424338, "a6e77c1cb0dd51e01ef60bbf7b9d85b3f9399c3c1253889ddb73de1436231b1a")}),
-    *public("training S3Diff", "Apache-2.0", f"{META}/dino/dino_vitbase16_pretrain/", {
-        "dino_vitbase16_pretrain.pth": (
-            343242485, "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e")}),
-    *(PublicFile(f"dinov3-{kind}-pretrain-lvd1689m/model.safetensors",
-                 (f"facebook/dinov3-{kind}-pretrain-lvd1689m:model.safetensors",), users, "DINOv3 License", gated=True)
-      for kind, users in (("vitb16", "GramSR"), ("vits16plus", "training GramSR"))),
-    PublicFile("model_12501.pkl", (), "GramSR", "none stated",
-               note="behind a link of the authors, see https://github.com/aimagelab/GramSR"),
-    *public("GramSR", "none stated", f"{GITHUB}/aimagelab/GramSR/HEAD/weights/checkpoints/", {
-        "lora_weights_dino_53001.safetensors": (), "adapter_53001.pth": ()}),
-    *public("LPIPS (VGG), training", "BSD-3-Clause", TORCH, {
-        "vgg16-397923af.pth": (553433881, "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")}),
-    *public("LPIPS (AlexNet)", "BSD-3-Clause", TORCH, {
-        "alexnet-owt-7be5be79.pth": (244408911, "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02")}),
-    *public("LPIPS, training", "BSD-2-Clause", f"{GITHUB}/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/", {
-        "vgg.pth": (7289, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
-        "alex.pth": (6009, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0")}, "lpips_"),
-    *public("NIQE", "Apache-2.0", f"{GITHUB}/XPixelGroup/BasicSR/HEAD/basicsr/metrics/", {
-        "niqe_pris_params.npz": (11850, "2a7c182a68c9e7f1b2e2e5ec723279d6f65d912b6fcaf37eb2bf03d7367c4296")}),
-)}
+TABLE = MODELS.parent / "assets" / "weights.json"
+FILES = {row["name"]: PublicFile(**row) for row in json.loads(TABLE.read_text(encoding="utf-8"))}
 
 
 def cache_folder():
@@ -117,7 +63,7 @@ def hub_folder():
 
 
 def locate(name):
-    """A public file that is on this disk already -> Path or None. What has another size is not it."""
+    """A public file on this disk -> Path or None. What has another size is not it."""
     file, paths = FILES[name], []
     for repository, _, path in (source.partition(":") for source in file.sources if "://" not in source):
         folder = hub_folder() / f"models--{repository.replace('/', '--')}"
@@ -128,7 +74,7 @@ def locate(name):
 
 
 def list_weights():
-    """Print the table: what is present and where, or where it would come from."""
+    """Print the table: where each file is, or would come from."""
     found = {name: locate(name) for name in FILES}
     for name, file in FILES.items():
         mark, size = "x" if found[name] else " ", f"{file.size:,} bytes" if file.size else ""
@@ -172,7 +118,7 @@ def nearby(name, folder):
 
 # ---- files of any origin
 
-noted = []      # every weight file that was read
+noted = []      # every weight file that was read; sample.py names them in its tables
 
 
 def read_json(path):
@@ -195,7 +141,7 @@ def is_plain(x):
 
 
 def read_pickle(path):
-    """torch.load, which runs no code of the file, without the ways it leaves a small file to fill the memory."""
+    """torch.load, which runs no code of the file, without its ways for a small file to fill the memory."""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as file:
         sound = file.find(b"bytearray") < 0     # torch would make one as long as the pickle says; a GB takes a second
     if zipfile.is_zipfile(path):                # torch.save does not compress
@@ -206,7 +152,7 @@ def read_pickle(path):
 
 
 def read_file(path):
-    """A .safetensors file or a pickle of torch -> dict. Raises WeightError; a pickle that would run code is not run."""
+    """A .safetensors file, or a pickle of torch that would run no code -> dict. Raises WeightError."""
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
     noted.append(path)
@@ -222,31 +168,31 @@ def read_file(path):
 
 def read_tensors(path):
     """`read_file` less what DDP, compile and averaging add to the bare model, which a line says."""
-    tensors = unwrapped(read_file(path), path, left_out := set())
+    left_out = set()
+
+    def unwrapped(tensors):
+        found = {}
+        for name, x in tensors.items():
+            *parts, last = str(name).split(".")
+            single = isinstance(x, (int, float)) or torch.is_tensor(x) and x.numel() == 1
+            if last in COUNTERS and single or "online_model" in parts:      # of which ema_model is the average
+                left_out.add("online_model." if "online_model" in parts else last)
+                continue
+            left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
+            bare = ".".join([part for part in parts if part not in WRAPPERS] + [last])
+            if bare in found:
+                raise WeightError(f"{path}: holds {bare:.200} twice, with a prefix and without; leave one of them")
+            found[bare] = unwrapped(x) if isinstance(x, dict) else x
+        return found
+
+    tensors = unwrapped(read_file(path))
     if left_out:
         print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
     return tensors
 
 
-def unwrapped(tensors, path, left_out):
-    """A dict, maybe of dicts, without WRAPPERS in its names and COUNTERS; the set left_out learns which."""
-    found = {}
-    for name, x in tensors.items():
-        *parts, last = str(name).split(".")
-        single = isinstance(x, (int, float)) or torch.is_tensor(x) and x.numel() == 1
-        if last in COUNTERS and single or "online_model" in parts:      # of which ema_model is the average
-            left_out.add("online_model." if "online_model" in parts else last)
-            continue
-        left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
-        bare = ".".join([part for part in parts if part not in WRAPPERS] + [last])
-        if bare in found:
-            raise WeightError(f"{path}: holds {bare:.200} twice, with a prefix and without; leave one of them")
-        found[bare] = unwrapped(x, path, left_out) if isinstance(x, dict) else x
-    return found
-
-
 def find_weights(path):
-    """The .safetensors file that a file or folder means, in the order of VOSR's official loader -> Path or None."""
+    """The .safetensors file that a file or folder means, in VOSR's official order -> Path or None"""
     if path.is_file():
         return path
     likely = [path / folder / f"{name}.safetensors" for folder in ("clean_weights", "checkpoints", ".")
@@ -255,7 +201,7 @@ def find_weights(path):
 
 
 def find_args(path):
-    """VOSR's args.json in the folder path (or of the file path) or in one of the four above it -> Path or None."""
+    """VOSR's args.json in the folder path (or of the file path) or one of the four above it -> Path or None"""
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     return next(filter(Path.is_file, (f / "args.json" for f in (folder, *folder.parents[:4]))), None)
 
@@ -264,26 +210,24 @@ def find_args(path):
 
 
 def save_model(path, cfg, tensors, note=""):
-    """Write a model's tensors in float16 with its cfg (a dataclass) and a note, under a temporary name at first."""
-    # the rotary tables are left out: they follow from the config, and float16 would spoil them.
+    """Write a model's tensors in float16 with its cfg (a dataclass) and a note."""
+    # not the rotary tables: they follow from the config, and float16 would spoil them
     tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
-    save_file(tensors, part := f"{path}.part", metadata={"config": json.dumps(asdict(cfg)), "note": note})
-    os.replace(part, path)
+    with whole_file(path, f"{path}.part") as part:
+        save_file(tensors, part, metadata={"config": json.dumps(asdict(cfg)), "note": note})
 
 
 def save_release(folder, tensors, settings):
     """Write a transformer's tensors, in float32, and args.json as VOSR's authors do."""
     target = Path(folder, "checkpoints", "ema_model.safetensors")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{target}.part")
-    part.write_text(json.dumps(settings, indent=2))
-    os.replace(part, Path(folder, "args.json"))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    os.replace(part, target)
+    with whole_file(Path(folder, "args.json")) as part:
+        part.write_text(json.dumps(settings, indent=2))
+    with whole_file(target, f"{target}.part") as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
 
 def read_config(path):
-    """The config that `save_model` wrote into a file -> dict; {} for any other file, of which nothing is said here."""
+    """The config that `save_model` wrote into a file -> dict, {} of any other file"""
     with suppress(OSError, SafetensorError, ValueError, RecursionError):
         if path.is_file():
             with safe_open(path, framework="pt") as f:
@@ -293,7 +237,7 @@ def read_config(path):
 
 
 def find_ours(name):
-    """An embedded model by its name, a .safetensors file, or model.safetensors in a folder -> Path or None."""
+    """An embedded model by its name, a .safetensors file, or model.safetensors in a folder -> Path or None"""
     path = EMBEDDED.get(str(name)) or Path(name)
     path = path / "model.safetensors" if path.is_dir() else path
     return path if path.suffix == ".safetensors" and path.is_file() else None
@@ -335,7 +279,7 @@ def load_public(system, cfg, networks, folder, source):
 
 @contextmanager
 def laid_out_as(name, path):
-    """In here a file's dict is taken apart as if it were the public one of that name. Raises WeightError."""
+    """In here a file's dict is taken apart as the public one of that name. Raises WeightError."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as e:
@@ -349,7 +293,9 @@ def on_paper(path, system):
 
     So a layer of 10^9 channels costs nothing, and fits no tensors afterwards; 10^9 layers would take days.
     """
-    def limit(*_, made=count(1)):
+    made = count(1)
+
+    def limit(*_):
         if next(made) > MOST:
             raise ValueError(f"it asks for more than {MOST} parameters")
 
@@ -365,7 +311,7 @@ def on_paper(path, system):
 
 
 def checked(cfg):
-    """A config out of a file, a dataclass, if its values have their fields' types and sane sizes. Raises ValueError."""
+    """A config (a dataclass), if its values have their fields' types and sane sizes. Raises ValueError."""
     for f in fields(cfg):
         value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
         if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:

@@ -1,7 +1,6 @@
-"""3x3 convolutions with a quarter of the multiplications, for CPUs.
+"""3x3 convolutions with a quarter of the multiplications, for float32 on CPUs, without gradients.
 
-Paper:   Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 1509.09308: Winograd's F(4x4, 3x3).
-Left out: training, half precision and GPUs, whose libraries choose such algorithms by themselves.
+Paper: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 1509.09308: Winograd's F(4x4, 3x3).
 
 Cut the picture into 6x6 pixels that overlap by two. Transformed, each of the 36 numbers needs one product with the
 transformed kernel instead of the 9 for each of 4x4 results: 36 against 144. What remains is 36 matrix products over
@@ -21,8 +20,7 @@ AT_ONCE = 2**21     # transformed numbers of a strip: 8 MB, which stay in a proc
 def conv3x3_pays(x, W):
     """Is `conv3x3` the faster way to convolve x: (B, C, H, W) by W: (C', C, k, k)?
 
-    1.2 times as fast for 128 channels, 1.6 to 2.2 for 256 and more; with fewer channels the sums, with few pixels the
-    kernel's transform cost what the products save.
+    1.2 times as fast for 128 channels, 1.6 to 2.2 for 256 and more; for fewer, or few pixels, sums cost what it saves.
     """
     return (x.device.type == "cpu" and x.dtype == W.dtype == torch.float32 and W.shape[2:] == (3, 3)
             and min(W.shape[:2]) >= 128 and x.numel() // x.shape[1] >= 2048
