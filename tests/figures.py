@@ -22,6 +22,7 @@ from degrade import RECIPES, apply, draw_plan  # noqa: E402
 from models.flow import guided, sample  # noqa: E402
 from models.gram import gram as gram_matrix  # noqa: E402
 from models.gram import loss_csd  # noqa: E402
+from models.gramsr import GramSR  # noqa: E402
 from models.s3diff import S3Diff  # noqa: E402
 from models.support.imaging import read_picture, resize, to_pil  # noqa: E402
 from models.support.metrics import psnr_y  # noqa: E402
@@ -178,6 +179,14 @@ def negatives():
     model, (lq, hq) = S3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
     words = {0: "bad prompt alone", 0.5: "guidance 0.5", 1: "good prompt alone", 1.5: "guidance 1.5", 2: "guidance 2"}
     pictures = [model.upscale(lq, guidance=g) for g in words]
+    return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
+
+
+def sets():
+    """GramSR's three LoRA sets, one more each time, and the last one too much."""
+    model, (lq, hq) = GramSR.from_pretrained("gramsr-tiny"), example(*CUP)
+    words = {(0, 0, 0): "none", (1, 0, 0): "pixel", (1, 1, 0): "+ semantic", (1, 1, 1): "+ texture", (1, 1, 2): "texture twice"}
+    pictures = [model.upscale(lq, pixel=p, semantic=s, texture=t) for p, s, t in words]
     return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
 
 
@@ -380,7 +389,7 @@ def csd():
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
-          "scores": scores, "negatives": negatives, "stages": stages}
+          "scores": scores, "negatives": negatives, "sets": sets, "stages": stages}
 DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
 
 
