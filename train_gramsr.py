@@ -92,8 +92,8 @@ TINY = GramSRConfig(
     prompt_tokens=S3DIFF_TINY.tokens, ranks={}, tile=1024,
 )
 at_128 = partial(Stage, batch_size=8, crop=128, recipes=("s3diff", "s3diff", "vosr"), schedule="cosine", rank=16)
-# by gradients at the end of stage pixel: LPIPS twice L2's, style once, Gram half, CSD 3 %; at 30 % the tiny prior, which
-# hardly knows its texts, weaves a lattice
+# by gradients at the end of stage pixel: LPIPS twice L2's, style once, Gram half, CSD 3 %; at 30 % the tiny prior,
+# which hardly knows its texts, weaves a lattice
 looks = partial(at_128, 300, lr=5e-4, lambda_lpips=0.05, lambda_csd=0.003, guidance=3.0)
 TINY_STAGES = {
     "pixel": at_128(1500, lr=1e-3, warmup=50, learn_vit=True),

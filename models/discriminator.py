@@ -174,8 +174,8 @@ class Discriminator(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Ours, for tiny presets: four convolutions, logits of the last three; it also sees what was to be restored.
 
-    Trap: three strides of 2 leave a lattice of 8 pixels in its gradient. So large are the tiny autoencoder's cells, too,
-    and a generator would weave the lattice into every picture; so pictures are rolled, by another offset each time.
+    Trap: three strides of 2 leave a lattice of 8 pixels in its gradient. So large are the tiny autoencoder's cells,
+    too, and a generator would weave the lattice into every picture; so pictures are rolled, by new offsets each time.
     """
 
     def __init__(self, width=32):
