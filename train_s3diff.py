@@ -75,14 +75,14 @@ TINY = S3DiffConfig(
     unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
                     norm_groups=16),
     vae=TinyVAEConfig(finish=96), r_unet=32, r_vae=8, vae_targets="encoder", denet_widths=(16, 16, 32, 32), tokens=8,
-    t=250, start_noise=0.0, guidance=1.0, enlarge="bicubic", tile=1024,   # at 999 errors of eps would count 14.6 times
+    t=250, start_noise=0.0, guidance=1.3, enlarge="bicubic", tile=1024,   # at 999 errors of eps would count 14.6 times
 )
 at_128 = partial(Recipe, crop=128, schedule="cosine")
 TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": at_128(4500, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", lambda_lpips=0.02, lr_D=5e-4,
-                       recipes=("s3diff", "s3diff", "vosr"), looks_from=2 / 3, told_until=2 / 3),
+    "adapters": at_128(4000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", recipes=("s3diff", "s3diff", "vosr"),
+                       lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, looks_from=0.75, told_until=0.75),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
