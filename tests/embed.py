@@ -17,17 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.support.weights import EMBEDDED, PRIOR  # noqa: E402
 
 
+def read(path):
+    with safe_open(path, "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+
+
 def embed(source, target, known=None):
     """Copy a model file without the tensors that `known` has already -> its tensors. Exits where another prior is in it."""
-    tensors = load_file(source)
-    with safe_open(source, "pt") as file:
-        metadata = file.metadata()
+    tensors, metadata = read(source)
     if known:
         same = {k for k, v in known.items() if k in tensors and torch.equal(v, tensors[k])}
         if len(same) < len(known) - 4:      # S3Diff trains conv_in too
             sys.exit(f"{source}: did not start from this prior; {len(known) - len(same)} tensors differ")
         tensors = {k: v for k, v in tensors.items() if k not in same}
-    save_file(tensors, target, metadata)
+    old, said = read(target) if target.exists() else ({}, None)
+    if said != metadata or old.keys() != tensors.keys() or any(not torch.equal(old[k], v) for k, v in tensors.items()):
+        save_file(tensors, target, metadata)        # trap: the same model has other bytes each time
     print(f"{target}: {len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB, from {source}")
     return tensors
 

@@ -287,6 +287,16 @@ def laid_out_as(name, path):
         raise WeightError(f"{path}: is not laid out as {name} ({wrong}); get it again") from None
 
 
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """In here tensors stay as they are: torch imports its compiler, for seconds, to fill one that has no numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 @contextmanager
 def on_paper(path, system):
     """In here networks are built as a file says, without numbers and with MOST parameters. Raises WeightError.
@@ -301,7 +311,7 @@ def on_paper(path, system):
 
     hook = register_module_parameter_registration_hook(limit)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             yield
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
