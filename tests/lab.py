@@ -261,7 +261,7 @@ def draw(key, claim, args):
     for name in dict.fromkeys(name for name, _ in claim.variants.values()):
         with open(folder(name, 0, args) / "log.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["held_out"]]
-        curves[name] = [int(row["step"]) for row in rows], [float(row.get("psnr") or row["held_out"]) for row in rows]
+        curves[name] = [(int(row["step"]), float(row.get("psnr") or row["held_out"])) for row in rows]
     loss_curves(curves, args.out / f"{key}.png", title=claim.words)
 
 

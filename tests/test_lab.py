@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import lab
-from test_train_s3diff import photos  # noqa: F401
+import numpy as np
+import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,9 +52,12 @@ def test_verdicts():
 
 
 @pytest.mark.slow
-def test_one_claim(photos, tmp_path):  # noqa: F811
+def test_one_claim(tmp_path):
     """Two variants, two seeds, two steps: a table with figures; a second call trains and measures nothing again."""
-    words = ["--data", photos, "--out", tmp_path / "lab", "--only", "fig9", "--seeds", "2", "--steps", "2"]
+    for i in range(4):
+        small = np.random.RandomState(i).randint(0, 256, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((300, 240), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
+    words = ["--data", tmp_path, "--out", tmp_path / "lab", "--only", "fig9", "--seeds", "2", "--steps", "2"]
     words = [sys.executable, ROOT / "tests" / "lab.py", *words]
     first, again = (subprocess.run(words, capture_output=True, text=True, cwd=tmp_path) for _ in range(2))
     assert first.returncode == 0, first.stderr
