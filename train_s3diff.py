@@ -44,7 +44,8 @@ from models.vit import PRESETS as VITS
 from models.vit import ViT
 from models.support.arguments import between
 from models.support.precision import in_half
-from models.support.weights import PRIOR, fetch, load_strictly, read_foundation, read_tensors, save_model
+from models.support.weights import (EMBEDDED, PRIOR, fetch, load_strictly, read_foundation, read_tensors,
+                                    save_model)
 from models.vosr import VOSR
 
 
@@ -142,7 +143,12 @@ def take_over(model, init, wanted):
     if not path.exists():
         raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny "
                             "--stage prior, or none")
-    tensors = {k: v for k, v in (read_tensors(path) if init else read_foundation()).items() if wanted(k)}
+    if init:
+        tensors = read_tensors(path)
+    else:       # the prior, and the estimator, which is in S3Diff's file
+        known = read_tensors(EMBEDDED["s3diff-tiny"])
+        tensors = read_foundation() | {k: v for k, v in known.items() if k.startswith("denet.")}
+    tensors = {k: v for k, v in tensors.items() if wanted(k)}
     load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
     return f"from {path}"
 

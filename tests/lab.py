@@ -214,6 +214,11 @@ def measured(model, knobs, pairs, metrics):
     return {name: fmean(metric(x, hq) for x, hq in results) for name, metric in metrics.items()}
 
 
+def key_of(variant, knobs, seed, args):
+    """Of figures.json."""
+    return f"{variant} {knobs} {seed} {args.steps}"
+
+
 def measure_all(claims, args):
     """-> {variant: {metric: [value of each seed]}}, kept in figures.json"""
     crops = photos_for(args.data, CROP, 0)[1][: 2 * HELD_OUT : 2]
@@ -227,14 +232,12 @@ def measure_all(claims, args):
     for claim in claims:
         for variant, (name, knobs) in claim.variants.items():
             for seed in range(args.seeds):
-                key = f"{variant} {knobs} {seed} {args.steps}"
-                if key not in known:
+                if (key := key_of(variant, knobs, seed, args)) not in known:
                     at = folder(name, seed, args)
                     known[key] = measured(find_system(at).from_pretrained(at), knobs, pairs, metrics)
                     path.write_text(json.dumps(known, indent=1))
-    def of(variant, knobs):
-        return [known[f"{variant} {knobs} {seed} {args.steps}"] for seed in range(args.seeds)]
-    return known["bicubic"], {variant: {m: [x[m] for x in of(variant, knobs)] for m in metrics}
+
+    return known["bicubic"], {variant: {m: [known[key_of(variant, knobs, seed, args)][m] for seed in range(args.seeds)] for m in metrics}
                               for claim in claims for variant, (_, knobs) in claim.variants.items()}
 
 

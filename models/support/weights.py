@@ -244,22 +244,18 @@ def find_ours(name):
 
 
 def read_foundation():
-    """What the tiny systems share: the prior, VOSR's autoencoder, and S3Diff's estimator once there is one."""
-    tensors = read_tensors(PRIOR)
-    for name, part in (("vosr-tiny", "vae."), ("s3diff-tiny", "denet.")):
-        if EMBEDDED[name].is_file():
-            tensors |= {k: v for k, v in read_tensors(EMBEDDED[name]).items() if k.startswith(part)}
-    return tensors
+    """What the tiny S3Diff and GramSR learned around: the prior, and the autoencoder, which VOSR's file holds."""
+    vae = {k: v for k, v in read_tensors(EMBEDDED["vosr-tiny"]).items() if k.startswith("vae.")}
+    return vae | read_tensors(PRIOR)
 
 
 def load_ours(system, settings, path):
     """The system (a class) that `save_model` wrote. settings: class of its config. Raises WeightError."""
     config, tensors = read_config(path), read_tensors(path)
+    if path in (EMBEDDED["s3diff-tiny"], EMBEDDED["gramsr-tiny"]):
+        tensors = read_foundation() | tensors
     with on_paper(path, system.__name__):
         model = system(checked(settings.from_dict(config)))
-    if path in (EMBEDDED["s3diff-tiny"], EMBEDDED["gramsr-tiny"]):
-        own = model.state_dict()
-        tensors = {k: v for k, v in read_foundation().items() if k in own} | tensors
     load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
     return model
 
