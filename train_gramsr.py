@@ -71,7 +71,6 @@ class Stage:
     lambda_lpips: float = 0.0
     lambda_csd: float = 0.0
     lambda_gram: float = 0.0
-    lambda_style: float = 0.0           # ours, tiny: of random features' Gram matrices, those of style transfer
     guidance: float = 7.5               # of CSD; inferred: PiSA-SR's
     learn_vit: bool = False             # ours, tiny: no DINO is so small, it learns with the first set
     patience: int = 0                   # evaluations without a better one after which the stage is over; 0 = none
@@ -84,21 +83,20 @@ STAGES = {
     # inferred: LPIPS and CSD stay; that it is stopped early by NIQE is known, not when
     "texture": Stage(40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10),
 }
-GRAM = {"patches": {}, "positive": {"positive": True}, "raw": {"normalise": False}, "channels": {"channels": True},
-        "style": {"channels": True, "normalise": False}}    # readings of the paper's figure, see models/gram.py
+GRAM = {"patches": {}, "channels": {"channels": True}}     # readings of the paper's figure, see models/gram.py
 PUBLIC_PARAMETERS = 5_892_768           # trained ones in any stage of the public model: 4,055,712 of the set
 TINY = GramSRConfig(
     unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3),
     prompt_tokens=S3DIFF_TINY.tokens, ranks={}, tile=1024,
 )
 at_128 = partial(Stage, batch_size=8, crop=128, recipes=("s3diff", "s3diff", "vosr"), schedule="cosine", rank=16)
-# by gradients at the end of stage pixel: LPIPS twice L2's, style once, Gram half, CSD 3 %; at 30 % the tiny prior,
-# which hardly knows its texts, weaves a lattice
+# by gradients at the end of stage pixel: LPIPS twice L2's, Gram once, CSD 3 %; at 30 % the tiny prior, which hardly
+# knows its texts, weaves a lattice
 looks = partial(at_128, 300, lr=5e-4, lambda_lpips=0.05, lambda_csd=0.003, guidance=3.0)
 TINY_STAGES = {
-    "pixel": at_128(1500, lr=1e-3, warmup=50, learn_vit=True),
-    "semantic": looks(before=1500),
-    "texture": looks(before=1800, lambda_gram=0.02, lambda_style=300.0),
+    "pixel": at_128(5000, lr=1e-3, warmup=50, learn_vit=True),
+    "semantic": looks(before=5000),
+    "texture": looks(before=5300, lambda_gram=0.04),
 }
 PRESETS = {"sd-2.1": (GramSRConfig(ranks={}), STAGES), "tiny": (TINY, TINY_STAGES)}
 
@@ -111,10 +109,8 @@ def parse_args():
     p.add_argument("--init", help="model to start from: the earlier stage's --out; stage pixel, tiny: --out "
                    "of train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")  # fmt: skip
     # what the paper leaves open
-    p.add_argument("--gram", choices=GRAM, help="the Gram matrix of stage texture: patches (default: all pairs of "
-                   "patches, normalised), positive (negative ones are set to 0), raw (not normalised), channels (pairs "
-                   "of channels), style (those not normalised)")  # fmt: skip
-    p.add_argument("--freeze-adapter", action="store_true", help="keep the token adapter as the stage before left it")
+    p.add_argument("--gram", choices=GRAM, help="the Gram matrix of stage texture: of pairs of patches (default) "
+                   "or of channels")  # fmt: skip
     p.add_argument("--patience", type=between(0, 10**6, whole=True),
                    help="stop after this many evaluations without a better NIQE of the held-out pictures (without "
                         "NIQE's parameter file: without a lower loss), and keep the best model; 0 = never "
@@ -122,8 +118,8 @@ def parse_args():
     p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     training.add_arguments(p)
     args = p.parse_args()
-    if args.stage == "pixel" and (args.init and args.preset != "tiny" or args.freeze_adapter):
-        p.error("--stage pixel comes first: --init and --freeze-adapter are for the later ones")
+    if args.stage == "pixel" and args.init and args.preset != "tiny":
+        p.error("--stage pixel comes first: --init is for the later ones")
     if args.stage != "pixel" and not args.init:
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
     if args.gram and args.stage != "texture":
@@ -196,10 +192,6 @@ def losses(model, lpips, vit, stage, kind, x_lq, x_hq, g):
     if stage.lambda_gram:
         with torch.autocast(y.device.type, enabled=False):      # small differences of large sums
             terms["gram"] = stage.lambda_gram * loss_gram(features(vit, y), features(vit, x_hq), **kind)
-            if stage.lambda_style:
-                style = sum(loss_gram(a.flatten(2).mT, b.flatten(2).mT, channels=True, normalise=False)
-                            for a, b in zip(lpips.look(y), lpips.look(x_hq)))
-                terms["style"] = stage.lambda_style * style
     return terms, y     # Eq. GramSR (6)
 
 
@@ -213,11 +205,11 @@ def prepare(args):
     torch.manual_seed(args.seed + list(SETS).index(args.stage))
     model, lpips, vit, origin = build(args, cfg, run.recipe)
     run.origin = f"train_gramsr: stage {args.stage}, {args.preset}, {origin}"
-    # inferred: the authors release a new adapter with each set
-    adapter = [] if args.freeze_adapter else [*model.adapter.parameters()]
     eyes = [*model.vit.parameters()] if run.recipe.learn_vit else []
-    run.params = training.freeze_all_but(model, [*model.lora(args.stage).values(), *adapter, *eyes])
-    if replace(model.cfg, ranks={}) == GramSRConfig(ranks={}) and run.recipe.rank == 4 and adapter:
+    # inferred: the adapter learns in each stage; the authors release a new one with each set
+    learning = [*model.lora(args.stage).values(), *model.adapter.parameters(), *eyes]
+    run.params = training.freeze_all_but(model, learning)
+    if replace(model.cfg, ranks={}) == GramSRConfig(ranks={}) and run.recipe.rank == 4:
         n = training.count(run.params)
         assert n == PUBLIC_PARAMETERS, f"{n:,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if run.dtype != torch.float32 and args.preset != "tiny":
@@ -295,7 +287,7 @@ def main():
     args = parse_args()
     run = prepare(args)
     args.gram, args.rank = args.gram or "patches", run.recipe.rank
-    checkpoint = training.resume(run, ("stage", "preset", "freeze_adapter", "data", "init", "seed", "gram", "rank"))
+    checkpoint = training.resume(run, ("stage", "preset", "data", "init", "seed", "gram", "rank"))
     if checkpoint:
         run.best, run.waited, run.files = checkpoint["best"], checkpoint["waited"], checkpoint["written"]
         run.over = 0 < run.recipe.patience <= run.waited
@@ -307,7 +299,7 @@ def main():
     if run.world > 1:
         run.losses = training.replicate(run.model, run.losses, run.device)
     open_data(run)
-    terms = [name for name in ("l2", "lpips", "csd", "gram", "style") if getattr(run.recipe, f"lambda_{name}")]
+    terms = [name for name in ("l2", "lpips", "csd", "gram") if getattr(run.recipe, f"lambda_{name}")]
     training.fit(run, terms, step, evaluate, save, f"GramSR {args.preset}, stage {args.stage}")
     if run.over:
         print(f"stopped early at step {run.step}: {run.judge} was no better {run.waited} times; "

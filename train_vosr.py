@@ -27,10 +27,9 @@ import torch.nn.functional as F
 
 import training
 from degrade import RECIPES, degrade
-from models.discriminator import PatchDiscriminator, draw_rolls
 from models.dit import DiT, DiTConfig
 from models.flow import Draws, guided, loss_distill, loss_flow, sample
-from models.lpips import LPIPS
+from models.lpips import LPIPS, loss_distribution
 from models.support.precision import in_half
 from models.support.weights import load_strictly, save_model, save_release
 from models.vae import TinyVAEConfig
@@ -59,8 +58,7 @@ class Stage:
     lognorm: tuple | None = None        # mu, sigma of the flow's times; None = uniform
     distill: str = "rcgm"               # or "shortcut": the loss of stage distill
     omega: float = 0.5                  # the teacher's guidance there
-    lambda_lpips: float = 0.0           # ours, stage looks, beside L1
-    lambda_gan: float = 0.0
+    lambda_pdl: float = 0.0             # ours, stage looks, beside L1
     save_every: int = 500               # steps
 
 
@@ -87,11 +85,10 @@ TINY_STAGES = {
     "refine": varied(3600, 8, 5e-4, ema=0.998, warmup=100, lognorm=(1.5, 1.2)),
     "distill": varied(40, 8, 5e-5, ema=0.8, warmup=5, omega=1.0),
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
-    "looks": varied(1500, 8, 5e-4, ema=0.995, warmup=50, betas=(0.5, 0.99), weight_decay=0.0, lambda_lpips=0.5,
-                    lambda_gan=0.02),
+    "looks": varied(1000, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
 }
 TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
-         "looks": ("L1", "lpips", "gan", "d_real", "d_fake")}       # of the loss; elsewhere "flow"
+         "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
 FINISH, TEMPERATURES = 96, (0.25, 1.0)      # stage decoder: channels it adds; of the results it learns from
 CRISP = 0.5                                 # what stage looks adds, and how much of it the model then shows by itself
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
@@ -154,12 +151,10 @@ def networks(args, cfg):
         load_strictly(model, start.state_dict(), args.init, may_miss=new)
         return model, None, ["vae.finish"], origin
     if name == "looks":
-        if not start.cfg.vae.finish:
-            raise training.Quit(f"{args.init}: has no decoder to go on from; stage looks starts from stage decoder's")
-        model = VOSR(replace(start.cfg, crisp=start.cfg.crisp or CRISP))
-        crisp = {f"crisp.{k}": x.clone() for k, x in start.vae.finish.state_dict().items()}
-        load_strictly(model, crisp | start.state_dict(), args.init)
-        return model, None, ["crisp"], origin
+        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, crisp=CRISP)))
+        new = [k for k in model.state_dict() if k.startswith("vae.crisp.")]
+        load_strictly(model, start.state_dict(), args.init, may_miss=new)
+        return model, None, ["vae.crisp"], origin
     if name != "distill":
         return start, None, ["dit", "vit"] if name == "refine" else ["dit"], origin
     teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
@@ -170,27 +165,24 @@ def networks(args, cfg):
     return start, teacher, ["dit"], origin
 
 
-def losses(name, stage, model, teacher, judges, hq, lq, g):
+def losses(name, stage, model, teacher, lpips, hq, lq, g):
     """Terms of the loss, which is their sum.
 
     name, stage: a key of TINY_STAGES or AUTHORS and its Stage; teacher: DiT, in stage distill only
-    judges: LPIPS and PatchDiscriminator, in stage looks only
-    hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}, in stage looks also the result
+    lpips: LPIPS, in stage looks only; hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}
     """
     if name == "autoencoder":
-        return dict(zip(TERMS[name], model.vae.loss(hq, g))),
+        return dict(zip(TERMS[name], model.vae.loss(hq, g)))
     if name in ("decoder", "looks"):
         z_lq = model.vae.encode(lq).float()
         low, high = TEMPERATURES
         T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
         eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
-        y = model.decode(model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak), float(name == "looks")).float()
+        y = decode(name, model, model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak))
         terms = {"L1": F.l1_loss(y, hq)}
         if name == "looks":
-            lpips, D = judges
-            terms["lpips"] = stage.lambda_lpips * lpips(y, hq).mean()
-            terms["gan"] = stage.lambda_gan * D(y, "generator", draw_rolls(lq, g)).mean()
-        return terms, y
+            terms["pdl"] = stage.lambda_pdl * loss_distribution(lpips, y, hq)
+        return terms
     with torch.no_grad():
         z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
     feat = model.tokens(lq)
@@ -198,13 +190,19 @@ def losses(name, stage, model, teacher, judges, hq, lq, g):
     if model.cfg.weak == 0:
         d.w = torch.zeros_like(d.w)
     if name != "distill":
-        return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, d, strength=stage.strength)},
+        return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, d, strength=stage.strength)}
     terms = loss_distill(model.dit, teacher, z_hq, z_lq, feat, d, stage.distill, stage.omega, strength=stage.strength)
-    return dict(zip(TERMS[name], terms)),
+    return dict(zip(TERMS[name], terms))
+
+
+def decode(name, model, z):
+    """What stage `name` looks at: looks, all edges there are to add, the others none.  -> (B, 3, H, W)"""
+    y = model.decode(z).float()
+    return y + model.vae.crisp(y) if name == "looks" else y
 
 
 @torch.no_grad()
-def evaluate(name, stage, model, teacher, judges, hq, lq):
+def evaluate(name, stage, model, teacher, lpips, hq, lq):
     """Held-out loss with fixed draws, and the pictures the model makes by its own sampler.
 
     Distillation has a moving target: there the loss is the distance from the student's one step to the teacher's 25.
@@ -216,13 +214,13 @@ def evaluate(name, stage, model, teacher, judges, hq, lq):
         cfg, z_lq, feat = model.cfg, model.vae.encode(lq).float(), model.tokens(lq)
         eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
         z = model.restore(z_lq, lq, cfg.temperature * eps, cfg.steps, cfg.guidance, cfg.weak)
-        sr = model.decode(z, float(name == "looks"))
+        sr = decode(name, model, z)
     if name == "distill":
         one = sample(lambda z, t, r: guided(model.dit, z, z_lq, feat, t, r), eps, 1)
         many = sample(lambda z, t, r: guided(teacher, z, z_lq, feat, t, r, stage.omega), eps, 25)
         loss = (one - many).square().mean()
     else:
-        loss = sum(losses(name, stage, model, teacher, judges, hq, lq, training.generator(1))[0].values())
+        loss = sum(losses(name, stage, model, teacher, lpips, hq, lq, training.generator(1)).values())
     sr = sr.float().clamp(-1, 1)
     return float(loss), training.psnr(sr, hq), sr
 
@@ -245,11 +243,7 @@ def prepare(args):
         for m in frozen.values():               # official: the autoencoder stays in float32
             in_half(m, run.dtype)
     run.model, run.teacher = model.to(run.device), teacher and teacher.to(run.device)
-    run.judges, run.state = None, {}
-    if args.stage == "looks":
-        run.judges = [m.requires_grad_(False).to(run.device) for m in (LPIPS("random"), PatchDiscriminator())]
-        run.D_optimizer = torch.optim.AdamW(run.judges[1].parameters(), stage.lr, stage.betas, fused=True)
-        run.state = {"D": run.judges[1], "D_optimizer": run.D_optimizer}
+    run.lpips = LPIPS("random").requires_grad_(False).to(run.device) if args.stage == "looks" else None
     run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
     learning = [model.get_submodule(name) for name in names]
     if args.fsdp:
@@ -258,7 +252,7 @@ def prepare(args):
     run.params = [p for m in learning for k, p in m.named_parameters() if k != "mask_token"]
     training.freeze_all_but(model, run.params)
     run.optimizer = torch.optim.AdamW(run.params, stage.lr, stage.betas, weight_decay=stage.weight_decay, fused=True)
-    run.state |= {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
+    run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
     run.learns, run.columns = lambda name: name.startswith(tuple(f"{module}." for module in names)), []
     run.ddp = run.world > 1 and not args.fsdp
     return run
@@ -289,21 +283,9 @@ def step(run):
         alone = run.ddp and i < run.parts - 1                               # gradients are averaged with the last part
         hq, lq = 2 * hq - 1, 2 * lq - 1
         with run.losses.no_sync() if alone else nullcontext():
-            result = training.backward(run, run.losses, hq, lq, g)
-        if run.judges:
-            judge(run, result[0].detach(), hq, lq, g)
+            training.backward(run, lambda: (run.losses(hq, lq, g),))
     run.grad_norm = run.health.step(run.optimizer, run.scaler)
-    if run.judges:
-        run.health.step(run.D_optimizer, run.scaler)
     training.ema_update(run.ema, run.model, run.recipe.ema)
-
-
-def judge(run, y, hq, lq, g):
-    """The discriminator's part: photos are real, results are not."""
-    D = run.judges[1].requires_grad_(True)      # only here
-    for x, target in ((hq, "real"), (y, "fake")):
-        training.backward(run, lambda: ({f"d_{target}": D(x, target, draw_rolls(lq, g)).mean()},))
-    D.requires_grad_(False)
 
 
 def save(run):
@@ -322,7 +304,7 @@ def save(run):
 def look(run):
     """`evaluate` of the averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
     hq, lq = run.test
-    loss, psnr, sr = evaluate(run.args.stage, run.recipe, run.ema, run.teacher, run.judges, hq, lq)
+    loss, psnr, sr = evaluate(run.args.stage, run.recipe, run.ema, run.teacher, run.lpips, hq, lq)
     sheet = {"LQ": lq, f"result, step {run.step}": sr, "HQ": hq}
     if run.args.stage == "autoencoder":
         sheet = {"HQ": hq, f"HQ decoded, step {run.step}": sr}
@@ -336,7 +318,7 @@ def main():
     run.model.dit.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
-    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher, run.judges)
+    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher, run.lpips)
     if run.ddp:
         run.losses = training.replicate(run.model, run.losses, run.device)
     open_data(run)

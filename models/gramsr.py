@@ -27,7 +27,7 @@ from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
 from models.unet import UNet, UNetConfig
-from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
+from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config, picture
 from models.vit import DINOv3, DINOv3Config
 
 # LoRA sets in the order they are trained: {adapter: names of its layers in the UNet}
@@ -162,12 +162,14 @@ class GramSR(nn.Module):
         return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE)
 
     @torch.no_grad()
-    def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0, color="adain"):
+    def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, crisp=None, tile=0, overlap=0,
+                color="adain"):
         """Super-resolution of one picture.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
         pixel, semantic, texture: how much of what each LoRA set does, None = 1; one UNet pass if all are, else up to 3
-        tile, overlap: pixels, 0 = the checkpoint's; color: adain, wavelet or none
+        crisp: share of the tiny model's edges; tile, overlap: pixels; None, 0 = the checkpoint's
+        color: adain, wavelet or none
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
@@ -176,7 +178,7 @@ class GramSR(nn.Module):
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
         scales = [1 if l is None else l for l in (pixel, semantic, texture)]
         z = self.restore(self.vae.encode(x), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)
-        sr = (self.vae.decode(z).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
+        sr = picture(self.vae, z, crisp)[..., :H, :W]
         # official: truncated to 8 bits before and after the colour fix
         return color_fix(sr, lq_up, color, stablesr=True)
 

@@ -10,6 +10,7 @@ Left out: SqueezeNet, maps instead of numbers, training the heads, version 0.0.
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from models.support.weights import fetch, load_strictly, read_tensors
 
@@ -94,13 +95,17 @@ class LPIPS(nn.Module):
         load_strictly(model, tensors | read_tensors(heads), f"{trunk} with {heads}")
         return model.requires_grad_(False).eval().to(device)
 
-    def look(self, x):
-        """Features of x, depth by depth."""
+    def depths(self, x):
+        """Features of x, depth by depth, as the trunk has them."""
         x = (x - x.new_tensor(SHIFT).view(3, 1, 1)) / x.new_tensor(SCALE).view(3, 1, 1)
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
-                yield unit(x, self.eps)
+                yield x
+
+    def look(self, x):
+        """What is compared of them, depth by depth."""
+        return (unit(f, self.eps) for f in self.depths(x))
 
     def levels(self, x, y):
         """What each of the five depths adds.  -> (B, 5). Raises ValueError."""
@@ -115,3 +120,19 @@ class LPIPS(nn.Module):
 
     def forward(self, x, y):
         return self.levels(x, y).sum(1)
+
+
+# ---- the same features, wherever they are
+
+def loss_distribution(lpips, x, y, side=32):
+    """Projected distribution loss (2012.09289): do windows of two pictures hold the same features, in whatever place?
+
+    Where an edge is not known to the pixel, a mean of all that it could be costs least by place: a soft one. Sorted, a
+    window's features tell how steep its edges are.
+    lpips: LPIPS; x, y: (B, 3, H, W) in [-1, 1]; side: pixels of a window, which divides H and W -> scalar
+    """
+    def windows(f):
+        w = side * f.shape[-1] // x.shape[-1]
+        return f.unflatten(3, (-1, w)).unflatten(2, (-1, w)).transpose(3, 4).flatten(4).sort(-1).values
+
+    return sum(F.l1_loss(windows(f), windows(g)) for f, g in zip((x, *lpips.depths(x)), (y, *lpips.depths(y))))

@@ -26,7 +26,7 @@ from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
 from models.unet import UNet, UNetConfig, alphas_cumprod
-from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config
+from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config, picture
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
@@ -162,12 +162,13 @@ class S3Diff(nn.Module):
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, noise=None, blur=None, guidance=None, prompt=None, negative_prompt=None,
-                start_step=None, tile=0, overlap=0, color="wavelet", paper=False):
+                start_step=None, crisp=None, tile=0, overlap=0, color="wavelet", paper=False):
         """Super-resolution of pictures of one size.
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each picture its own
         prompt, negative_prompt: texts instead of GOOD, BAD; start_step: below 999 noise is added (by seed)
-        tile, overlap: pixels; color: wavelet, adain or none; paper: the paper's guidance, prompt and enlargement
+        crisp: share of the tiny model's edges; tile, overlap: pixels; color: wavelet, adain or none
+        paper: the paper's guidance, prompt and enlargement
         None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         H, W = (round(side * scale) for side in lq.shape[-2:])
@@ -192,7 +193,7 @@ class S3Diff(nn.Module):
         z = self.start(z, t, torch.Generator().manual_seed(seed))
         C = self.matrices("unet", scores)
         eps = self.predict(z, t, prompts.to(z), C, guidance, tile or self.cfg.tile, overlap or self.cfg.overlap)
-        sr = self.vae.decode(self.clean(z, eps, t)).float().clamp(-1, 1) / 2 + 0.5
+        sr = picture(self.vae, self.clean(z, eps, t), crisp)
         return color_fix(sr[..., :H, :W], lq_up, color, stablesr=True)
 
     def describe(self, text):

@@ -22,7 +22,7 @@ from models.support.authors import read_light_decoder, release_config
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
-from models.vae import VAE, Finish, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig
+from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig, picture
 from models.vit import ViT, ViTConfig, standardised
 from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
                                     load_strictly, nearby, on_paper, read_config, read_tensors)
@@ -43,7 +43,6 @@ class VOSRConfig:
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
-    crisp: float | None = None      # ours, tiny: share of its second finish, an adversary's; None = has none
     torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does, not by Pillow as the official scripts
     blind: bool = False             # no visual tokens: the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
@@ -88,15 +87,10 @@ class VOSR(nn.Module):
             self.light_decoder = LightDecoder(**cfg.light_decoder)
             del self.vae.decoder, self.vae.post_quant_conv
         self.vit, self.dit = ViT(cfg.vit), DiT(cfg.dit)
-        self.crisp = None if cfg.crisp is None else Finish(cfg.vae.latent_channels, cfg.vae.finish)
 
-    def decode(self, z, crisp=0.0):
-        """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]; crisp: share of the second finish"""
-        y = (self.light_decoder or self.vae).decode(z)
-        if not self.crisp or not crisp:
-            return y
-        x = self.vae.synthesise(z / self.vae.gain())
-        return y + crisp * (x + self.crisp(z, x) - y)
+    def decode(self, z):
+        """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]"""
+        return (self.light_decoder or self.vae).decode(z)
 
     def tokens(self, x):
         """Visual tokens of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
@@ -140,13 +134,13 @@ class VOSR(nn.Module):
         """Super-resolution of one picture.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
-        None, and 0 of tile and overlap: as the checkpoint has it
+        crisp: share of the tiny model's edges; None, and 0 of tile and overlap: as the checkpoint has it
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         if self.blunt and (guidance, weak) != (None, None):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
                               "leave them out")
-        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, crisp=crisp,
+        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature,
                      tile=tile or None, overlap=overlap or None)
         cfg = replace(self.cfg, **{k: v for k, v in given.items() if v is not None})
         H, W = (round(side * scale) for side in lq.shape[-2:])
@@ -158,7 +152,7 @@ class VOSR(nn.Module):
         noise = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed))  # of this picture alone
         eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
-        sr = (self.decode(z, cfg.crisp).float().clamp(-1, 1) / 2 + 0.5)[..., :H, :W]
+        sr = picture(self.light_decoder or self.vae, z, crisp)[..., :H, :W]
         return color_fix(sr, lq_up, color or cfg.color)
 
     @classmethod

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cases_vosr import fill_module
 
 from models import lpips
-from models.lpips import EPS, LPIPS, NETS, SCALE, SHIFT, unit
+from models.lpips import EPS, LPIPS, NETS, SCALE, SHIFT, loss_distribution, unit
 from models.support.weights import FILES, WeightError, read_tensors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -237,3 +237,28 @@ def test_random_features():
     y = x.clone().requires_grad_()
     a(y, x).sum().backward()
     assert y.grad.isfinite().all()
+
+
+# -----------------------------------------------------------------------------
+# distributions
+
+def test_distribution_forgets_places_within_a_window():
+    """What is swapped within a window costs nothing at the picture itself, what leaves it does; blur costs, and more where windows are small."""
+    net, x = LPIPS("random"), pictures(1, 64, 64)
+    net.taps = {}                                           # the picture alone
+    swapped, left = x.clone(), x.clone()
+    swapped[..., :16, :32], swapped[..., 16:32, :32] = x[..., 16:32, :32], x[..., :16, :32]
+    left[..., :32, :], left[..., 32:, :] = x[..., 32:, :], x[..., :32, :]
+    assert loss_distribution(net, x, x) == loss_distribution(net, x, swapped) == 0 < loss_distribution(net, x, left)
+    assert loss_distribution(net, x, left, side=64) == 0 < loss_distribution(net, x, swapped, side=16)
+
+
+def test_distribution_wants_the_edge_that_squares_would_blur():
+    """An edge at one of several places: by squares the mean of all is the best answer, here it is worse than any sharp one."""
+    net = LPIPS("random").requires_grad_(False)
+    edges = torch.stack([(torch.arange(32) > at).float() * 2 - 1 for at in range(12, 20)])
+    edges = edges[:, None, None].expand(-1, 3, 32, -1).contiguous()
+    soft, sharp = edges.mean(0, keepdim=True), edges[4:5]
+    by_l2, by_distribution = ([sum(float(f(guess, truth)) for truth in edges.split(1)) for guess in (soft, sharp)]
+                              for f in (F.mse_loss, lambda x, y: loss_distribution(net, x, y)))
+    assert by_l2[0] < by_l2[1] and by_distribution[0] > 2 * by_distribution[1]
