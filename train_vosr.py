@@ -85,12 +85,12 @@ TINY_STAGES = {
     "refine": varied(3600, 8, 5e-4, ema=0.998, warmup=100, lognorm=(1.5, 1.2)),
     "distill": varied(40, 8, 5e-5, ema=0.8, warmup=5, omega=1.0),
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
-    "looks": varied(1000, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
+    "looks": varied(700, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
 }
 TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
          "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
 FINISH, TEMPERATURES = 96, (0.25, 1.0)      # stage decoder: channels it adds; of the results it learns from
-CRISP = 0.5                                 # what stage looks adds, and how much of it the model then shows by itself
+CRISP = 0.35                                # of what stage looks adds the share that a model then shows by itself
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -178,7 +178,7 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
         low, high = TEMPERATURES
         T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
         eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
-        y = decode(name, model, model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak))
+        y = decode(name, model, model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak), g)
         terms = {"L1": F.l1_loss(y, hq)}
         if name == "looks":
             terms["pdl"] = stage.lambda_pdl * loss_distribution(lpips, y, hq)
@@ -195,10 +195,10 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
     return dict(zip(TERMS[name], terms))
 
 
-def decode(name, model, z):
+def decode(name, model, z, g=None):
     """What stage `name` looks at: looks, all edges there are to add, the others none.  -> (B, 3, H, W)"""
     y = model.decode(z).float()
-    return y + model.vae.crisp(y) if name == "looks" else y
+    return y + model.vae.crisp(y, g) if name == "looks" else y
 
 
 @torch.no_grad()

@@ -279,17 +279,18 @@ class Finish(nn.Module):
 
 
 class Crisp(nn.Module):
-    """The edges that regression left soft: what to add to a decoded picture.
+    """The edges and the grain that regression left out: what to add to a decoded picture.
 
-    Trap: it must not know the latent's cells. Asked for more edges, `Finish` sets a dot in each cell.
+    Traps: it must not know the latent's cells, or it sets a dot in each, as `Finish` would. And it needs noise to make
+    grain from, or it hatches.
     """
 
     def __init__(self, wide=48, narrow=16):
         super().__init__()
-        self.conv_in = nn.Conv2d(12, wide, 3, padding=1)
+        self.conv_in = nn.Conv2d(16, wide, 3, padding=1)
         self.deep = nn.Sequential(*(ResBlock(wide) for _ in range(5)))
         self.up = nn.Conv2d(wide, narrow, 1)
-        self.conv_x = nn.Conv2d(3, narrow, 3, padding=1)
+        self.conv_x = nn.Conv2d(4, narrow, 3, padding=1)
         self.fine = ResBlock(narrow)
         self.conv_out = nn.Conv2d(narrow, 3, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -299,9 +300,11 @@ class Crisp(nn.Module):
         h = self.up(self.deep(self.conv_in(F.pixel_unshuffle(x, 2))))
         return self.conv_out(self.fine(F.interpolate(h, scale_factor=2, mode="bilinear") + self.conv_x(x)))
 
-    def forward(self, x):
-        """(B, 3, H, W) in about [-1, 1], H and W even -> like x; in strips where that is large"""
-        H, W = x.shape[2:]
+    def forward(self, x, generator=None):
+        """x: (B, 3, H, W) in about [-1, 1], H and W even; generator of the noise, None: always the same -> like x"""
+        B, _, H, W = x.shape
+        noise = torch.randn(B if generator else 1, 1, H, W, generator=generator or torch.Generator().manual_seed(0))
+        x = torch.cat([x, noise.to(x).expand(B, -1, -1, -1)], dim=1)
         if plain(H * W, x.is_cuda):
             return self.edges(x)
         strips, rows, halo = [], rows_at_a_time(W, x.is_cuda) // 2 * 2 or 2, 32     # no pixel sees further

@@ -151,9 +151,9 @@ def weak():
     """What the weak branch alone makes of ever more of the picture."""
     model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
     strengths = 0, 0.05, 0.15, 0.5, 1
-    pictures = [model.upscale(lq, guidance=0, weak=w, color="none") for w in strengths]
+    pictures = [model.upscale(lq, guidance=0, weak=w, color="none", crisp=0) for w in strengths]
     captions = [f"weak {w:g}\n{psnr_y(x, hq, 4):.1f} dB" for w, x in zip(strengths, pictures)]
-    plain = model.upscale(lq, color="none")
+    plain = model.upscale(lq, color="none", crisp=0)
     return sheet([[*pictures, plain]], [[*captions, f"all, and tokens\n{psnr_y(plain, hq, 4):.1f} dB"]])
 
 
@@ -161,15 +161,23 @@ def guidance():
     """The knob of VOSR, one step."""
     model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
     scales = -1, -0.5, 0, 0.5, 1, 1.5
-    pictures = [model.upscale(lq, guidance=s) for s in scales]
+    pictures = [model.upscale(lq, guidance=s, crisp=0) for s in scales]
     return sheet([pictures], [[f"guidance {s:g}\n{psnr_y(x, hq, 4):.1f} dB" for s, x in zip(scales, pictures)]])
+
+
+def crisp():
+    """From the average of all that could be meant to edges and grain."""
+    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    pictures = {f"crisp {share:g}": model.upscale(lq, crisp=share) for share in (0, 0.25, 0.5, 0.75, 1)}
+    captions = [f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in pictures.items()]
+    return sheet([[*pictures.values(), hq]], [[*captions, "original"]])
 
 
 def scores():
     """S3Diff told other scores than it estimates."""
     model, (lq, hq) = S3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
     noises, blurs = (0, 0.3, 0.6), (0, 0.25, 0.5, 0.75, 1)
-    rows = [[model.upscale(lq, noise=n, blur=b) for b in blurs] for n in noises]
+    rows = [[model.upscale(lq, noise=n, blur=b, crisp=0) for b in blurs] for n in noises]
     captions = [[f"blur {b:g}, {psnr_y(x, hq, 4):.1f} dB" for b, x in zip(blurs, row)] for row in rows]
     return sheet(rows, captions, [f"noise\n{n:g}" for n in noises])
 
@@ -178,7 +186,7 @@ def negatives():
     """S3Diff by its bad prompt alone, by its good one, and further away from the bad one."""
     model, (lq, hq) = S3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
     words = {0: "bad prompt alone", 0.5: "guidance 0.5", 1: "good prompt alone", 1.5: "guidance 1.5", 2: "guidance 2"}
-    pictures = [model.upscale(lq, guidance=g) for g in words]
+    pictures = [model.upscale(lq, guidance=g, crisp=0) for g in words]
     return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
 
 
@@ -186,7 +194,7 @@ def sets():
     """GramSR's three LoRA sets, one more each time, and the last one too much."""
     model, (lq, hq) = GramSR.from_pretrained("gramsr-tiny"), example(*CUP)
     words = {(0, 0, 0): "none", (1, 0, 0): "pixel", (1, 1, 0): "+ semantic", (1, 1, 1): "+ texture", (1, 1, 2): "texture twice"}
-    pictures = [model.upscale(lq, pixel=p, semantic=s, texture=t) for p, s, t in words]
+    pictures = [model.upscale(lq, pixel=p, semantic=s, texture=t, crisp=0) for p, s, t in words]
     return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
 
 
@@ -389,7 +397,7 @@ def csd():
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
-          "scores": scores, "negatives": negatives, "sets": sets, "stages": stages}
+          "crisp": crisp, "scores": scores, "negatives": negatives, "sets": sets, "stages": stages}
 DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
 
 

@@ -212,17 +212,19 @@ def test_tiny_vae_inverts_when_its_basis_is_orthonormal():
 
 
 def test_crisp_knows_no_cells():
-    """Pictures that are moved by two pixels come out moved by two pixels, far from the borders; strips change nothing."""
+    """Pictures moved by two pixels come out moved by two pixels, far from the borders; strips change nothing, noise does."""
     crisp, g = Crisp(8, 4).requires_grad_(False), torch.Generator().manual_seed(0)
     for p in crisp.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * 0.2)
     x = torch.rand(1, 3, 128, 128, generator=g)
-    moved = crisp(x.roll((2, 2), (2, 3)))
-    assert torch.allclose(moved[..., 40:-40, 40:-40], crisp(x).roll((2, 2), (2, 3))[..., 40:-40, 40:-40], atol=1e-5)
-    assert crisp(x)[..., 40:-40, 40:-40].std() > 0.1
+    noisy = torch.cat([x, torch.randn(1, 1, 128, 128, generator=g)], dim=1)
+    y, moved = (crisp.edges(x)[..., 40:-40, 40:-40] for x in (noisy, noisy.roll((2, 2), (2, 3))))
+    assert torch.allclose(moved[..., 2:, 2:], y[..., :-2, :-2], atol=1e-5) and y.std() > 0.1
     tall = torch.rand(1, 3, 1536, 512, generator=g)
+    noisy = torch.cat([tall, torch.randn(1, 1, 1536, 512, generator=torch.Generator().manual_seed(0))], dim=1)
     with torch.no_grad():
-        assert not plain(tall[0, 0].numel()) and torch.allclose(crisp(tall), crisp.edges(tall), atol=1e-5)
+        assert not plain(tall[0, 0].numel()) and torch.allclose(crisp(tall), crisp.edges(noisy), atol=1e-5)
+    assert torch.equal(crisp(x.repeat(2, 1, 1, 1))[1:], crisp(x)) and not torch.equal(crisp(x, g), crisp(x, g))
 
 
 def test_picture_adds_a_share_of_the_edges():
