@@ -39,7 +39,7 @@ def test_first_command(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "sample.py")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "model all" in done.stdout and "128x100" in done.stdout and "PSNR-Y" in done.stdout
-    for name in ("vosr-tiny", "s3diff-tiny"):
+    for name in ("vosr-tiny", "s3diff-tiny", "gramsr-tiny"):
         assert Image.open(tmp_path / "out" / name / "example.png").size == (512, 400)
     assert (tmp_path / "out" / "sheet.png").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
