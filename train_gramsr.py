@@ -90,13 +90,13 @@ TINY = GramSRConfig(
     prompt_tokens=S3DIFF_TINY.tokens, ranks={}, tile=1024,
 )
 at_128 = partial(Stage, batch_size=8, crop=128, recipes=("s3diff", "s3diff", "vosr"), schedule="cosine", rank=16)
-# by gradients at the end of stage pixel: LPIPS twice L2's, Gram once, CSD 3 %; at 30 % the tiny prior, which hardly
+# by gradients at the end of stage pixel: LPIPS half L2's, Gram ten times, CSD 3 %; at 30 % the tiny prior, which hardly
 # knows its texts, weaves a lattice
-looks = partial(at_128, 300, lr=5e-4, lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0)
+looks = partial(at_128, 250, lr=5e-4, lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0)
 TINY_STAGES = {
     "pixel": at_128(5000, lr=1e-3, warmup=50, learn_vit=True),
     "semantic": looks(before=5000),
-    "texture": looks(before=5300, lambda_gram=0.4),
+    "texture": looks(before=5250, lambda_gram=0.4),
 }
 PRESETS = {"sd-2.1": (GramSRConfig(ranks={}), STAGES), "tiny": (TINY, TINY_STAGES)}
 

@@ -53,7 +53,7 @@ class Stage:
     weight_decay: float = 0.01
     ema: float = 0.9999
     schedule: str = "constant"          # or "cosine"
-    warmup: int = 0                     # steps, at most an eighth of all
+    warmup: int = 0                     # steps
     strength: tuple = (5.0, 1.0)        # mu, sigma of the LQ condition's strength
     lognorm: tuple | None = None        # mu, sigma of the flow's times; None = uniform
     distill: str = "rcgm"               # or "shortcut": the loss of stage distill
@@ -87,10 +87,11 @@ TINY_STAGES = {
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
     "looks": varied(700, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
 }
+CRISP = 0.35                                # what a model then shows of its edges by itself
 TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
          "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
-FINISH, TEMPERATURES = 96, (0.25, 1.0)      # stage decoder: channels it adds; of the results it learns from
-CRISP = 0.35                                # of what stage looks adds the share that a model then shows by itself
+ADDS = {"decoder": ("finish", 96), "looks": ("crisp", CRISP)}      # what a stage adds to TinyVAE: channels; share
+TEMPERATURES = 0.25, 1.0                    # of the results that these stages learn from
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -140,21 +141,17 @@ def networks(args, cfg):
         model = VOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
         model.vae.load_state_dict(start.vae.state_dict())
         return model, None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
-    if name in ("decoder", "looks") and start.cfg.steps > 1:
+    if name in ADDS and start.cfg.steps > 1:
         raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage {name} learns from a one-step model")
-    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name in ("decoder", "looks")):
+    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name in ADDS):
         expected = f"what stage {name} of preset {args.preset} starts from"
         raise training.Quit(f"{args.init}: is not {expected}: {start.cfg.dit}")
-    if name == "decoder":
-        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
-        new = [k for k in model.state_dict() if k.startswith("vae.finish.")]
+    if name in ADDS:
+        part, size = ADDS[name]
+        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, **{part: size})))
+        new = [k for k in model.state_dict() if k.startswith(f"vae.{part}.")]
         load_strictly(model, start.state_dict(), args.init, may_miss=new)
-        return model, None, ["vae.finish"], origin
-    if name == "looks":
-        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, crisp=CRISP)))
-        new = [k for k in model.state_dict() if k.startswith("vae.crisp.")]
-        load_strictly(model, start.state_dict(), args.init, may_miss=new)
-        return model, None, ["vae.crisp"], origin
+        return model, None, [f"vae.{part}"], origin
     if name != "distill":
         return start, None, ["dit", "vit"] if name == "refine" else ["dit"], origin
     teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
@@ -173,7 +170,7 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
     """
     if name == "autoencoder":
         return dict(zip(TERMS[name], model.vae.loss(hq, g)))
-    if name in ("decoder", "looks"):
+    if name in ADDS:
         z_lq = model.vae.encode(lq).float()
         low, high = TEMPERATURES
         T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
@@ -232,7 +229,7 @@ def prepare(args):
     """Networks, what is to be learned, optimizer.  -> run"""
     cfg, stages = PRESETS[args.preset]
     run = training.begin(args, stages[args.stage])
-    stage = run.recipe = replace(run.recipe, warmup=min(run.recipe.warmup, run.recipe.steps // 8))
+    stage = run.recipe
     if args.fsdp and not training.several():
         raise training.Quit("--fsdp needs several processes: torchrun --nproc_per_node=N train_vosr.py ...")
     model, teacher, names, origin = networks(args, cfg)

@@ -212,7 +212,8 @@ def set_lr(optimizer, lr):
 
 
 def learning_rate(step, steps, lr, schedule="constant", warmup=0):
-    """Learning rate of a step: linear warm-up, then constant or a cosine to 2 % of lr."""
+    """Learning rate of a step: warm-up for an eighth of them at most, then constant or a cosine to 2 % of lr."""
+    warmup = min(warmup, steps // 8)
     if step < warmup:
         return lr * (step + 1) / warmup
     progress = 0 if schedule == "constant" else min((step - warmup) / max(steps - warmup, 1), 1)

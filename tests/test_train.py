@@ -226,16 +226,14 @@ def test_flags_that_nothing_reads_are_errors(monkeypatch, photos, tmp_path, caps
 
 
 @pytest.mark.parametrize("steps, first", [(1, 1.0), (8, 1.0), (16, 0.5), (400, 0.5)])
-def test_a_short_run_warms_up_shortly(monkeypatch, photos, tmp_path, steps, first):
-    """Two steps, but at most an eighth of the run."""
-    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", "small", "--stage", "autoencoder", "--data", str(photos),
-                                      "--out", str(tmp_path), "--device", "cpu", "--steps", str(steps)])
-    recipe = train_vosr.prepare(train_vosr.parse_args()).recipe
-    assert training.learning_rate(0, recipe.steps, 1.0, recipe.schedule, recipe.warmup) == pytest.approx(first)
+def test_a_short_run_warms_up_shortly(steps, first):
+    """Two steps, but at most an eighth of the run, whichever the schedule."""
+    for schedule in ("constant", "cosine"):
+        assert training.learning_rate(0, steps, 1.0, schedule, warmup=2) == pytest.approx(first)
 
 
 def test_learning_rate_and_ema():
-    rates = [training.learning_rate(s, 10, 1.0, "cosine", warmup=2) for s in range(10)]
+    rates = [training.learning_rate(s, 16, 1.0, "cosine", warmup=2) for s in range(16)]
     assert rates[0] == 0.5 and max(rates) == 1.0 and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0.02
     assert training.learning_rate(7, 10, 1.0) == 1.0
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
