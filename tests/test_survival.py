@@ -234,8 +234,7 @@ def test_too_many_of_them_end_the_run(monkeypatch, photos, half):  # noqa: F811
     """With a sentence; what the checkpoints hold is what was learned before."""
     before = newest(half)["model"]
     monkeypatch.setattr(training.Health, "__init__", lambda self: self.__dict__.update(most=5, skipped=0, in_a_row=0))
-    monkeypatch.setattr(train_vosr, "losses",
-                        lambda name, stage, model, *_: ({"all": model.vae.encoder.weight.sum() * float("inf")},))
+    monkeypatch.setattr(train_vosr, "losses", lambda name, stage, model, *_: {"all": model.vae.encoder.weight.sum() * float("inf")})
     with pytest.raises(training.Quit, match="5 steps in a row had no finite gradient"):
         vosr(monkeypatch, photos, half)
     assert all(torch.equal(x, before[k]) for k, x in newest(half)["model"].items() if k != "vae.std")     # a buffer
