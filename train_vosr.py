@@ -139,7 +139,7 @@ def networks(args, cfg):
     start, origin = VOSR.from_pretrained(args.init).train(), f"from {args.init}"
     if name == "flow" and args.tiny:
         model = VOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
-        model.vae.load_state_dict(start.vae.state_dict())
+        model.vae.load_state_dict(start.vae.state_dict(), strict=False)
         return model, None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
     if name in ADDS and start.cfg.steps > 1:
         raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage {name} learns from a one-step model")

@@ -61,7 +61,7 @@ def vosr(args, hq, device, dtype):
         def whole():
             g = training.generator(0)
             lq = degrade(hq, recipe, g)[1]
-            step(lambda: train_vosr.losses(name, stage, model, teacher, None, 2 * hq - 1, 2 * lq - 1, g)[0])
+            step(lambda: train_vosr.losses(name, stage, model, teacher, None, 2 * hq - 1, 2 * lq - 1, g))
             training.ema_update(ema, model, stage.ema)
 
         yield f"VOSR {name}", {"degradation": lambda: degrade(hq, recipe, training.generator(0)), "step": whole}, [model.dit]
