@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from models.lora import Conv2d, ExactConv2d, Linear
 from models.support import precision
 from models.support.download import WeightError
-from models.support.strips import (Checkpointing, attention, fixed, in_strips, norm_silu_conv, plain,
-                                   rows_at_a_time)
+from models.support.strips import Checkpointing, attention, fixed, in_strips, norm_silu_conv
 from models.support.winograd import conv3x3_pays, conv_of_nearest, pair_kernels
 
 SD_VAE_SCALE = 0.18215  # one over the deviation of SD's latents; diffusion happens on latents times this
@@ -304,14 +303,8 @@ class Crisp(nn.Module):
         """x: (B, 3, H, W) in about [-1, 1], H and W even; generator of the noise, None: always the same -> like x"""
         B, _, H, W = x.shape
         noise = torch.randn(B if generator else 1, 1, H, W, generator=generator or torch.Generator().manual_seed(0))
-        x = torch.cat([x, noise.to(x).expand(B, -1, -1, -1)], dim=1)
-        if plain(H * W, x.is_cuda):
-            return self.edges(x)
-        strips, rows, halo = [], rows_at_a_time(W, x.is_cuda) // 2 * 2 or 2, 32     # no pixel sees further
-        for top in range(0, H, rows):
-            start = max(top - halo, 0)
-            strips.append(self.edges(x[:, :, start : top + rows + halo])[:, :, top - start :][:, :, :rows])
-        return torch.cat(strips, dim=2)
+        x = torch.cat([x, noise.to(x, non_blocking=True).expand(B, -1, -1, -1)], dim=1)
+        return in_strips(self.edges, x, halo=32)    # no pixel sees further
 
 
 def picture(decoder, z, crisp=None):
@@ -321,10 +314,12 @@ def picture(decoder, z, crisp=None):
     -> (B, 3, H, W) in [0, 1]. Raises WeightError.
     """
     x, edges = decoder.decode(z).float(), getattr(decoder, "crisp", None)
+    if crisp is None:
+        crisp = edges and decoder.cfg.crisp
     if crisp and edges is None:
         raise WeightError("this model has no edges to add; leave --crisp out")
-    if share := crisp if crisp is not None else edges and decoder.cfg.crisp:
-        x = x + share * edges(x)
+    if crisp:
+        x = x + crisp * edges(x)
     return x.clamp(-1, 1) / 2 + 0.5
 
 

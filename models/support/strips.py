@@ -35,11 +35,11 @@ class Checkpointing:
         return checkpoint(part, *args, use_reentrant=False) if again else part(*args)
 
 
-def in_strips(f, *maps, rate=1, into=None):
+def in_strips(f, *maps, rate=1, halo=0, into=None):
     """f(*maps), a strip at a time if that is large.
 
-    f: where a row of the result depends on the row of the maps at its height and the next ones above and below; it
-       pads at its borders by itself
+    f: where a row of the result depends on the row of the maps at its height and the next ones above and below, or
+       `halo` of them (then strips begin at multiples of it); it pads at its borders by itself
     maps: (B, C, H, W), C may differ; rate: rows of the result per row of the maps: 1, 2, 0.5
     into: a map to write the result in, if it has its type; may be one of maps that nobody needs afterwards
     -> (B, C', H * rate, W * rate)
@@ -48,7 +48,8 @@ def in_strips(f, *maps, rate=1, into=None):
     if plain(H * W * max(1, rate**2), maps[0].is_cuda):
         return f(*maps)
     height, rows = int(H * rate), rows_at_a_time(int(W * max(rate, 1 / rate)), maps[0].is_cuda)
-    halo = max(1, int(1 / rate))    # rows of the maps around a strip's; even where every second one is a centre
+    rows = max(rows // halo, 1) * halo if halo else rows
+    halo = halo or max(1, int(1 / rate))    # rows of the maps around a strip's; even where every second one is a centre
     for start in range(0, height, rows):
         stop = min(start + rows, height)
         top, bottom = max(int(start / rate) - halo, 0), min(int(stop / rate) + halo, H)
