@@ -87,7 +87,7 @@ TINY_STAGES = {
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
     "looks": varied(700, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
 }
-CRISP = 0.35                                # what a model then shows of its edges by itself
+CRISP = 0.35                                # what a model then shows of its edges
 TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
          "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
 ADDS = {"decoder": ("finish", 96), "looks": ("crisp", CRISP)}      # what a stage adds to TinyVAE: channels; share

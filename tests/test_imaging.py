@@ -138,7 +138,8 @@ def test_grey_profiles(tmp_path, gamma, meant):
     curve = b"curv" + bytes(4) + (struct.pack(">I", 0) if gamma == 1 else struct.pack(">IH", 1, round(gamma * 256)))
     profile, grey = icc(b"GRAY", b"grey", curve), Image.new("L", (8, 8), 64)
     la = Image.merge("LA", [grey, Image.new("L", (8, 8), 200)])
-    for img, name in ((grey, "l.png"), (grey, "l.jpg"), (la, "la.png")):
+    for img, name in ((grey, "l.png"), (grey, "l.jpg"), (la, "la.png"), (Image.fromarray(np.full((8, 8), 64 * 257, np.uint16)), "16.png"),
+                      (Image.fromarray(np.full((8, 8), 64 * 257, np.uint16)), "16.tif")):
         x, alpha = read_picture(save(img, tmp_path / name, icc_profile=profile))
         assert (bytes_of(x) == meant).all() and (alpha is None or (bytes_of(alpha) == 200).all()) and (alpha is None) == (img is not la), name
     x, _ = read_picture(save(Image.new("RGB", (2, 2), (9, 100, 200)), tmp_path / "rgb.png", icc_profile=profile))

@@ -1,7 +1,7 @@
 """Picture files, sizes, tiles, colour fixes, contact sheets.
 
 Only here are pictures uint8; elsewhere they are float tensors (B, C, H, W) in RGB, here in [0, 1].
-Left out: animations (the first frame is read), metadata other than orientation and (of 8 bits) profile.
+Left out: animations (the first frame is read), metadata other than orientation and colour profile.
 """
 
 import os
@@ -109,7 +109,10 @@ def decode(img):
             white = 1 if most <= 1.5 else 255 if most <= 255 else 65535
         else:                       # older Pillow also opens 16-bit PNG in the 32-bit mode I
             white = 65535 if most <= 65535 else 2**31 - 1
-        rgb = torch.from_numpy(np.nan_to_num(a / white).clip(0, 1)).float().expand(1, 3, -1, -1)
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])    # profiles are for 8 bits
+        ramp.info["icc_profile"] = img.info.get("icc_profile")
+        a = np.interp(np.nan_to_num(a / white) * 255, np.arange(256), np.asarray(to_srgb(ramp))[0, :, 1]) / 255
+        rgb = torch.from_numpy(a).float().expand(1, 3, -1, -1)
         alpha = torch.from_numpy(np.asarray(img) != key).float()[None, None] if isinstance(key, int) else None
     return (rgb.contiguous(), None) if alpha is None else (bleed(rgb * alpha, alpha, rgb), alpha)
 
