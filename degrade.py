@@ -17,6 +17,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -245,10 +246,16 @@ DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0
 DCT[0] /= math.sqrt(2)
 
 
-def quantise(x, table, factor):
-    """DCT of every 8 x 8 block of x (B, C, H, W), rounded to steps table * factor (B,), and back."""
+@cache
+def tables(device, dtype):
+    """The constants of JPEG on a device, where each is sent once."""
+    return [table.to(device, dtype) for table in (YCBCR, RGB, LUMA_STEPS, CHROMA_STEPS, DCT)]
+
+
+def quantise(x, table, factor, D):
+    """DCT D of every 8 x 8 block of x (B, C, H, W), rounded to steps table * factor (B,), and back."""
     B, C, H, W = x.shape
-    D, step = DCT.to(x), table.to(x)[:, None] * factor.view(B, 1, 1, 1, 1, 1)
+    step = table[:, None] * factor.view(B, 1, 1, 1, 1, 1)
     f = (D @ x.reshape(B, C, H // 8, 8, W)).view(B, C, H // 8, 8, W // 8, 8) @ D.T
     f = (f / step).round() * step
     return (D.T @ (f @ D).view(B, C, H // 8, 8, W)).view(B, C, H, W)
@@ -257,15 +264,16 @@ def quantise(x, table, factor):
 def jpeg(x, quality):
     """JPEG without the file: x (B, 3, H, W) in [0, 1], quality (B,), real in (0, 100] -> [0, 1], not rounded."""
     H, W = x.shape[2:]
+    ycbcr, rgb, luma_steps, chroma_steps, D = tables(x.device, x.dtype)
     q = torch.as_tensor(quality, device=x.device).to(x)
     # official: steps are neither rounded nor held in 1..255; at quality 100 they vanish and the division fails
     factor = (torch.where(q < 50, 5000 / q, 200 - 2 * q) / 100).clamp(min=1e-5)
     x = F.pad(x * 255, (0, -W % 16, 0, -H % 16))  # official: black padding, which darkens the last blocks
-    ycc = (YCBCR.to(x) @ x.flatten(2)).view_as(x)
-    luma = quantise(ycc[:, :1] - 128, LUMA_STEPS, factor) + 128
-    chroma = quantise(F.avg_pool2d(ycc[:, 1:], 2), CHROMA_STEPS, factor)  # 4:2:0, around 0 as it is
+    ycc = (ycbcr @ x.flatten(2)).view_as(x)
+    luma = quantise(ycc[:, :1] - 128, luma_steps, factor, D) + 128
+    chroma = quantise(F.avg_pool2d(ycc[:, 1:], 2), chroma_steps, factor, D)  # 4:2:0, around 0 as it is
     ycc = torch.cat([luma, F.interpolate(chroma, scale_factor=2)], 1)
-    return ((RGB.to(x) @ ycc.flatten(2)).view_as(x).clamp(0, 255) / 255)[..., :H, :W].contiguous()
+    return ((rgb @ ycc.flatten(2)).view_as(x).clamp(0, 255) / 255)[..., :H, :W].contiguous()
 
 
 def apply(plan, hq, scale=4, fields=None, steps=None):

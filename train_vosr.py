@@ -104,7 +104,6 @@ def parse_args():
     p.add_argument("--init", help="start from the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without visual tokens, or with no weak condition")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
-    p.add_argument("--fsdp", action="store_true", help="with torchrun: spread the weights (FSDP2), not copy them (DDP)")
     training.add_arguments(p)
     args = p.parse_args()
     cfg, stages = PRESETS[args.preset]
@@ -119,8 +118,6 @@ def parse_args():
         p.error("--init is not read by --stage autoencoder")
     if not args.init and (args.stage == "distill" or args.tiny and args.stage != "autoencoder"):
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
-    if args.fsdp and (args.dtype == "float16" or args.stage not in ("flow256", "flow", "distill")):
-        p.error("--fsdp goes with --stage flow and distill, in bfloat16 or float32")
     return args
 
 
@@ -230,8 +227,6 @@ def prepare(args):
     cfg, stages = PRESETS[args.preset]
     run = training.begin(args, stages[args.stage])
     stage = run.recipe
-    if args.fsdp and not training.several():
-        raise training.Quit("--fsdp needs several processes: torchrun --nproc_per_node=N train_vosr.py ...")
     model, teacher, names, origin = networks(args, cfg)
     run.origin = f"train_vosr: {args.preset} {args.stage}, {origin}"
     model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
@@ -243,15 +238,11 @@ def prepare(args):
     run.lpips = LPIPS("random").requires_grad_(False).to(run.device) if args.stage == "looks" else None
     run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
     learning = [model.get_submodule(name) for name in names]
-    if args.fsdp:
-        for m in filter(None, (teacher, *learning, *(run.ema.get_submodule(name) for name in names))):
-            training.shard(m, run.device)
     run.params = [p for m in learning for k, p in m.named_parameters() if k != "mask_token"]
     training.freeze_all_but(model, run.params)
     run.optimizer = torch.optim.AdamW(run.params, stage.lr, stage.betas, weight_decay=stage.weight_decay, fused=True)
     run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
     run.learns, run.columns = lambda name: name.startswith(tuple(f"{module}." for module in names)), []
-    run.ddp = run.world > 1 and not args.fsdp
     return run
 
 
@@ -277,7 +268,7 @@ def step(run):
         # the same draws, whoever computes this part
         g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
         lq = hq if run.args.stage == "autoencoder" else degrade(hq, run.recipes[run.step % len(run.recipes)], g)[1]
-        alone = run.ddp and i < run.parts - 1                               # gradients are averaged with the last part
+        alone = run.world > 1 and i < run.parts - 1     # gradients are averaged with the last part
         hq, lq = 2 * hq - 1, 2 * lq - 1
         with run.losses.no_sync() if alone else nullcontext():
             training.backward(run, lambda: (run.losses(hq, lq, g),))
@@ -286,15 +277,13 @@ def step(run):
 
 
 def save(run):
-    """Model and checkpoint. Every process helps to gather what is sharded, the first one writes."""
-    averaged = training.gather(run.ema.state_dict())
-    if run.rank == 0 and run.args.tiny:         # the checkpoint last: if it says that the run is over, all is there
+    """The model's file, then the checkpoint: if that says that the run is over, all is there."""
+    if run.rank == 0 and run.args.tiny:
         note = f"{run.args.preset} {run.args.stage}, step {run.step}"
-        save_model(run.out / "model.safetensors", run.model.cfg, averaged, note=note)
+        save_model(run.out / "model.safetensors", run.model.cfg, run.ema.state_dict(), note=note)
     elif run.rank == 0:
-        dit = {k.removeprefix("dit."): v for k, v in averaged.items() if k.startswith("dit.")}
         settings = {"stage": run.args.stage, "steps": run.step, "weak_cond_strength_aelq_list": [0.05, 0.25]}
-        save_release(run.out, dit, asdict(run.model.cfg.dit) | settings)
+        save_release(run.out, run.ema.dit.state_dict(), asdict(run.model.cfg.dit) | settings)
     training.save_state(run)
 
 
@@ -316,7 +305,7 @@ def main():
     if args.compile:
         training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
     run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher, run.lpips)
-    if run.ddp:
+    if run.world > 1:
         run.losses = training.replicate(run.model, run.losses, run.device)
     open_data(run)
     training.fit(run, TERMS.get(args.stage, ["flow"]), step, look, save, f"VOSR {args.preset}, stage {args.stage}")

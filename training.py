@@ -5,7 +5,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -148,39 +147,6 @@ def replicate(model, function, device):
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def shard(module, device):
-    """Spread a transformer's weights, gradients and optimizer state over the processes (FSDP2)."""
-    from torch.distributed.fsdp import fully_shard      # torch >= 2.6
-
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # we change none in place
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*module.blocks, module):       # the outermost too, or its EMA would stay whole after an evaluation
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-
-def whole(x):
-    """A tensor with the pieces of all processes, all of which must call this."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def gather(state):
-    """A state dict with whole tensors on the first process's CPU, None elsewhere; all processes must call it."""
-    if isinstance(state, dict):
-        return {k: gather(v) for k, v in state.items()}
-    if not torch.is_tensor(state):
-        return state
-    x = whole(state)
-    return None if several() and dist.get_rank() > 0 else x.cpu()
-
-
-def scatter(tensor, like):
-    """The opposite of `whole`: this process's piece where `like` is sharded."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor      # some builds of torch have none
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
 # ---- seeds, parameters, schedules
 
 
@@ -230,7 +196,7 @@ class Health:
         """Clip the gradients to norm 1, step, forget them -> their norm before. Raises Quit."""
         scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = whole(torch.nn.utils.clip_grad_norm_(params, 1.0)).item()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         if math.isfinite(norm):
             self.in_a_row = 0
             scaler.step(optimizer)
@@ -314,22 +280,6 @@ def load_checkpoint(folder, must_match, moved=False):
     return state
 
 
-def load_tensors(module, tensors):
-    """Put tensors of a checkpoint into a module, whatever the number of processes."""
-    own = module.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(scatter(tensor, own[name]))
-
-
-def load_optimizer(optimizer, state):
-    """The same for an optimizer."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, tensors in state["state"].items():
-        tensors |= {k: scatter(v, params[i]) for k, v in tensors.items() if v.shape == params[i].shape}
-    optimizer.load_state_dict(state)
-
-
 # ---- a run
 
 
@@ -363,11 +313,9 @@ def resume(run, settings):
         run.step, run.photos = checkpoint["step"], checkpoint["photos"]
         run.origin = f"resumed from {run.out} at step {run.step}"
         for name, part in run.state.items():
-            if isinstance(part, torch.nn.Module):
-                load_tensors(part, checkpoint[name])
-            elif isinstance(part, torch.optim.Optimizer):
-                load_optimizer(part, checkpoint[name])
-            elif checkpoint[name]:      # a scaler's is {} in another type
+            if isinstance(part, torch.nn.Module):       # of which only what learns was saved
+                part.load_state_dict(checkpoint[name], strict=False)
+            elif checkpoint[name]:                      # a scaler's is {} in another type
                 part.load_state_dict(checkpoint[name])
     print(f"{run.origin}, on {run.device} in {str(run.dtype)[6:]}, {run.world} process{'es' * (run.world > 1)}")
     batch = f"batch {run.recipe.batch_size} = {run.world} x {run.parts} x {run.micro}"
@@ -376,13 +324,13 @@ def resume(run, settings):
 
 
 def save_state(run, **more):
-    """Write a checkpoint: run.state, of models what learns; all processes gather it, the first one writes."""
+    """The first process writes a checkpoint: run.state, of models what learns."""
+    if run.rank > 0:
+        return
     state = {name: part.state_dict() for name, part in run.state.items()}
     for name in {"model", "ema"} & state.keys():
         state[name] = {k: v for k, v in state[name].items() if run.learns(k)}
-    state = gather(state)
-    if run.rank == 0:
-        save_checkpoint(run.out, run.step, run.args.keep, settings=run.settings, photos=run.photos, **state, **more)
+    save_checkpoint(run.out, run.step, run.args.keep, settings=run.settings, photos=run.photos, **state, **more)
 
 
 def backward(run, compute, *inputs):

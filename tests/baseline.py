@@ -1,16 +1,15 @@
 """The control group: what plain regression reaches on the same photos, crops and damages, without any diffusion.
 
-    python tests/baseline.py --data PHOTOS --out runs/baseline --hours 1
-    python tests/baseline.py --out runs/baseline --lq val/lq --ref val/hq --niqe niqe_pris_params.npz
+    python tests/baseline.py --data PHOTOS --out runs/baseline --steps 2000
 
-A network of 1 M parameters, residual blocks where the bad picture's own pixels are, learns what to add to a linear guess: the bicubic
-enlargement and a 9x9 filter for each of a pixel's 16 new ones, fitted in closed form. L1, Adam, EMA. It is embedded nowhere.
+Residual blocks where the bad picture's own pixels are learn what to add to a linear guess: the bicubic enlargement and a 9x9 filter for each of a
+pixel's 16 new ones, fitted in closed form. L1, AdamW, EMA. It is embedded nowhere; tests/lab.py measures it beside the three systems.
 """
 
 import argparse
 import copy
 import sys
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,15 +19,21 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training  # noqa: E402
 from degrade import RECIPES, degrade  # noqa: E402
-from models.lpips import LPIPS  # noqa: E402
-from models.support.evaluation import average, find_metrics, measure, report, row_of  # noqa: E402
-from models.support.files import find_pictures  # noqa: E402
-from models.support.imaging import read_picture, resize, round8, write_picture  # noqa: E402
-from models.support.photos import batches, photos_for  # noqa: E402
+from models.support.imaging import round8  # noqa: E402
 from models.vae import ResBlock  # noqa: E402
 
-RECIPES_BY_TURNS = "s3diff", "s3diff", "vosr"
-BATCH, CROP, LR, WARMUP, EMA = 16, 128, 4e-4, 200, 0.999
+
+@dataclass
+class Recipe:
+    steps: int = 2000
+    batch_size: int = 8
+    lr: float = 4e-4
+    crop: int = 128                     # pixels, cut out
+    schedule: str = "cosine"
+    warmup: int = 200                   # steps
+    ema: float = 0.999
+    recipes: tuple = ("s3diff", "s3diff", "vosr")       # of degrade.py, by turns: those of S3Diff and GramSR
+    save_every: int = 250               # steps
 
 
 class Baseline(nn.Module):
@@ -36,12 +41,20 @@ class Baseline(nn.Module):
 
     def __init__(self, width=64, blocks=13, k=9):
         super().__init__()
-        self.wiener = nn.Conv2d(1, 16, k, padding=k // 2, padding_mode="reflect", bias=False).requires_grad_(False)
+        self.wiener = nn.Conv2d(1, 16, k, padding=k // 2, padding_mode="reflect", bias=False)
         self.head = nn.Conv2d(3, width, 3, padding=1)
         self.body = nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
         self.tail = nn.Conv2d(width, 48, 3, padding=1)
         for weight in (self.wiener.weight, self.tail.weight, self.tail.bias):
             nn.init.zeros_(weight)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """What a run has written."""
+        tensors = torch.load(Path(folder, "baseline.pt"), weights_only=True)
+        model = cls(len(tensors["head.bias"]))
+        model.load_state_dict(tensors)
+        return model.eval()
 
     def linear(self, lq):
         return F.pixel_shuffle(self.wiener(lq.flatten(0, 1)[:, None]), 4).view(len(lq), 3, 4 * lq.shape[2], 4 * lq.shape[3])
@@ -49,6 +62,11 @@ class Baseline(nn.Module):
     def forward(self, lq):
         up = F.interpolate(lq, scale_factor=4, mode="bicubic") + self.linear(lq)
         return up + F.pixel_shuffle(self.tail(self.body(self.head(2 * lq - 1))), 4)
+
+    @torch.no_grad()
+    def upscale(self, lq, **knobs):
+        """As the systems' `upscale`; a regression has no knobs.  -> (B, 3, 4h, 4w) in [0, 1]"""
+        return self(lq).clamp(0, 1)
 
     @torch.no_grad()
     def fit(self, pairs):
@@ -64,89 +82,75 @@ class Baseline(nn.Module):
         self.wiener.weight.copy_((weight - weight.mean(1, keepdim=True)).view_as(self.wiener.weight))
 
 
-def pair(hq, step, i=0):
-    recipe = RECIPES_BY_TURNS[step % len(RECIPES_BY_TURNS)]
-    return hq, round8(degrade(hq, RECIPES[recipe], training.generator(0, step, i))[0])
+def prepare(args):
+    """Network, optimizer.  -> run"""
+    run = training.begin(args, Recipe())
+    run.origin = "baseline: FROM SCRATCH"
+    run.model = Baseline(args.width).to(run.device)
+    run.ema = copy.deepcopy(run.model).eval()
+    run.params = training.freeze_all_but(run.model, [p for k, p in run.model.named_parameters() if k != "wiener.weight"])
+    run.optimizer = torch.optim.AdamW(run.params, run.recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
+    run.learns, run.columns = lambda name: True, []
+    return run
 
 
-def psnr(model, pairs):
-    errors = [((model(lq).clamp(0, 1) - hq) ** 2).mean((1, 2, 3)) for hq, lq in pairs]
-    return float(-10 * torch.cat(errors).log10().mean())
+def pair(run, hq, step, *numbers):
+    """-> HQ, LQ (B, 3, h, w) in [0, 1]"""
+    return hq, round8(degrade(hq, run.recipes[step % len(run.recipes)], training.generator(run.args.seed, step, *numbers))[0])
 
 
-def train(args):
-    """Train for args.hours of this machine, which --out may have had in part already: the log counts them."""
-    torch.manual_seed(0)
-    model, out = Baseline(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    photos, held_out, _ = photos_for(args.data, CROP, 0, flip=True)
-    test = [pair(hq, step, 1) for step, hq in enumerate(held_out.split(1))]
-    state, log = {"step": 0, "hours": 0.0}, training.Log(out / "log.csv", ["step", "hours", "l1", "psnr"], 10**9)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LR, betas=(0.9, 0.99))
-    ema = copy.deepcopy(model)
-    if (out / "baseline.pt").exists():
-        state = torch.load(out / "baseline.pt", weights_only=True)
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizer.load_state_dict(state["optimizer"])
-    else:
-        model.fit(pair(hq, i) for i, hq in enumerate(batches(photos, range(40), BATCH, 0, BATCH, BATCH, 0, torch.device("cpu"))))
-        ema.load_state_dict(model.state_dict())
-        with torch.no_grad():
-            bicubic = psnr(lambda lq: F.interpolate(lq, scale_factor=4, mode="bicubic"), test)
-            print(f"bicubic {bicubic:.2f} dB, linear guess {psnr(model, test):.2f} dB", flush=True)
-    step, stop, total, start = state["step"], training.Stop(), 0.0, time.time() - 3600 * state["hours"]
-    for hq in batches(photos, range(step, 10**9), BATCH, 0, BATCH, BATCH, 0, torch.device("cpu")):
-        hours = (time.time() - start) / 3600
-        for group in optimizer.param_groups:        # a cosine over the hours, since they are what is compared
-            group["lr"] = min(1, (step + 1) / WARMUP) * training.learning_rate(int(1e6 * hours), int(1e6 * args.hours), LR, "cosine")
-        hq, lq = pair(hq, step)
-        loss = F.l1_loss(model(lq), hq)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        training.ema_update(ema, model, min(EMA, (1 + step) / (10 + step)))
-        step, total = step + 1, total + loss.item()
-        over = bool(stop) or hours >= args.hours
-        if step % 250 == 0 or over:
-            with torch.no_grad():
-                held = psnr(ema, test)
-            log.write(step=step, hours=hours, l1=total / ((step - 1) % 250 + 1), psnr=held)
-            print(f"step {step}, {hours:.2f} h: {held:.2f} dB", flush=True)
-            training.write(out / "baseline.pt", {"step": step, "hours": hours, "model": model.state_dict(), "ema": ema.state_dict(),
-                                                 "optimizer": optimizer.state_dict()})
-            total = 0.0
-        if over:
-            return
+def open_data(run):
+    """Photos to learn from and held-out ones, their degradation; the linear guess, if the run begins."""
+    args, recipe = run.args, run.recipe
+    photos, held_out, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
+    run.recipes = [replace(RECIPES[name], branches_per="image") for name in recipe.recipes]
+
+    def batches(steps):
+        return training.batches(photos, steps, recipe.batch_size, run.rank, run.share, run.micro, args.workers, run.device)
+
+    run.test = [torch.cat(x) for x in zip(*(pair(run, hq.to(run.device), 0, i) for i, hq in enumerate(held_out.split(1))))]
+    if run.step == 0:
+        run.model.fit(pair(run, hq, i) for i, hq in enumerate(batches(range(min(recipe.steps, 40)))))
+        run.ema.load_state_dict(run.model.state_dict())
+    run.batches = batches(range(run.step, recipe.steps))
+
+
+def step(run):
+    """One optimizer step; parts of a batch are computed one after another."""
+    training.set_lr(run.optimizer, run.lr)
+    for i in range(run.parts):
+        hq, lq = pair(run, next(run.batches).to(run.device, non_blocking=True), run.step, run.rank * run.parts + i)
+        training.backward(run, lambda: ({"l1": F.l1_loss(run.model(lq), hq)},))
+    run.grad_norm = run.health.step(run.optimizer, run.scaler)
+    training.ema_update(run.ema, run.model, min(run.recipe.ema, (1 + run.step) / (10 + run.step)))
 
 
 @torch.no_grad()
-def compare(args):
-    """Upscale args.lq into OUT/pictures and print the averages of its metrics, bicubic beside."""
-    model, rows = Baseline().eval(), []
-    model.load_state_dict(torch.load(Path(args.out, "baseline.pt"), weights_only=True)["ema"])
-    metrics, absent, _ = find_metrics(True, 4, args.niqe, torch.device("cpu"), LPIPS.from_pretrained)
-    for path in find_pictures(args.lq):
-        (lq, _), (hq, _) = read_picture(path), read_picture(args.ref / path.name)
-        sr = round8(model(lq).clamp(0, 1))
-        write_picture(Path(args.out, "pictures", path.name), sr)
-        (found,), failed = measure([sr], resize(lq, sr.shape[-2:]), hq, metrics)
-        rows.append(row_of(path.name, sr.shape[-2:], 0.0, found, absent | failed))
-    print(report(average(rows)))
+def look(run):
+    """The averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
+    hq, lq = run.test
+    sr = run.ema(lq)
+    sheet = {"LQ": F.interpolate(lq, scale_factor=4), f"result, step {run.step}": sr, "HQ": hq}
+    sheet = {title: 2 * x - 1 for title, x in sheet.items()}
+    return {"held_out": float(F.l1_loss(sr, hq)), "psnr": training.psnr(2 * sr.clamp(0, 1) - 1, 2 * hq - 1)}, sheet
+
+
+def save(run):
+    training.write(run.out / "baseline.pt", run.ema.state_dict())
+    training.save_state(run)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", help="good photos")
-    p.add_argument("--out", required=True, help="folder for baseline.pt and log.csv, or where they are")
-    p.add_argument("--hours", type=float, default=1.0, help="of training, in all (default 1)")
-    p.add_argument("--lq", type=Path, help="upscale and measure these instead")
-    p.add_argument("--ref", type=Path)
-    p.add_argument("--niqe", type=Path)
-    args = p.parse_args()
-    if args.lq:
-        compare(args)
-    else:
-        train(args)
+    p.add_argument("--width", type=int, default=64, help="channels (default 64: 1 million numbers)")
+    training.add_arguments(p)
+    run = prepare(p.parse_args())
+    training.resume(run, ("width", "data", "seed"))
+    open_data(run)
+    training.fit(run, ["l1"], step, look, save, "control group")
 
 
 if __name__ == "__main__":
-    main()
+    with training.one_line_errors("baseline"):
+        main()

@@ -2,9 +2,9 @@
 
     python tests/lab.py --data PHOTOS --niqe niqe_pris_params.npz --out runs/lab [--only fig9 table5] [--seeds 3] [--jobs 2]
 
-The variants of a claim differ in one thing and see as many photos. They are measured on photos held out, under s3diff's degradation: PSNR-Y, SSIM-Y,
-NIQE, and two distances of random features, which need no classifier (models/lpips.py, net "random"): RFD, that of LPIPS, and Gram, that of their Gram
-matrices. A claim is "seen" where all that should be better is, by more than both standard deviations together, "not seen" where any of it is worse by as
+The variants of a claim differ in one thing and see as many photos; those of "systems" learn 2.6 to 2.8 million numbers each, in about the same time.
+They are measured on photos held out, under s3diff's degradation, or on the pairs of two folders: PSNR-Y, SSIM-Y, NIQE, and two distances of random
+features, which need no classifier (models/lpips.py, net "random"): RFD, that of LPIPS, and Gram, that of their Gram matrices. A claim is "seen" where all that should be better is, by more than both standard deviations together, "not seen" where any of it is worse by as
 much, else "undecided". Runs and figures that are there stay: started again, it goes on. Curves of the runs: OUT/<claim>.png.
 """
 
@@ -24,12 +24,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from baseline import Baseline  # noqa: E402
 from degrade import RECIPES, degrade  # noqa: E402
 from models.gram import loss_gram  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
 from models.support.charts import loss_curves  # noqa: E402
 from models.support.evaluation import METRICS, find_metrics  # noqa: E402
-from models.support.imaging import resize  # noqa: E402
+from models.support.files import find_pictures  # noqa: E402
+from models.support.imaging import read_picture, resize  # noqa: E402
 from sample import find_system  # noqa: E402
 from training import generator, photos_for  # noqa: E402
 
@@ -50,16 +52,17 @@ class Training:
     instead: str = ""           # Python that changes the script's module, called `script`, before it runs
 
 
-def gramsr(stage, after="", share=1.0, instead=""):
-    return Training(f"--stage {stage}", share, after, "train_gramsr.py --preset tiny", instead)
+def gramsr(stage, after="", share=1.0, flags="", instead=""):
+    return Training(f"--stage {stage} {flags}", share, after, "train_gramsr.py --preset tiny", instead)
 
 
-def vosr(stage, flags="", after="", share=1.0):
-    return Training(f"--stage {stage} {flags}", share, after, "train_vosr.py --preset tiny")
+def vosr(stage, flags="", after="", share=1.0, instead=""):
+    return Training(f"--stage {stage} {flags}", share, after, "train_vosr.py --preset tiny", instead)
 
 
 # the good prompt takes the place of the picture's own tokens
 TEXT = "script.GramSR.tokens = lambda self, x: self.prompts[:1].expand(len(x), -1, -1) + 0 * self.adapter[2].bias"
+NARROW = "script.TINY.dit = script.replace(script.TINY.dit, hidden_size=128)"
 TRAININGS = {
     "s3diff": Training(""),
     "no prior": Training("--init none"),
@@ -84,6 +87,14 @@ TRAININGS = {
     "refine": vosr("refine", after="flow", share=2),
     "RCGM": vosr("distill", "--distill rcgm", "refine", 0.25),
     "shortcut": vosr("distill", "--distill shortcut", "refine", 0.25),
+    # as large and as long as "s3diff"
+    "control group": Training("--width 106", 0.65, script="tests/baseline.py"),
+    "small pixel": gramsr("pixel", share=0.75, flags="--rank 11"),
+    "small semantic": gramsr("semantic", "small pixel", 0.175, "--rank 11"),
+    "small gramsr": gramsr("texture", "small semantic", 0.175, "--rank 11"),
+    "small flow": vosr("flow", "--init vosr-tiny", "", 2, NARROW),
+    "small refine": vosr("refine", "", "small flow", 1, NARROW),
+    "small vosr": vosr("distill", "", "small refine", 0.2, NARROW),
 }
 
 
@@ -149,6 +160,8 @@ CLAIMS = {
     "invents": Claim("VOSR", "less guidance invents more", many("refine", 0.5) | many("refine", 1),
                      [("niqe", "refine, guidance 0.5", "refine, guidance 1"), ("psnr_y", "refine, guidance 1", "refine, guidance 0.5")]),
     "distill": Claim("VOSR", "RCGM beats shortcut", trained("RCGM", "shortcut"), [("rfd", "RCGM", "shortcut"), ("niqe", "RCGM", "shortcut")]),
+    "systems": Claim("all three", "a diffusion prior looks better than regression", trained("s3diff", "small gramsr", "small vosr", "control group"),
+                     [(m, name, "control group") for name in ("s3diff", "small gramsr", "small vosr") for m in ("niqe", "rfd")]),
 }
 
 
@@ -167,7 +180,7 @@ def run(name, seed, args):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "train.txt", "a") as log:
         subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True, stdout=log, stderr=log, cwd=ROOT,
-                       env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))})
+                       env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))})
     return out
 
 
@@ -219,13 +232,27 @@ def key_of(variant, knobs, seed, args):
     return f"{variant} {knobs} {seed} {args.steps}"
 
 
-def measure_all(claims, args):
-    """-> {variant: {metric: [value of each seed]}}, kept in figures.json"""
+def pairs_of(args):
+    """What is measured on.  -> [(hq, lq)]"""
+    if args.pairs:
+        lq, hq = args.pairs
+        return [(read_picture(path)[0], read_picture(lq / path.name)[0]) for path in find_pictures(hq)]
     crops = photos_for(args.data, CROP, 0)[1][: 2 * HELD_OUT : 2]
     lq, _ = degrade(crops, replace(RECIPES["s3diff"], branches_per="image"), generator(0))
-    pairs = list(zip(crops.split(1), lq.split(1)))
+    return list(zip(crops.split(1), lq.split(1)))
+
+
+def load(at):
+    """The system, or the control group, that a training has left in a folder."""
+    system = Baseline if (at / "baseline.pt").exists() else find_system(at)
+    return system.from_pretrained(at)
+
+
+def measure_all(claims, args):
+    """-> bicubic's {metric: value}, {variant: {metric: [value of each seed]}}, kept in figures.json, or that of the pairs"""
+    pairs = pairs_of(args)
     metrics = find_metrics(True, 4, args.niqe)[0] | distances()
-    path = args.out / "figures.json"
+    path = args.out / ("-".join(["figures", *(folder.name for folder in args.pairs or [])]) + ".json")
     known = json.loads(path.read_text()) if path.exists() else {}
     if "bicubic" not in known:
         known["bicubic"] = {name: fmean(metric(resize(lq, 4), hq) for hq, lq in pairs) for name, metric in metrics.items()}
@@ -233,8 +260,7 @@ def measure_all(claims, args):
         for variant, (name, knobs) in claim.variants.items():
             for seed in range(args.seeds):
                 if (key := key_of(variant, knobs, seed, args)) not in known:
-                    at = folder(name, seed, args)
-                    known[key] = measured(find_system(at).from_pretrained(at), knobs, pairs, metrics)
+                    known[key] = measured(load(folder(name, seed, args)), knobs, pairs, metrics)
                     path.write_text(json.dumps(known, indent=1))
 
     return known["bicubic"], {variant: {m: [known[key_of(variant, knobs, seed, args)][m] for seed in range(args.seeds)] for m in metrics}
@@ -268,14 +294,23 @@ def draw(key, claim, args):
     loss_curves(curves, args.out / f"{key}.png", title=claim.words)
 
 
+def minutes(name, seed, args):
+    """That a training took, with those that it goes on from."""
+    with open(folder(name, seed, args) / "log.csv", newline="") as file:
+        own = sum(float(row["seconds"] or 0) for row in csv.DictReader(file)) / 60
+    after = TRAININGS[name].after
+    return own + (minutes(after, seed, args) if after else 0)
+
+
 def report(claims, bicubic, figures, args):
     shown = {metric: SHOWN[metric] for metric in bicubic}
-    print("| paper | claim | here | variant |", " | ".join(name for name, _ in shown.values()), "|\n|---|---|---|---|" + "---|" * len(shown))
-    print("| | | | bicubic |", " | ".join(f"{bicubic[m]:.{n}f}" for m, (_, n) in shown.items()), "|")
+    print("| paper | claim | here | variant |", " | ".join(name for name, _ in shown.values()), "| minutes |\n|---|---|---|---|---|" + "---|" * len(shown))
+    print("| | | | bicubic |", " | ".join(f"{bicubic[m]:.{n}f}" for m, (_, n) in shown.items()), "| |")
     for key, claim in claims.items():
         first = f"| {claim.paper} | {claim.words} | {verdict(claim, figures)} "
-        for variant in claim.variants:
-            cells = (f"{fmean(figures[variant][m]):.{n}f} ± {stdev(figures[variant][m]):.{n}f}" for m, (_, n) in shown.items())
+        for variant, (name, _) in claim.variants.items():
+            cells = [f"{fmean(figures[variant][m]):.{n}f} ± {stdev(figures[variant][m]):.{n}f}" for m, (_, n) in shown.items()]
+            cells.append(f"{fmean(minutes(name, seed, args) for seed in range(args.seeds)):.1f}")
             print(first + f"| {variant} |", " | ".join(cells), "|", flush=True)
             first = "| | | "
         draw(key, claim, args)
@@ -286,6 +321,7 @@ def main():
     p.add_argument("--data", required=True, type=Path)
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--niqe", type=Path, help="niqe_pris_params.npz; without it NIQE is left out, and claims about it are undecided")
+    p.add_argument("--pairs", nargs=2, type=Path, metavar=("LQ", "HQ"), help="measure on these two folders' pictures of the same names")
     p.add_argument("--only", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="some claims")
     p.add_argument("--seeds", type=int, default=3, help="2 or more")
     p.add_argument("--steps", type=int, default=300, help="of S3Diff's adapters; the other trainings have a share of it")

@@ -61,12 +61,11 @@ def start(photos, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("stage", ["flow", "distill"])
 def test_two_processes_equal_one(photos, start, tmp_path, stage):  # noqa: F811
-    """The same global batch in the same parts: by one process, by two copies (DDP), in two pieces (FSDP2)."""
+    """The same global batch in the same parts: by one process, by two copies (DDP)."""
     words = [stage, "--init", start[stage], "--batch-size", 4, "--micro-batch", 1]
     one = run(photos, tmp_path / "one", 0, *words)
     assert one[1]["0", "held_out"] != one[1]["4", "held_out"], "nothing was learned"
-    for name, more in (("ddp", []), ("fsdp", ["--fsdp"])):
-        same(one, run(photos, tmp_path / name, 2, *words, *more))
+    same(one, run(photos, tmp_path / "ddp", 2, *words))
 
 
 @pytest.fixture(scope="module")
@@ -75,24 +74,19 @@ def straight(photos, start, tmp_path_factory):  # noqa: F811
                "--micro-batch", 2)
 
 
-@pytest.mark.parametrize("before, after", [((2, []), (0, [])), ((0, []), (2, ["--fsdp"])), ((2, ["--fsdp"]), (2, []))])
+@pytest.mark.parametrize("before, after", [(2, 0), (0, 2)])
 def test_resume_on_another_number_of_processes(photos, start, straight, tmp_path, before, after):  # noqa: F811
     words = ["flow", "--init", start["flow"], "--batch-size", 4, "--micro-batch", 2]
-    half = run(photos, tmp_path / "parts", before[0], *words, *before[1], stop_at=2)
-    rest = run(photos, tmp_path / "parts", after[0], *words, *after[1])
+    half = run(photos, tmp_path / "parts", before, *words, stop_at=2)
+    rest = run(photos, tmp_path / "parts", after, *words)
     same(straight, rest, resumed=True)
     assert not torch.equal(half[0]["dit.blocks.0.mlp.w3.weight"], rest[0]["dit.blocks.0.mlp.w3.weight"])
 
 
 def test_each_process_needs_its_photos(photos, tmp_path, monkeypatch):  # noqa: F811
-    """Three photos cannot be shared by two processes, and FSDP is nothing for one."""
+    """Three photos cannot be shared by two."""
     monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "autoencoder", "--data", str(photos),
                                       "--out", str(tmp_path), "--batch-size", "3"])
     monkeypatch.setattr(training, "join", lambda device: (0, 2))
     with pytest.raises(training.Quit, match="--batch-size 3 is not 2 processes x"):
-        train_vosr.main()
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "flow", "--init", "x", "--data", str(photos),
-                                      "--out", str(tmp_path), "--fsdp"])
-    with pytest.raises(training.Quit, match="torchrun"):
         train_vosr.main()

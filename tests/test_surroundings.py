@@ -76,7 +76,6 @@ import sys, torch.distributed as dist
 dist.is_available = lambda: False
 for name in ("is_initialized", "get_rank", "get_world_size", "all_reduce", "init_process_group"):
     delattr(dist, name)
-sys.modules.update(dict.fromkeys(["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.device_mesh"]))
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import pathlib, pytest, test_survival
 with pytest.MonkeyPatch.context() as patch:
