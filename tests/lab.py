@@ -29,7 +29,7 @@ from degrade import RECIPES, degrade  # noqa: E402
 from models.gram import loss_gram  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
 from models.support.charts import loss_curves  # noqa: E402
-from models.support.evaluation import METRICS, find_metrics  # noqa: E402
+from models.support.evaluation import find_metrics  # noqa: E402
 from models.support.files import find_pictures  # noqa: E402
 from models.support.imaging import read_picture, resize  # noqa: E402
 from sample import find_system  # noqa: E402
@@ -37,7 +37,7 @@ from training import generator, photos_for  # noqa: E402
 
 CROP, HELD_OUT = 224, 8         # pixels of a held-out photo, which fits in four tiles of VOSR's; photos
 BETTER = {"psnr_y": 1, "ssim_y": 1, "niqe": -1, "rfd": -1, "gram": -1}      # larger, smaller
-SHOWN = {metric: METRICS[metric][:2] for metric in ("psnr_y", "ssim_y", "niqe")} | {"rfd": ("RFD", 4), "gram": ("Gram", 4)}
+SHOWN = {"psnr_y": ("PSNR-Y", ".2f"), "ssim_y": ("SSIM-Y", ".4f"), "niqe": ("NIQE", ".2f"), "rfd": ("RFD", ".4f"), "gram": ("Gram", ".2e")}
 
 
 # ---- what is trained
@@ -305,11 +305,11 @@ def minutes(name, seed, args):
 def report(claims, bicubic, figures, args):
     shown = {metric: SHOWN[metric] for metric in bicubic}
     print("| paper | claim | here | variant |", " | ".join(name for name, _ in shown.values()), "| minutes |\n|---|---|---|---|---|" + "---|" * len(shown))
-    print("| | | | bicubic |", " | ".join(f"{bicubic[m]:.{n}f}" for m, (_, n) in shown.items()), "| |")
+    print("| | | | bicubic |", " | ".join(f"{bicubic[m]:{form}}" for m, (_, form) in shown.items()), "| |")
     for key, claim in claims.items():
         first = f"| {claim.paper} | {claim.words} | {verdict(claim, figures)} "
         for variant, (name, _) in claim.variants.items():
-            cells = [f"{fmean(figures[variant][m]):.{n}f} ± {stdev(figures[variant][m]):.{n}f}" for m, (_, n) in shown.items()]
+            cells = [f"{fmean(figures[variant][m]):{form}} ± {stdev(figures[variant][m]):{form}}" for m, (_, form) in shown.items()]
             cells.append(f"{fmean(minutes(name, seed, args) for seed in range(args.seeds)):.1f}")
             print(first + f"| {variant} |", " | ".join(cells), "|", flush=True)
             first = "| | | "
