@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 from degrade import RECIPES, apply, draw_plan  # noqa: E402
 from models.flow import guided, sample  # noqa: E402
 from models.gram import gram as gram_matrix  # noqa: E402
-from models.gram import loss_csd  # noqa: E402
+from models.gram import features, loss_csd, loss_gram  # noqa: E402
 from models.gramsr import GramSR  # noqa: E402
+from models.lpips import LPIPS  # noqa: E402
 from models.s3diff import S3Diff  # noqa: E402
-from models.support.imaging import read_picture, resize, to_pil  # noqa: E402
+from models.support.imaging import read_picture, resize, round8, to_pil  # noqa: E402
 from models.support.metrics import psnr_y  # noqa: E402
 from models.unet import alphas_cumprod  # noqa: E402
 from models.support.weights import EMBEDDED  # noqa: E402
@@ -95,7 +96,7 @@ def embedded():
 def teaser():
     """The bad picture, bicubic, every tiny system there is, the original: a crop, with PSNR of the whole."""
     lq, hq = example()
-    results = {"bicubic": resize(lq, 4)} | {title: model.upscale(lq) for title, model in embedded().items()}
+    results = {"bicubic": resize(lq, 4)} | {title: round8(model.upscale(lq)) for title, model in embedded().items()}
     crop = (..., slice(16, 384), slice(96, 448))
     pictures = {"128 x 100 pixels": lq[..., 4:96, 24:112]}
     pictures |= {f"{title}, {psnr_y(x, hq, 4):.2f} dB": x[crop] for title, x in results.items()}
@@ -190,12 +191,18 @@ def negatives():
     return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
 
 
+@torch.no_grad()
 def sets():
-    """GramSR's three LoRA sets, one more each time, and the last one too much."""
-    model, (lq, hq) = GramSR.from_pretrained("gramsr-tiny"), example(*CUP)
+    """GramSR's three LoRA sets, one more each time, and the last one too much, with what the later two are trained for."""
+    model, lpips, (lq, hq) = GramSR.from_pretrained("gramsr-tiny"), LPIPS("random"), example(*CUP)
+
+    def caption(said, x):
+        far, style = lpips(2 * x - 1, 2 * hq - 1).item(), loss_gram(*(features(model.vit, 2 * y - 1) for y in (x, hq))).item()
+        return f"{said}, {psnr_y(x, hq, 4):.2f} dB\nLPIPS {far:.3f}, Gram {style:.4f}"
+
     words = {(0, 0, 0): "none", (1, 0, 0): "pixel", (1, 1, 0): "+ semantic", (1, 1, 1): "+ texture", (1, 1, 2): "texture twice"}
     pictures = [model.upscale(lq, pixel=p, semantic=s, texture=t, crisp=0) for p, s, t in words]
-    return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
+    return sheet([pictures], [[caption(said, x) for said, x in zip(words.values(), pictures)]])
 
 
 def stages(runs):
