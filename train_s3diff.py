@@ -17,10 +17,9 @@ on from the last:
     python train_s3diff.py --preset tiny --stage estimator --data PHOTOS --out runs/estimator --init runs/prior
     python train_s3diff.py --preset tiny --stage adapters  --data PHOTOS --out runs/s3diff    --init runs/estimator
 
-The same command again goes on where it stopped, exactly. Ctrl-C and SIGTERM save first. What may change then: --steps,
---lr, --micro-batch, --keep, --save-every and all that names the machine; anything else is refused. --out holds
-s3diff.pkl, laid out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt,
-log.csv, loss.png, sheet.png (of held-out photos).
+The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds s3diff.pkl, laid
+out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv,
+loss.png, sheet.png (of held-out photos).
 """
 
 import argparse
@@ -34,10 +33,9 @@ import torch.nn.functional as F
 
 import training
 from degrade import RECIPES, apply, degrade, draw_plan, severity
-from models.clip import text_features
 from models.discriminator import Discriminator, PatchDiscriminator, draw_augment, draw_rolls
 from models.lpips import LPIPS
-from models.s3diff import GOOD_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
+from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig
 from models.vit import PRESETS as VITS
@@ -61,8 +59,7 @@ class Recipe:
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
-    looks_from: float = 0.0             # share of the steps before LPIPS and D begin; L2 alone is three times as fast
-    told_until: float = 0.0             # share of the steps with the true scores, before those of the estimator
+    looks_from: float = 0.0             # share of the steps with L2 alone and the true scores, three times as fast
     schedule: str = "constant"          # or "cosine"
     warmup: int = 0                     # steps
     ema: float = 0.0                    # decay of the average that is saved; 0 = what is trained itself
@@ -71,7 +68,6 @@ class Recipe:
     save_every: int = 500               # steps
 
 
-PUBLIC_PARAMETERS = 34_475_120          # trained ones, with S3DiffConfig() as it is
 TINY = S3DiffConfig(
     unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
                     norm_groups=16),
@@ -84,7 +80,7 @@ TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
     "adapters": at_128(4000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", recipes=("s3diff", "s3diff", "vosr"),
-                       lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, looks_from=0.75, told_until=0.75),
+                       lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, looks_from=0.75),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
@@ -97,26 +93,25 @@ PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Tur
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="sd-turbo", choices=PRESETS,
-                   help="sd-turbo (default), or tiny: everything trained here")  # fmt: skip
+                   help="sd-turbo (default), or tiny: everything trained here")
     p.add_argument("--stage", default="adapters", choices=PRESETS["tiny"][1],
-                   help="adapters (default); tiny only: prior, estimator")  # fmt: skip
+                   help="adapters (default); tiny only: prior, estimator")
     p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out, or with --preset "
                    "tiny the earlier stage's (default: new adapters on SD-Turbo, or on the embedded tiny prior; "
-                   "none: random numbers, the paper's Figure 9)")  # fmt: skip
+                   "none: random numbers, the paper's Figure 9)")
     # the paper's ablations
     p.add_argument("--lora", default="unet+encoder", choices=PLACES,
-                   help="what gets adapters (Table 4; default unet+encoder)")  # fmt: skip
+                   help="what gets adapters (Table 4; default unet+encoder)")
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
-                   help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")  # fmt: skip
+                   help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")
     p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
-                   help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")  # fmt: skip
+                   help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")
     p.add_argument("--rank-unet", type=between(1, 1024, whole=True),
-                   help="rank of the UNet's adapters (Table 7; default 32)")  # fmt: skip
+                   help="rank of the UNet's adapters (Table 7; default 32)")
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True),
-                   help="rank of the VAE's adapters (Table 7; default 16, tiny 8)")  # fmt: skip
+                   help="rank of the VAE's adapters (Table 7; default 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="t of the one step; below 999 with that time's noise (Table 8; default 999)")  # fmt: skip
-    p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as in the code")
+                   help="t of the one step; below 999 with that time's noise (Table 8; default 999)")
     training.add_arguments(p)
     args = p.parse_args()
     if args.stage not in PRESETS[args.preset][1]:
@@ -138,12 +133,9 @@ def is_known(stage, name):
 def take_over(model, init, wanted):
     """Give a model the wanted tensors of a tiny one, in folder init or else of what is embedded.
 
-    -> a line on their origin. Raises Quit, WeightError.
+    -> a line on their origin. Raises WeightError.
     """
     path = Path(init, "model.safetensors") if init else PRIOR
-    if not path.exists():
-        raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny "
-                            "--stage prior, or none")
     if init:
         tensors = read_tensors(path)
     else:       # the prior, and the estimator, which is in S3Diff's file
@@ -151,6 +143,7 @@ def take_over(model, init, wanted):
         tensors = read_foundation() | {k: v for k, v in known.items() if k.startswith("denet.")}
     tensors = {k: v for k, v in tensors.items() if wanted(k)}
     load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
+    model.float()       # the file has float16
     return f"from {path}"
 
 
@@ -165,7 +158,7 @@ def build_tiny(args, cfg):
         model.vae.load_state_dict(VOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
         origin = take_over(model, args.init, is_prior if args.stage == "estimator" else lambda name: True)
-    return model.float(), LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
+    return model, LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
 
 
 def build(args, cfg):
@@ -181,8 +174,6 @@ def build(args, cfg):
     else:
         model, origin = S3Diff.with_prior(cfg), "SD-Turbo with new adapters"
         model.adapt()           # now with numbers
-    if args.paper:
-        model.prompts[0] = text_features([GOOD_PAPER])[0]
     path = fetch("dino_vitbase16_pretrain.pth")
     with torch.device("meta"):
         vit = ViT(VITS["dino_vitb16"])
@@ -353,9 +344,6 @@ def prepare(args):
     run.origin = f"train_s3diff: {args.preset} {args.stage}, {origin}"
     run.learns = partial(learns, args.stage)
     run.params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if run.learns(k)])
-    if model.cfg == S3DiffConfig():
-        n = training.count(run.params)
-        assert n == PUBLIC_PARAMETERS, f"{n:,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if run.dtype != torch.float32 and args.preset != "tiny":
         in_half(model.unet, run.dtype, adapters=False)      # frozen weights need no float32; official: they have it
     run.model, run.lpips, run.D = model.to(run.device), lpips.to(run.device), D.to(run.device)
@@ -373,7 +361,7 @@ def open_data(run):
     photos, hq, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
     run.recipes = [replace(RECIPES[name], branches_per=recipe.branches_per) for name in recipe.recipes]
     hq, one_by_one = hq.to(run.device), replace(run.recipes[0], branches_per="image")
-    test = draw(args.stage, run.model, hq, one_by_one, training.generator(0), told=recipe.told_until > 0)
+    test = draw(args.stage, run.model, hq, one_by_one, training.generator(0), told=recipe.looks_from > 0)
     run.test = [x.to(run.device) if torch.is_tensor(x) else x for x in test]
     run.held_out = 2 * hq - 1
     run.batches = training.batches(photos, range(run.step, recipe.steps), recipe.batch_size, run.rank, run.share,
@@ -384,14 +372,14 @@ def step(run):
     """One step of each optimizer that the stage has."""
     training.set_lr(run.G_optimizer, run.lr)
     training.set_lr(run.D_optimizer, run.recipe.lr_D or run.lr)
-    batch, recipe, progress = [], run.recipes[run.step % len(run.recipes)], run.step / run.recipe.steps
+    batch, recipe = [], run.recipes[run.step % len(run.recipes)]
+    looks = run.step / run.recipe.steps >= run.recipe.looks_from
     for i in range(run.parts):
         # the same draws, whoever computes this part
         g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
         hq = next(run.batches).to(run.device, non_blocking=True)
-        batch.append(draw(run.args.stage, run.model, hq, recipe, g, progress < run.recipe.told_until))
+        batch.append(draw(run.args.stage, run.model, hq, recipe, g, told=not looks))
 
-    looks = progress >= run.recipe.looks_from
     part = [] if run.args.stage != "adapters" else ["reconstruct" if looks else "regress"]
     for inputs in batch:
         training.backward(run, run.generate, *part, *inputs)
@@ -435,7 +423,7 @@ def main():
     args = parse_args()
     run = prepare(args)
     training.resume(run, ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step",
-                          "paper", "data", "init", "seed"))
+                          "data", "init", "seed"))
     for part in (run.model.unet, *run.model.vae.children()):
         part.checkpointing = args.checkpointing
     if args.compile:
