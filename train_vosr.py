@@ -2,10 +2,8 @@
 
     python train_vosr.py --stage autoencoder --data PHOTOS --out runs/ae
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
-    python train_vosr.py --stage refine      --data PHOTOS --out runs/refine  --init runs/flow
-    python train_vosr.py --stage distill     --data PHOTOS --out runs/distill --init runs/refine
-    python train_vosr.py --stage decoder     --data PHOTOS --out runs/decoder --init runs/distill
-    python train_vosr.py --stage looks       --data PHOTOS --out runs/looks   --init runs/decoder
+
+and so on from stage to stage: refine, distill, decoder, looks. Full size, on several GPUs:
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
@@ -85,11 +83,9 @@ TINY_STAGES = {
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
     "looks": varied(700, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
 }
-CRISP = 0.35                                # what a model then shows of its edges
 TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
          "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
-ADDS = {"decoder": ("finish", 96), "looks": ("crisp", CRISP)}      # what a stage adds to TinyVAE: channels; share
-TEMPERATURES = 0.25, 1.0                    # of the results that these stages learn from
+ADDS = {"decoder": ("finish", 96), "looks": ("crisp", 0.35)}       # what a stage adds to TinyVAE: channels; share
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -163,8 +159,7 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
         return dict(zip(TERMS[name], model.vae.loss(hq, g)))
     if name in ADDS:
         z_lq = model.vae.encode(lq).float()
-        low, high = TEMPERATURES
-        T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
+        T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)     # all temperatures that are of use
         eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
         y = decode(name, model, model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak), g)
         terms = {"L1": F.l1_loss(y, hq)}

@@ -123,7 +123,7 @@ def test_looks_add_edges(monkeypatch, photos, autoencoder, tmp_path):
     rows = list(csv.DictReader(open(tmp_path / "looks" / "log.csv")))
     assert all(float(rows[-1][name]) > 0 for name in train_vosr.TERMS["looks"])
     model, lq = VOSR.from_pretrained(tmp_path / "looks"), torch.rand(1, 3, 16, 16)
-    faithful, half, crisp = (model.upscale(lq, crisp=c, color="none") for c in (0, train_vosr.CRISP, 1))
+    faithful, half, crisp = (model.upscale(lq, crisp=c, color="none") for c in (0, train_vosr.ADDS["looks"][1], 1))
     assert torch.equal(faithful, VOSR.from_pretrained(tmp_path / "decoder").upscale(lq, color="none"))
     assert not torch.equal(faithful, crisp) and torch.equal(half, model.upscale(lq, color="none"))
 
