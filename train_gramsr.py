@@ -12,11 +12,7 @@
 
 A stage adds its own set and freezes those before it; the token adapter learns in all three.
 
-Nobody has published code of this training. Known: the losses and their weights, that the sets are trained in turn,
-batch 16, rank 4, learning rates, early stopping by NIQE. Inferred, and marked so below: PiSA-SR's settings where GramSR
-extends it (optimizer, CSD, degradation), step counts (from the names of the released files), that the adapter learns in
-each stage, that the losses of a stage stay in the next, that CSD's frozen UNet is told the same tokens, the form of the
-Gram matrix (--gram).
+Nobody has published code of this training. What is inferred is marked so below; what is known, tests/RESULTS.md lists.
 
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds the model, laid out
 as the public files, for sample.py --model and the next stage's --init (with --preset tiny: model.safetensors),
@@ -43,13 +39,11 @@ from models.support.imaging import round8
 from models.lpips import LPIPS
 from models.support.metrics import BLOCK, niqe
 from models.s3diff import is_prior
-from models.vit import PRESETS as VITS
-from models.vit import DINOv3, DINOv3Config
+from models.vit import PRESETS as VITS, DINOv3, DINOv3Config
 from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from train_s3diff import TINY as S3DIFF_TINY
-from train_s3diff import take_over
+from train_s3diff import TINY as S3DIFF_TINY, take_over
 
 
 @dataclass
@@ -102,13 +96,11 @@ PRESETS = {"sd-2.1": (GramSRConfig(ranks={}), STAGES), "tiny": (TINY, TINY_STAGE
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", required=True, choices=STAGES)
-    p.add_argument("--preset", default="sd-2.1", choices=PRESETS,
-                   help="sd-2.1 (default), or tiny: around the tiny prior of train_s3diff.py")
+    p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default); tiny: on S3Diff's prior")
     p.add_argument("--init", help="model to start from: the earlier stage's --out; stage pixel, tiny: --out "
                    "of train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")
     # what the paper leaves open
-    p.add_argument("--gram", choices=GRAM, help="the Gram matrix of stage texture: of pairs of patches (default) "
-                   "or of channels")
+    p.add_argument("--gram", choices=GRAM, help="the matrix of stage texture: of patches (default) or channels")
     p.add_argument("--patience", type=between(0, 10**6, whole=True),
                    help="stop after this many evaluations without a better NIQE of the held-out pictures (without "
                         "NIQE's parameter file: without a lower loss), and keep the best model; 0 = never "

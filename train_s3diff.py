@@ -10,12 +10,9 @@ A step has four parts, each with its own backward and its own step of an optimiz
     4. fake          D is to know the pictures of part 2
 Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients.
 
-A tiny S3Diff has a tiny Stable Diffusion, trained here too, and its own estimator of the degradation; each stage goes
-on from the last:
-
-    python train_s3diff.py --preset tiny --stage prior     --data PHOTOS --out runs/prior
-    python train_s3diff.py --preset tiny --stage estimator --data PHOTOS --out runs/estimator --init runs/prior
-    python train_s3diff.py --preset tiny --stage adapters  --data PHOTOS --out runs/s3diff    --init runs/estimator
+A tiny S3Diff (--preset tiny) has a tiny Stable Diffusion, trained here too (--stage prior), and its own estimator of
+the degradation (--stage estimator); each stage, adapters being the last, goes on from the --init that the one before
+has left.
 
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds s3diff.pkl, laid
 out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv,
@@ -38,8 +35,7 @@ from models.lpips import LPIPS
 from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig
-from models.vit import PRESETS as VITS
-from models.vit import ViT
+from models.vit import PRESETS as VITS, ViT
 from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import (EMBEDDED, PRIOR, fetch, load_strictly, read_foundation, read_tensors,
@@ -92,13 +88,10 @@ PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Tur
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", default="sd-turbo", choices=PRESETS,
-                   help="sd-turbo (default), or tiny: everything trained here")
-    p.add_argument("--stage", default="adapters", choices=PRESETS["tiny"][1],
-                   help="adapters (default); tiny only: prior, estimator")
-    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out, or with --preset "
-                   "tiny the earlier stage's (default: new adapters on SD-Turbo, or on the embedded tiny prior; "
-                   "none: random numbers, the paper's Figure 9)")
+    p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default); tiny: all trained here")
+    p.add_argument("--stage", default="adapters", choices=TINY_RECIPES, help="adapters (default); others: tiny only")
+    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new "
+                   "adapters on SD-Turbo, or on the embedded tiny prior; none: random numbers, the paper's Figure 9)")
     # the paper's ablations
     p.add_argument("--lora", default="unet+encoder", choices=PLACES,
                    help="what gets adapters (Table 4; default unet+encoder)")
@@ -106,10 +99,8 @@ def parse_args():
                    help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")
     p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
                    help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")
-    p.add_argument("--rank-unet", type=between(1, 1024, whole=True),
-                   help="rank of the UNet's adapters (Table 7; default 32)")
-    p.add_argument("--rank-vae", type=between(1, 1024, whole=True),
-                   help="rank of the VAE's adapters (Table 7; default 16, tiny 8)")
+    p.add_argument("--rank-unet", type=between(1, 1024, whole=True), help="of the UNet's adapters (Table 7; 32)")
+    p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
                    help="t of the one step; below 999 with that time's noise (Table 8; default 999)")
     training.add_arguments(p)
@@ -200,14 +191,13 @@ def draw(stage, model, hq, recipe, g, told=False):
         good = len(hq) // 2         # the others become bad
         x = torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]])
         return 2 * x - 1, (torch.arange(len(hq)) >= good).long(), g
-    if stage == "estimator":
-        lq, _, scores = degrade_and_tell(hq, recipe, g)
-        return lq, scores
-    if told:
+    if told or stage == "estimator":
         lq, lq_up, scores = degrade_and_tell(hq, recipe, g)
     else:
         lq, lq_up = degrade(hq, recipe, g)
         scores = model.estimate(lq)
+    if stage == "estimator":
+        return lq, scores
     return 2 * lq_up - 1, 2 * hq - 1, scores, torch.rand(len(hq), generator=g), g
 
 
