@@ -102,9 +102,8 @@ def parse_args():
     # what the paper leaves open
     p.add_argument("--gram", choices=GRAM, help="the matrix of stage texture: of patches (default) or channels")
     p.add_argument("--patience", type=between(0, 10**6, whole=True),
-                   help="stop after this many evaluations without a better NIQE of the held-out pictures (without "
-                        "NIQE's parameter file: without a lower loss), and keep the best model; 0 = never "
-                        "(default 10 in stage texture, else 0)")
+                   help="stop after so many evaluations without a better NIQE of the held-out pictures (or loss, "
+                        "without its file), and keep the best model; 0 = never (default 10 in stage texture, else 0)")
     p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     training.add_arguments(p)
     args = p.parse_args()
@@ -124,11 +123,9 @@ def build(args, cfg, stage):
         model, origin = GramSR.from_pretrained(args.init), f"from {args.init}"
         if list(model.cfg.ranks) != earlier:
             have, want = " and ".join(model.cfg.ranks), " and ".join(earlier)
-            raise training.Quit(f"{args.init}: has LoRA set {have}; --stage {args.stage} starts from {want}, "
-                                "the --out of the stage before it")
+            raise training.Quit(f"{args.init}: has LoRA set {have}; --stage {args.stage} starts from {want}")
         if json.dumps(asdict(replace(model.cfg, ranks={}))) != json.dumps(asdict(cfg)):
-            raise training.Quit(f"{args.init}: its networks are not those of --preset {args.preset}; "
-                                "use the preset it was trained with")
+            raise training.Quit(f"{args.init}: its networks are not those of --preset {args.preset}")
     else:
         model = GramSR(cfg) if tiny else GramSR.with_prior(cfg)
         origin = "FROM SCRATCH" if tiny else "SD 2.1 and DINOv3, new adapter"

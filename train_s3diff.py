@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import training
 from degrade import RECIPES, apply, degrade, draw_plan, severity
-from models.discriminator import Discriminator, PatchDiscriminator, draw_augment, draw_rolls
+from models.discriminator import Discriminator, PatchDiscriminator
 from models.lpips import LPIPS
 from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
 from models.unet import UNetConfig, alphas_cumprod
@@ -93,8 +93,7 @@ def parse_args():
     p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new "
                    "adapters on SD-Turbo, or on the embedded tiny prior; none: random numbers, the paper's Figure 9)")
     # the paper's ablations
-    p.add_argument("--lora", default="unet+encoder", choices=PLACES,
-                   help="what gets adapters (Table 4; default unet+encoder)")
+    p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; unet+encoder)")
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
                    help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")
     p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
@@ -255,13 +254,8 @@ def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None)
     return terms, y     # Eq. S3Diff (6)
 
 
-def beside(D, x, x_src, g):
-    """What D gets beside a picture x like x_src: how to augment it; the tiny one also what it was made from."""
-    return draw_augment(x, g) if isinstance(D, Discriminator) else draw_rolls(x_src, g)
-
-
 def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
-    """Part 2. plan: of `beside`, None = Discriminator sees y as it is -> {name: loss}, y"""
+    """Part 2. plan: of `D.draw`, None = Discriminator sees y as it is -> {name: loss}, y"""
     # official: all photos, each with the good prompt; the paper: only those that have it in part 1
     y = model(x_src, scores, model.prompts[:1].expand(len(x_src), -1, -1), g)
     return {"gan": recipe.lambda_gan * D(y, "generator", plan).mean()}, y.detach()  # Eq. S3Diff (6)
@@ -272,7 +266,7 @@ def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scor
     if part != "adversary":
         lpips = lpips if part == "reconstruct" else None
         return reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g)
-    return adversary(model, D, recipe, x_src, scores, g, beside(D, x_src, x_src, g))
+    return adversary(model, D, recipe, x_src, scores, g, D.draw(x_src, x_src, g))
 
 
 def discriminator_loss(D, recipe, x, target, plan=None):
@@ -391,10 +385,10 @@ def compete(run, batch):
     run.health.step(run.G_optimizer, run.scaler)
 
     for x_src, x_tgt, _, _, g in batch:
-        training.backward(run, run.judge, x_tgt, "real", beside(run.D, x_tgt, x_src, g))
+        training.backward(run, run.judge, x_tgt, "real", run.D.draw(x_tgt, x_src, g))
     run.health.step(run.D_optimizer, run.scaler)
     for y, (x_src, _, _, _, g) in zip(fakes, batch):
-        training.backward(run, run.judge, y, "fake", beside(run.D, y, x_src, g))
+        training.backward(run, run.judge, y, "fake", run.D.draw(y, x_src, g))
     run.health.step(run.D_optimizer, run.scaler)
 
 

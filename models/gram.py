@@ -42,7 +42,7 @@ def normalised(x):
 
 def features(vit, x):
     """What the Gram loss compares, DINOv3's patches.  x: (B, 3, H, W) in [-1, 1] -> (B, N, D)"""
-    return vit.patches(normalised(x).to(vit.norm.weight.dtype)).float()
+    return vit(normalised(x).to(vit.norm.weight.dtype))[:, vit.front :].float()
 
 
 def gram(x, channels=False, normalise=True, positive=False):

@@ -103,8 +103,8 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x, C=None):
-        pad = (0, 1, 0, 1)  # trap: right and bottom only
-        return in_strips(lambda x: self.conv(F.pad(x, pad), C), x, rate=0.5)
+        # trap: padded at the right and bottom only
+        return in_strips(lambda x: self.conv(F.pad(x, (0, 1, 0, 1)), C), x, rate=0.5)
 
 
 class Upsample(nn.Module):

@@ -277,7 +277,3 @@ class DINOv3(nn.Module):
         for tokens in self.layers(x):
             pass
         return self.norm(tokens)
-
-    def patches(self, x):
-        """-> (B, N, D)"""
-        return self(x)[:, self.front:]
