@@ -197,5 +197,5 @@ def text_features(texts, folder=None):
         load_strictly(encoder, read_tensors(path), path)
         known |= {text: encoder.float()(tokenizer([text]))[0] for text in new}
         with suppress(OSError, SafetensorError), whole_file(store) as part:  # read-only: next time the same again
-            save_file({text: x for text, x in known.items() if text != "__metadata__"}, part)  # safetensors' own word
+            save_file(known, part)
     return torch.stack([known[text] for text in texts])
