@@ -174,9 +174,9 @@ def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=mat
     return w / w.sum()
 
 
-def stack_kernels(kernels, size=None):
-    """Kernels -> (n, size, size) float32, padded with zeros; size: default the largest of them."""
-    size = size or max(k["size"] for k in kernels)
+def stack_kernels(kernels):
+    """Kernels -> (n, size, size) float32, padded with zeros to the size of the largest."""
+    size = max(k["size"] for k in kernels)
     return torch.stack([F.pad(kernel(**k), ((size - k["size"]) // 2,) * 4) for k in kernels]).float()
 
 
@@ -347,7 +347,7 @@ def degrade(hq, recipe, generator, scale=4):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a folder of pictures to pairs, OUT_DIR/lq and OUT_DIR/hq.")
-    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="folder of clean pictures, with its subfolders")
+    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="clean pictures: a folder, or one")
     parser.add_argument("out_dir", type=folder, metavar="OUT_DIR", help="where lq/ and hq/ go")
     parser.add_argument("--recipe", choices=RECIPES, default="vosr", help="whose settings (default vosr)")
     parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is so much smaller (4)")
@@ -372,9 +372,6 @@ def pair(path, name, args):
 def main():
     args = parse_args()
     try:
-        if not args.hr_dir.is_dir():
-            why = "is no folder" if args.hr_dir.exists() else "no such folder"
-            raise PictureError(f"{args.hr_dir}: {why}; give one with pictures")
         names = find_pictures(args.hr_dir, print)
     except PictureError as error:
         sys.exit(f"degrade.py: {error}")

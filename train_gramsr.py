@@ -12,17 +12,12 @@
 
 A stage adds its own set and freezes those before it; the token adapter learns in all three.
 
-Nobody has published code of this training. Known: the losses and their weights, that the sets are trained in turn,
-batch 16, rank 4, learning rates, early stopping by NIQE. Inferred, and marked so below: PiSA-SR's settings where GramSR
-extends it (optimizer, CSD, degradation), step counts (from the names of the released files), that the adapter learns in
-each stage, that the losses of a stage stay in the next, that CSD's frozen UNet is told the same tokens, the form of the
-Gram matrix (--gram).
+Nobody has published code of this training. What is inferred is marked so below; what is known, tests/RESULTS.md lists.
 
-The same command again goes on where it stopped, exactly. Ctrl-C and SIGTERM save first. What may change then: --steps,
---lr, --patience, --micro-batch, --keep, --save-every and all that names the machine; anything else is refused. --out
-holds the model, laid out as the public files, for sample.py --model and the next stage's --init (with --preset tiny:
-model.safetensors), checkpoint-*.pt, log.csv, loss.png, sheet.png (LQ | result | HQ of held-out photos). With --patience
-the model is the best so far, not the last.
+The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds the model, laid out
+as the public files, for sample.py --model and the next stage's --init (with --preset tiny: model.safetensors),
+checkpoint-*.pt, log.csv, loss.png, sheet.png (LQ | result | HQ of held-out photos). With --patience the model is the
+best so far, not the last.
 """
 
 import argparse
@@ -44,13 +39,11 @@ from models.support.imaging import round8
 from models.lpips import LPIPS
 from models.support.metrics import BLOCK, niqe
 from models.s3diff import is_prior
-from models.vit import PRESETS as VITS
-from models.vit import DINOv3, DINOv3Config
+from models.vit import PRESETS as VITS, DINOv3, DINOv3Config
 from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from train_s3diff import TINY as S3DIFF_TINY
-from train_s3diff import take_over
+from train_s3diff import TINY as S3DIFF_TINY, take_over
 
 
 @dataclass
@@ -84,7 +77,6 @@ STAGES = {
     "texture": Stage(40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10),
 }
 GRAM = {"patches": {}, "channels": {"channels": True}}     # readings of the paper's figure, see models/gram.py
-PUBLIC_PARAMETERS = 5_892_768           # trained ones in any stage of the public model: 4,055,712 of the set
 TINY = GramSRConfig(
     unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3),
     prompt_tokens=S3DIFF_TINY.tokens, ranks={}, tile=1024,
@@ -104,17 +96,14 @@ PRESETS = {"sd-2.1": (GramSRConfig(ranks={}), STAGES), "tiny": (TINY, TINY_STAGE
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", required=True, choices=STAGES)
-    p.add_argument("--preset", default="sd-2.1", choices=PRESETS,
-                   help="sd-2.1 (default), or tiny: around the tiny prior of train_s3diff.py")  # fmt: skip
+    p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default); tiny: on S3Diff's prior")
     p.add_argument("--init", help="model to start from: the earlier stage's --out; stage pixel, tiny: --out "
-                   "of train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")  # fmt: skip
+                   "of train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")
     # what the paper leaves open
-    p.add_argument("--gram", choices=GRAM, help="the Gram matrix of stage texture: of pairs of patches (default) "
-                   "or of channels")  # fmt: skip
+    p.add_argument("--gram", choices=GRAM, help="the matrix of stage texture: of patches (default) or channels")
     p.add_argument("--patience", type=between(0, 10**6, whole=True),
-                   help="stop after this many evaluations without a better NIQE of the held-out pictures (without "
-                        "NIQE's parameter file: without a lower loss), and keep the best model; 0 = never "
-                        "(default 10 in stage texture, else 0)")  # fmt: skip
+                   help="stop after so many evaluations without a better NIQE of the held-out pictures (or loss, "
+                        "without its file), and keep the best model; 0 = never (default 10 in stage texture, else 0)")
     p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     training.add_arguments(p)
     args = p.parse_args()
@@ -127,14 +116,6 @@ def parse_args():
     return args
 
 
-def build_tiny(args, cfg):
-    """GramSR before its first set, around a tiny prior.  -> model, its origin"""
-    model, origin = GramSR(cfg), "FROM SCRATCH"
-    if args.init != "none":
-        origin = take_over(model, args.init, is_prior)
-    return model.float(), origin
-
-
 def build(args, cfg, stage):
     """Networks -> GramSR with its new LoRA set, LPIPS and DINOv3 for its losses (None if not needed), their origin."""
     tiny, earlier, lpips, vit = args.preset == "tiny", list(SETS)[: list(SETS).index(args.stage)], None, None
@@ -142,13 +123,14 @@ def build(args, cfg, stage):
         model, origin = GramSR.from_pretrained(args.init), f"from {args.init}"
         if list(model.cfg.ranks) != earlier:
             have, want = " and ".join(model.cfg.ranks), " and ".join(earlier)
-            raise training.Quit(f"{args.init}: has LoRA set {have}; --stage {args.stage} starts from {want}, "
-                                "the --out of the stage before it")
+            raise training.Quit(f"{args.init}: has LoRA set {have}; --stage {args.stage} starts from {want}")
         if json.dumps(asdict(replace(model.cfg, ranks={}))) != json.dumps(asdict(cfg)):
-            raise training.Quit(f"{args.init}: its networks are not those of --preset {args.preset}; "
-                                "use the preset it was trained with")
+            raise training.Quit(f"{args.init}: its networks are not those of --preset {args.preset}")
     else:
-        model, origin = build_tiny(args, cfg) if tiny else (GramSR.with_prior(cfg), "SD 2.1 and DINOv3, new adapter")
+        model = GramSR(cfg) if tiny else GramSR.with_prior(cfg)
+        origin = "FROM SCRATCH" if tiny else "SD 2.1 and DINOv3, new adapter"
+        if tiny and args.init != "none":
+            origin = take_over(model, args.init, is_prior)
         # now with numbers
         model.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
     model.add_set(args.stage, stage.rank)
@@ -209,9 +191,6 @@ def prepare(args):
     # inferred: the adapter learns in each stage; the authors release a new one with each set
     learning = [*model.lora(args.stage).values(), *model.adapter.parameters(), *eyes]
     run.params = training.freeze_all_but(model, learning)
-    if replace(model.cfg, ranks={}) == GramSRConfig(ranks={}) and run.recipe.rank == 4:
-        n = training.count(run.params)
-        assert n == PUBLIC_PARAMETERS, f"{n:,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if run.dtype != torch.float32 and args.preset != "tiny":
         in_half(model.unet, run.dtype, adapters=False)      # earlier LoRA sets go into the files as they came
     run.model, run.lpips, run.vit = (network and network.to(run.device) for network in (model, lpips, vit))

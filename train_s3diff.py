@@ -10,17 +10,13 @@ A step has four parts, each with its own backward and its own step of an optimiz
     4. fake          D is to know the pictures of part 2
 Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients.
 
-A tiny S3Diff has a tiny Stable Diffusion, trained here too, and its own estimator of the degradation; each stage goes
-on from the last:
+A tiny S3Diff (--preset tiny) has a tiny Stable Diffusion, trained here too (--stage prior), and its own estimator of
+the degradation (--stage estimator); each stage, adapters being the last, goes on from the --init that the one before
+has left.
 
-    python train_s3diff.py --preset tiny --stage prior     --data PHOTOS --out runs/prior
-    python train_s3diff.py --preset tiny --stage estimator --data PHOTOS --out runs/estimator --init runs/prior
-    python train_s3diff.py --preset tiny --stage adapters  --data PHOTOS --out runs/s3diff    --init runs/estimator
-
-The same command again goes on where it stopped, exactly. Ctrl-C and SIGTERM save first. What may change then: --steps,
---lr, --micro-batch, --keep, --save-every and all that names the machine; anything else is refused. --out holds
-s3diff.pkl, laid out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt,
-log.csv, loss.png, sheet.png (of held-out photos).
+The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds s3diff.pkl, laid
+out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv,
+loss.png, sheet.png (of held-out photos).
 """
 
 import argparse
@@ -34,14 +30,12 @@ import torch.nn.functional as F
 
 import training
 from degrade import RECIPES, apply, degrade, draw_plan, severity
-from models.clip import text_features
-from models.discriminator import Discriminator, PatchDiscriminator, draw_augment, draw_rolls
+from models.discriminator import Discriminator, PatchDiscriminator
 from models.lpips import LPIPS
-from models.s3diff import GOOD_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
+from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import TinyVAEConfig
-from models.vit import PRESETS as VITS
-from models.vit import ViT
+from models.vit import PRESETS as VITS, ViT
 from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import (EMBEDDED, PRIOR, fetch, load_strictly, read_foundation, read_tensors,
@@ -61,8 +55,7 @@ class Recipe:
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
-    looks_from: float = 0.0             # share of the steps before LPIPS and D begin; L2 alone is three times as fast
-    told_until: float = 0.0             # share of the steps with the true scores, before those of the estimator
+    looks_from: float = 0.0             # share of the steps with L2 alone and the true scores, three times as fast
     schedule: str = "constant"          # or "cosine"
     warmup: int = 0                     # steps
     ema: float = 0.0                    # decay of the average that is saved; 0 = what is trained itself
@@ -71,7 +64,6 @@ class Recipe:
     save_every: int = 500               # steps
 
 
-PUBLIC_PARAMETERS = 34_475_120          # trained ones, with S3DiffConfig() as it is
 TINY = S3DiffConfig(
     unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
                     norm_groups=16),
@@ -84,7 +76,7 @@ TINY_RECIPES = {
     "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
     "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
     "adapters": at_128(4000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", recipes=("s3diff", "s3diff", "vosr"),
-                       lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, looks_from=0.75, told_until=0.75),
+                       lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, looks_from=0.75),
 }
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
@@ -96,27 +88,20 @@ PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Tur
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", default="sd-turbo", choices=PRESETS,
-                   help="sd-turbo (default), or tiny: everything trained here")  # fmt: skip
-    p.add_argument("--stage", default="adapters", choices=PRESETS["tiny"][1],
-                   help="adapters (default); tiny only: prior, estimator")  # fmt: skip
-    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out, or with --preset "
-                   "tiny the earlier stage's (default: new adapters on SD-Turbo, or on the embedded tiny prior; "
-                   "none: random numbers, the paper's Figure 9)")  # fmt: skip
+    p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default); tiny: all trained here")
+    p.add_argument("--stage", default="adapters", choices=TINY_RECIPES, help="adapters (default); others: tiny only")
+    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new "
+                   "adapters on SD-Turbo, or on the embedded tiny prior; none: random numbers, the paper's Figure 9)")
     # the paper's ablations
-    p.add_argument("--lora", default="unet+encoder", choices=PLACES,
-                   help="what gets adapters (Table 4; default unet+encoder)")  # fmt: skip
+    p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; unet+encoder)")
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
-                   help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")  # fmt: skip
+                   help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")
     p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
-                   help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")  # fmt: skip
-    p.add_argument("--rank-unet", type=between(1, 1024, whole=True),
-                   help="rank of the UNet's adapters (Table 7; default 32)")  # fmt: skip
-    p.add_argument("--rank-vae", type=between(1, 1024, whole=True),
-                   help="rank of the VAE's adapters (Table 7; default 16, tiny 8)")  # fmt: skip
+                   help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")
+    p.add_argument("--rank-unet", type=between(1, 1024, whole=True), help="of the UNet's adapters (Table 7; 32)")
+    p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="t of the one step; below 999 with that time's noise (Table 8; default 999)")  # fmt: skip
-    p.add_argument("--paper", action="store_true", help="the good prompt as the paper prints it, not as in the code")
+                   help="t of the one step; below 999 with that time's noise (Table 8; default 999)")
     training.add_arguments(p)
     args = p.parse_args()
     if args.stage not in PRESETS[args.preset][1]:
@@ -138,12 +123,9 @@ def is_known(stage, name):
 def take_over(model, init, wanted):
     """Give a model the wanted tensors of a tiny one, in folder init or else of what is embedded.
 
-    -> a line on their origin. Raises Quit, WeightError.
+    -> a line on their origin. Raises WeightError.
     """
     path = Path(init, "model.safetensors") if init else PRIOR
-    if not path.exists():
-        raise training.Quit(f"{path}: is not there; give --init: the --out of train_s3diff.py --preset tiny "
-                            "--stage prior, or none")
     if init:
         tensors = read_tensors(path)
     else:       # the prior, and the estimator, which is in S3Diff's file
@@ -151,6 +133,7 @@ def take_over(model, init, wanted):
         tensors = read_foundation() | {k: v for k, v in known.items() if k.startswith("denet.")}
     tensors = {k: v for k, v in tensors.items() if wanted(k)}
     load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
+    model.float()       # the file has float16
     return f"from {path}"
 
 
@@ -165,7 +148,7 @@ def build_tiny(args, cfg):
         model.vae.load_state_dict(VOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
         origin = take_over(model, args.init, is_prior if args.stage == "estimator" else lambda name: True)
-    return model.float(), LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
+    return model, LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
 
 
 def build(args, cfg):
@@ -181,8 +164,6 @@ def build(args, cfg):
     else:
         model, origin = S3Diff.with_prior(cfg), "SD-Turbo with new adapters"
         model.adapt()           # now with numbers
-    if args.paper:
-        model.prompts[0] = text_features([GOOD_PAPER])[0]
     path = fetch("dino_vitbase16_pretrain.pth")
     with torch.device("meta"):
         vit = ViT(VITS["dino_vitb16"])
@@ -209,14 +190,13 @@ def draw(stage, model, hq, recipe, g, told=False):
         good = len(hq) // 2         # the others become bad
         x = torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]])
         return 2 * x - 1, (torch.arange(len(hq)) >= good).long(), g
-    if stage == "estimator":
-        lq, _, scores = degrade_and_tell(hq, recipe, g)
-        return lq, scores
-    if told:
+    if told or stage == "estimator":
         lq, lq_up, scores = degrade_and_tell(hq, recipe, g)
     else:
         lq, lq_up = degrade(hq, recipe, g)
         scores = model.estimate(lq)
+    if stage == "estimator":
+        return lq, scores
     return 2 * lq_up - 1, 2 * hq - 1, scores, torch.rand(len(hq), generator=g), g
 
 
@@ -274,13 +254,8 @@ def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None)
     return terms, y     # Eq. S3Diff (6)
 
 
-def beside(D, x, x_src, g):
-    """What D gets beside a picture x like x_src: how to augment it; the tiny one also what it was made from."""
-    return draw_augment(x, g) if isinstance(D, Discriminator) else draw_rolls(x_src, g)
-
-
 def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
-    """Part 2. plan: of `beside`, None = Discriminator sees y as it is -> {name: loss}, y"""
+    """Part 2. plan: of `D.draw`, None = Discriminator sees y as it is -> {name: loss}, y"""
     # official: all photos, each with the good prompt; the paper: only those that have it in part 1
     y = model(x_src, scores, model.prompts[:1].expand(len(x_src), -1, -1), g)
     return {"gan": recipe.lambda_gan * D(y, "generator", plan).mean()}, y.detach()  # Eq. S3Diff (6)
@@ -291,7 +266,7 @@ def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scor
     if part != "adversary":
         lpips = lpips if part == "reconstruct" else None
         return reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g)
-    return adversary(model, D, recipe, x_src, scores, g, beside(D, x_src, x_src, g))
+    return adversary(model, D, recipe, x_src, scores, g, D.draw(x_src, x_src, g))
 
 
 def discriminator_loss(D, recipe, x, target, plan=None):
@@ -353,9 +328,6 @@ def prepare(args):
     run.origin = f"train_s3diff: {args.preset} {args.stage}, {origin}"
     run.learns = partial(learns, args.stage)
     run.params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if run.learns(k)])
-    if model.cfg == S3DiffConfig():
-        n = training.count(run.params)
-        assert n == PUBLIC_PARAMETERS, f"{n:,} parameters would be trained, not {PUBLIC_PARAMETERS:,}"
     if run.dtype != torch.float32 and args.preset != "tiny":
         in_half(model.unet, run.dtype, adapters=False)      # frozen weights need no float32; official: they have it
     run.model, run.lpips, run.D = model.to(run.device), lpips.to(run.device), D.to(run.device)
@@ -373,7 +345,7 @@ def open_data(run):
     photos, hq, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
     run.recipes = [replace(RECIPES[name], branches_per=recipe.branches_per) for name in recipe.recipes]
     hq, one_by_one = hq.to(run.device), replace(run.recipes[0], branches_per="image")
-    test = draw(args.stage, run.model, hq, one_by_one, training.generator(0), told=recipe.told_until > 0)
+    test = draw(args.stage, run.model, hq, one_by_one, training.generator(0), told=recipe.looks_from > 0)
     run.test = [x.to(run.device) if torch.is_tensor(x) else x for x in test]
     run.held_out = 2 * hq - 1
     run.batches = training.batches(photos, range(run.step, recipe.steps), recipe.batch_size, run.rank, run.share,
@@ -384,14 +356,14 @@ def step(run):
     """One step of each optimizer that the stage has."""
     training.set_lr(run.G_optimizer, run.lr)
     training.set_lr(run.D_optimizer, run.recipe.lr_D or run.lr)
-    batch, recipe, progress = [], run.recipes[run.step % len(run.recipes)], run.step / run.recipe.steps
+    batch, recipe = [], run.recipes[run.step % len(run.recipes)]
+    looks = run.step / run.recipe.steps >= run.recipe.looks_from
     for i in range(run.parts):
         # the same draws, whoever computes this part
         g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
         hq = next(run.batches).to(run.device, non_blocking=True)
-        batch.append(draw(run.args.stage, run.model, hq, recipe, g, progress < run.recipe.told_until))
+        batch.append(draw(run.args.stage, run.model, hq, recipe, g, told=not looks))
 
-    looks = progress >= run.recipe.looks_from
     part = [] if run.args.stage != "adapters" else ["reconstruct" if looks else "regress"]
     for inputs in batch:
         training.backward(run, run.generate, *part, *inputs)
@@ -413,10 +385,10 @@ def compete(run, batch):
     run.health.step(run.G_optimizer, run.scaler)
 
     for x_src, x_tgt, _, _, g in batch:
-        training.backward(run, run.judge, x_tgt, "real", beside(run.D, x_tgt, x_src, g))
+        training.backward(run, run.judge, x_tgt, "real", run.D.draw(x_tgt, x_src, g))
     run.health.step(run.D_optimizer, run.scaler)
     for y, (x_src, _, _, _, g) in zip(fakes, batch):
-        training.backward(run, run.judge, y, "fake", beside(run.D, y, x_src, g))
+        training.backward(run, run.judge, y, "fake", run.D.draw(y, x_src, g))
     run.health.step(run.D_optimizer, run.scaler)
 
 
@@ -435,7 +407,7 @@ def main():
     args = parse_args()
     run = prepare(args)
     training.resume(run, ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step",
-                          "paper", "data", "init", "seed"))
+                          "data", "init", "seed"))
     for part in (run.model.unet, *run.model.vae.children()):
         part.checkpointing = args.checkpointing
     if args.compile:

@@ -2,18 +2,14 @@
 
     python train_vosr.py --stage autoencoder --data PHOTOS --out runs/ae
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
-    python train_vosr.py --stage refine      --data PHOTOS --out runs/refine  --init runs/flow
-    python train_vosr.py --stage distill     --data PHOTOS --out runs/distill --init runs/refine
-    python train_vosr.py --stage decoder     --data PHOTOS --out runs/decoder --init runs/distill
-    python train_vosr.py --stage looks       --data PHOTOS --out runs/looks   --init runs/decoder
+
+and so on from stage to stage: refine, distill, decoder, looks. Full size, on several GPUs:
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
-The same command again goes on where it stopped, exactly: photos, crops, degradations and noise are functions of
-(seed, step). Ctrl-C and SIGTERM save first. Then --steps, --lr, --micro-batch, --keep, --save-every and what names the
-machine may change; anything else is refused. --out holds the model for sample.py (EMA weights: model.safetensors, or
-args.json and checkpoints/ as the authors have them), checkpoint-*.pt, log.csv, loss.png and sheet.png (LQ | result | HQ
-of held-out photos; of an autoencoder HQ | HQ decoded).
+The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds the model for
+sample.py (EMA weights: model.safetensors, or args.json and checkpoints/ as the authors have them), checkpoint-*.pt,
+log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos; of an autoencoder HQ | HQ decoded).
 """
 
 import argparse
@@ -31,7 +27,7 @@ from models.dit import DiT, DiTConfig
 from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.lpips import LPIPS, loss_distribution
 from models.support.precision import in_half
-from models.support.weights import load_strictly, save_model, save_release
+from models.support.weights import save_model, save_release
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, VOSR, VOSRConfig
@@ -87,11 +83,9 @@ TINY_STAGES = {
     "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
     "looks": varied(700, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
 }
-CRISP = 0.35                                # what a model then shows of its edges
 TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
          "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
-ADDS = {"decoder": ("finish", 96), "looks": ("crisp", CRISP)}      # what a stage adds to TinyVAE: channels; share
-TEMPERATURES = 0.25, 1.0                    # of the results that these stages learn from
+ADDS = {"decoder": ("finish", 96), "looks": ("crisp", 0.35)}       # what a stage adds to TinyVAE: channels; share
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
@@ -138,22 +132,18 @@ def networks(args, cfg):
         model = VOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
         model.vae.load_state_dict(start.vae.state_dict(), strict=False)
         return model, None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
-    if name in ADDS and start.cfg.steps > 1:
-        raise training.Quit(f"{args.init}: takes {start.cfg.steps} steps; stage {name} learns from a one-step model")
     if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name in ADDS):
-        expected = f"what stage {name} of preset {args.preset} starts from"
-        raise training.Quit(f"{args.init}: is not {expected}: {start.cfg.dit}")
+        kind = f"{'one' if name in ADDS else 'many'}-step model of preset {args.preset}"
+        raise training.Quit(f"{args.init}: is no {kind}, from which stage {name} starts: {start.cfg.dit}")
     if name in ADDS:
         part, size = ADDS[name]
         model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, **{part: size})))
-        new = [k for k in model.state_dict() if k.startswith(f"vae.{part}.")]
-        load_strictly(model, start.state_dict(), args.init, may_miss=new)
+        model.load_state_dict(start.state_dict(), strict=False)     # all but the part
         return model, None, [f"vae.{part}"], origin
     if name != "distill":
         return start, None, ["dit", "vit"] if name == "refine" else ["dit"], origin
     teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
-    missing, unexpected = start.dit.load_state_dict(teacher.state_dict(), strict=False)
-    assert not unexpected and all(k.startswith("r_embedder.") for k in missing), (missing, unexpected)
+    start.dit.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
     kept = {k: getattr(start.cfg, k) for k in ("light_decoder", "weak", "blind")}
     start.cfg = replace(cfg, dit=start.dit.cfg, steps=1, guidance=1.0, **kept)
     return start, teacher, ["dit"], origin
@@ -169,8 +159,7 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
         return dict(zip(TERMS[name], model.vae.loss(hq, g)))
     if name in ADDS:
         z_lq = model.vae.encode(lq).float()
-        low, high = TEMPERATURES
-        T = low + (high - low) * torch.rand(len(hq), 1, 1, 1, generator=g)
+        T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)     # all temperatures that are of use
         eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
         y = decode(name, model, model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak), g)
         terms = {"L1": F.l1_loss(y, hq)}
@@ -196,12 +185,13 @@ def decode(name, model, z, g=None):
 
 
 @torch.no_grad()
-def evaluate(name, stage, model, teacher, lpips, hq, lq):
-    """Held-out loss with fixed draws, and the pictures the model makes by its own sampler.
+def evaluate(run):
+    """Of the averaged weights: held-out loss with fixed draws, PSNR over RGB of what their own sampler makes.
 
     Distillation has a moving target: there the loss is the distance from the student's one step to the teacher's 25.
-    Arguments as for `losses` -> loss, PSNR in dB over RGB, pictures like hq
+    -> {column of the log: value}, {column of the sheet: pictures}
     """
+    name, model, (hq, lq) = run.args.stage, run.ema, run.test
     if name == "autoencoder":
         sr = model.vae.decode(model.vae.encode(hq))
     else:
@@ -211,12 +201,16 @@ def evaluate(name, stage, model, teacher, lpips, hq, lq):
         sr = decode(name, model, z)
     if name == "distill":
         one = sample(lambda z, t, r: guided(model.dit, z, z_lq, feat, t, r), eps, 1)
-        many = sample(lambda z, t, r: guided(teacher, z, z_lq, feat, t, r, stage.omega), eps, 25)
+        many = sample(lambda z, t, r: guided(run.teacher, z, z_lq, feat, t, r, run.recipe.omega), eps, 25)
         loss = (one - many).square().mean()
     else:
-        loss = sum(losses(name, stage, model, teacher, lpips, hq, lq, training.generator(1)).values())
+        terms = losses(name, run.recipe, model, run.teacher, run.lpips, hq, lq, training.generator(1))
+        loss = sum(terms.values())
     sr = sr.float().clamp(-1, 1)
-    return float(loss), training.psnr(sr, hq), sr
+    sheet = {"LQ": lq, f"result, step {run.step}": sr, "HQ": hq}
+    if name == "autoencoder":
+        sheet = {"HQ": hq, f"HQ decoded, step {run.step}": sr}
+    return {"held_out": float(loss), "psnr": training.psnr(sr, hq)}, sheet
 
 
 # ---- a run, part by part; `run` holds what the parts share
@@ -287,16 +281,6 @@ def save(run):
     training.save_state(run)
 
 
-def look(run):
-    """`evaluate` of the averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
-    hq, lq = run.test
-    loss, psnr, sr = evaluate(run.args.stage, run.recipe, run.ema, run.teacher, run.lpips, hq, lq)
-    sheet = {"LQ": lq, f"result, step {run.step}": sr, "HQ": hq}
-    if run.args.stage == "autoencoder":
-        sheet = {"HQ": hq, f"HQ decoded, step {run.step}": sr}
-    return {"held_out": loss, "psnr": psnr}, sheet
-
-
 def main():
     args = parse_args()
     run = prepare(args)
@@ -308,7 +292,7 @@ def main():
     if run.world > 1:
         run.losses = training.replicate(run.model, run.losses, run.device)
     open_data(run)
-    training.fit(run, TERMS.get(args.stage, ["flow"]), step, look, save, f"VOSR {args.preset}, stage {args.stage}")
+    training.fit(run, TERMS.get(args.stage, ["flow"]), step, evaluate, save, f"VOSR {args.preset}, stage {args.stage}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Weights: text_encoder/model.safetensors (the first 23 of OpenCLIP ViT-H's 24 lay
 Left out: the image tower, the pooled vector and its projection, ids back to text, training.
 """
 
-import os
 import re
 import unicodedata
 from contextlib import suppress
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from models.support.authors import read_vocabulary
+from models.support.files import whole_file
 from models.support.weights import cache_folder, load_strictly, nearby, read_file, read_tensors
 from models.vit import MLP
 
@@ -160,9 +160,9 @@ class Layer(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP's text tower without its last layer."""
 
-    def __init__(self, cfg=None):
+    def __init__(self, cfg=TextConfig()):
         super().__init__()
-        self.cfg = cfg = cfg or TextConfig()
+        self.cfg = cfg
         self.text_model = nn.ModuleDict({
             "embeddings": Embeddings(cfg),
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(Layer(cfg) for _ in range(cfg.layers))}),
@@ -196,9 +196,6 @@ def text_features(texts, folder=None):
             encoder = TextEncoder()
         load_strictly(encoder, read_tensors(path), path)
         known |= {text: encoder.float()(tokenizer([text]))[0] for text in new}
-        with suppress(OSError, SafetensorError):  # a folder that is read-only: next time the same again
-            store.parent.mkdir(parents=True, exist_ok=True)
-            part = store.with_name(f"{store.name}.{os.getpid()}.part")
-            save_file({text: x for text, x in known.items() if text != "__metadata__"}, part)  # safetensors' own word
-            os.replace(part, store)
+        with suppress(OSError, SafetensorError), whole_file(store) as part:  # read-only: next time the same again
+            save_file(known, part)
     return torch.stack([known[text] for text in texts])

@@ -8,7 +8,8 @@ Left out: its other backbones and losses, class conditions.
                                          |-- block 8, patches ----------------> map head -> 3 x 3 logits
                                          `-- block 11, class token -----------> Linear   -> 1 logit
 
-    loss = Discriminator(vit)(x, "generator", draw_augment(x, generator))    # or "real", "fake"
+    D = Discriminator(vit)
+    loss = D(x, "generator", D.draw(x, x_src, generator))       # or "real", "fake"; x_src: what x was made from
 """
 
 from dataclasses import dataclass
@@ -150,6 +151,10 @@ class Discriminator(nn.Module):
         self.vit._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def draw(self, x, x_src, generator):
+        """What `forward` gets beside x: how to augment it."""
+        return draw_augment(x, generator)
+
     def features(self, x):
         """What DINO sees in x (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), class token (B, D)"""
         side = self.vit.cfg.img_size
@@ -162,13 +167,13 @@ class Discriminator(nn.Module):
         early, late = (tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for tokens in (early, late))
         return early, late, last[:, 0]
 
-    def logits(self, x, plan=None):
-        """One tensor a level. plan: None = x as it is."""
-        return self.decoder[0](*self.features(x if plan is None else augment(x, plan)))
-
     def forward(self, x, target, plan=None):
-        """Loss of x: (B, 3, H, W) in [-1, 1]; target: real, fake, or generator (a fake to pass as real) -> (B, 1)"""
-        return multilevel_loss(self.logits(x, plan), target)
+        """Loss of x: (B, 3, H, W) in [-1, 1].
+
+        target: real, fake, or generator (a fake to pass as real); plan: of `draw`, None = x as it is -> (B, 1)
+        """
+        x = x if plan is None else augment(x, plan)
+        return multilevel_loss(self.decoder[0](*self.features(x)), target)
 
 
 class PatchDiscriminator(nn.Module):
@@ -187,8 +192,12 @@ class PatchDiscriminator(nn.Module):
         # not normalised: logits may be large
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (*widths[2:], widths[-1]))
 
+    def draw(self, x, x_src, generator):
+        """What `forward` gets beside x: the enlarged LQ pictures x_src (B, 3, H, W), and offsets to roll both by."""
+        return x_src, torch.randint(8, (len(x_src), 2), generator=generator, device=generator.device).tolist()
+
     def forward(self, x, target, plan):
-        """x: (B, 3, H, W) in [-1, 1]; plan: of `draw_rolls` -> (B, 1)"""
+        """x: (B, 3, H, W) in [-1, 1]; plan: of `draw` -> (B, 1)"""
         x_src, offsets = plan
         h, logits = torch.cat([x, x_src], dim=1), []
         h = torch.stack([one.roll(offset, (1, 2)) for one, offset in zip(h, offsets)])
@@ -196,8 +205,3 @@ class PatchDiscriminator(nn.Module):
             h = F.leaky_relu(layer(h), 0.2)
             logits.append(h)
         return multilevel_loss([head(h) for head, h in zip(self.heads, logits[1:])], target)
-
-
-def draw_rolls(x_src, generator):
-    """What PatchDiscriminator gets beside pictures: enlarged LQ ones, x_src (B, 3, H, W), and offsets for both."""
-    return x_src, torch.randint(8, (len(x_src), 2), generator=generator, device=generator.device).tolist()

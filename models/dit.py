@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.support.precision import ExactConv2d, ExactLinear
+from models.support.strips import Checkpointing
 from models.vit import MLP, PatchEmbed
 
 
@@ -198,7 +198,7 @@ class Rope(nn.Module):
         self.register_buffer("freqs_sin", sin)
 
 
-class DiT(nn.Module):
+class DiT(Checkpointing, nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -213,7 +213,6 @@ class DiT(nn.Module):
         self.mlp_ca = MLP(cfg.z_dims, cfg.encdim_ratio * D, D, gelu="tanh")
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(D, cfg.patch_size**2 * cfg.out_channels)
-        self.checkpointing = False
         self.init_weights()
 
     @torch.no_grad()
@@ -242,10 +241,6 @@ class DiT(nn.Module):
             rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
             cos, sin = rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)
         return torch.complex(cos[:, ::2], sin[:, ::2])
-
-    def context(self, feat):
-        """Visual tokens (B, M, z_dims) -> (B, M, D); zeros become the constant mlp_ca(layer_norm.bias)."""
-        return self.mlp_ca(self.layer_norm(feat))
 
     def unpatchify(self, x, h, w):
         """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token holds (row, column, channel)."""
@@ -281,11 +276,8 @@ class DiT(nn.Module):
         if self.r_embedder:
             c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)  # exactly c(t) where r = t
         c0 = self.t_block(c).unflatten(-1, (6, -1))
-        ctx = None if cache else self.context(feat)
-        no_ctx, rope = self.mlp_ca(self.layer_norm.bias), self.rope(h, w, x.device)
+        ctx = None if cache else self.mlp_ca(self.layer_norm(feat))  # (n, M, D)
+        no_ctx, rope = self.mlp_ca(self.layer_norm.bias), self.rope(h, w, x.device)  # what tokens of zeros become
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, ctx, no_ctx, c0, rope, use_reentrant=False)
-            else:
-                x = block(x, ctx, no_ctx, c0, rope, None if cache is None else cache.setdefault(i, {}))
+            x = self.run(block, x, ctx, no_ctx, c0, rope, None if cache is None else cache.setdefault(i, {}))
         return self.unpatchify(self.final_layer(x, c), h, w)

@@ -66,20 +66,20 @@ class Draws:
     g: torch.Tensor | None = None   # (B,) Beta(1, 1), which is uniform: r = t (1 - g), distillation only
 
     @classmethod
-    def flow(cls, z, generator, lognorm=None, weak=(0.05, 0.25)):
-        """For `loss_flow`. lognorm: mu, sigma of t = sigmoid(sigma N + mu), None = uniform; weak: range of w."""
+    def flow(cls, z, generator, lognorm=None):
+        """For `loss_flow`. lognorm: mu, sigma of t = sigmoid(sigma N + mu), None = uniform."""
         t, n, eps, m, xi, u = draw(z, generator)
-        t, (low, high) = t[:, 0], weak
+        t = t[:, 0]
         if lognorm is not None:
             mu, sigma = lognorm
             t = torch.sigmoid(sigma * torch.special.ndtri(t) + mu)
-        return cls(t, n, eps, m, xi, low + (high - low) * u[0])
+        return cls(t, n, eps, m, xi, 0.05 + 0.2 * u[0])
 
     @classmethod
-    def distill(cls, z, generator, weak=0.1):
-        """For `loss_distill`. weak: w, a constant."""
+    def distill(cls, z, generator):
+        """For `loss_distill`."""
         t, n, eps, m, xi, g = draw(z, generator)
-        return cls(t, n, eps, m, xi, torch.tensor(weak, device=z.device), g)
+        return cls(t, n, eps, m, xi, torch.tensor(0.1, device=z.device), g)
 
 
 def draw(z, generator):

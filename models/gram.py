@@ -3,7 +3,7 @@
 Papers:  GramSR, 2604.25457; CSD, 2310.19415, as in PiSA-SR, 2412.03017; Gram matrices as in DINOv3, 2508.10104.
 Left out: CSD in half precision throughout, as PiSA-SR computes it.
 
-GramSR published no training code. CSD is that of PiSA-SR, which it extends; the Gram loss is a reading of a figure.
+CSD is that of PiSA-SR, which GramSR extends; the Gram loss is a reading of a figure.
 """
 
 import torch
@@ -42,7 +42,7 @@ def normalised(x):
 
 def features(vit, x):
     """What the Gram loss compares, DINOv3's patches.  x: (B, 3, H, W) in [-1, 1] -> (B, N, D)"""
-    return vit.patches(normalised(x).to(vit.norm.weight.dtype)).float()
+    return vit(normalised(x).to(vit.norm.weight.dtype))[:, vit.front :].float()
 
 
 def gram(x, channels=False, normalise=True, positive=False):

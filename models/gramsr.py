@@ -10,7 +10,6 @@ The enlarged picture goes two ways: through the VAE to a latent, which the UNet 
 answer -> picture. Three LoRA sets, one a loss (gram.py), have a scale each in use.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from models.gram import normalised
 from models.lora import ALPHA, LoRA, add_lora
 from models.support.authors import last_step, with_step
+from models.support.files import whole_file
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
@@ -246,12 +246,11 @@ class GramSR(nn.Module):
         return {"model": model, "texture": texture, "adapter": stored(self.adapter.state_dict())}
 
     def save_release(self, folder, step):
-        """Write `release`, with step in the files' names, each under a temporary name first.  -> names"""
+        """Write `release`, with step in the files' names.  -> names"""
         names = []
         for key, content in self.release().items():
             if content:
                 names.append(with_step(RELEASE[key], step))
-                path = Path(folder, names[-1])
-                (save_file if key == "texture" else torch.save)(content, f"{path}.part")
-                os.replace(f"{path}.part", path)
+                with whole_file(path := Path(folder, names[-1]), f"{path}.part") as part:
+                    (save_file if key == "texture" else torch.save)(content, part)
         return names

@@ -127,7 +127,7 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
 # ---- S3Diff: the degradation decides
 
 
-def kaiming(c_in, c_out, scale=1e-5):
+def kaiming(c_in, c_out):
     """A Linear that starts almost at zero, so that C does, about 1e-10 after two of them.
 
     Trap: B starts at zero, too, and B C A has no gradient where two factors vanish. The adapters leave this saddle
@@ -135,7 +135,7 @@ def kaiming(c_in, c_out, scale=1e-5):
     """
     layer = nn.Linear(c_in, c_out)
     nn.init.kaiming_normal_(layer.weight)
-    layer.weight.data.mul_(scale)
+    layer.weight.data.mul_(1e-5)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -158,9 +158,8 @@ class Modulation(nn.Module):
 
     def matrices(self, network, scores):
         """network: vae or unet; scores: (B, 2) in [0, 1] -> C (B, blocks, r, r)"""
-        de_mlp, block_mlp, fuse_mlp, block = {
-            "vae": (self.vae_de_mlp, self.vae_block_mlp, self.vae_fuse_mlp, self.vae_block),
-            "unet": (self.unet_de_mlp, self.unet_block_mlp, self.unet_fuse_mlp, self.unet_block)}[network]
+        de_mlp, block_mlp, fuse_mlp, block = (getattr(self, f"{network}_{part}")
+                                              for part in ("de_mlp", "block_mlp", "fuse_mlp", "block"))
         angle = 2 * math.pi * scores[..., None] * self.w  # (B, 2, 64)
         d = de_mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1))  # Eq. S3Diff (2)
         e = block_mlp(block.weight)

@@ -75,8 +75,6 @@ class LPIPS(nn.Module):
 
     def __init__(self, net="vgg"):
         super().__init__()
-        if net not in NETS:
-            raise ValueError(f"unknown LPIPS net {net!r}; choose from {', '.join(NETS)}")
         trunk, self.taps, self.smallest, _ = NETS[net]
         self.eps = FAINT if net == "random" else EPS
         self.features = nn.Sequential(*trunk())

@@ -206,9 +206,9 @@ def take_first_frame(module, state_dict, prefix, *_):
 class QwenVAE(nn.Module):
     """Qwen-Image's autoencoder, with the interface of vae.VAE; latents are (B, 16, h, w)."""
 
-    def __init__(self, config=None):
+    def __init__(self, config=QwenVAEConfig()):
         super().__init__()
-        self.config = c = config or QwenVAEConfig()
+        self.config = c = config
         if not c.z_dim == len(c.latents_mean) == len(c.latents_std):
             means, deviations = len(c.latents_mean), len(c.latents_std)
             raise ValueError(f"{c.z_dim} latent channels, but {means} means and {deviations} deviations")

@@ -72,13 +72,6 @@ class S3DiffConfig:
         return S3DiffConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"])})
 
 
-def pick(C, numbers):
-    """C of a batch for some of its pictures, by their numbers; one C for all stays one, which lora.py can fold."""
-    def rows(M):
-        return M if len(M) == 1 else torch.cat([M[i : i + 1] for i in numbers])
-    return C and [{adapter: rows(M) for adapter, M in block.items()} for block in C]
-
-
 class S3Diff(nn.Module):
     SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]  # of sample.py: rows, columns
 
@@ -136,24 +129,24 @@ class S3Diff(nn.Module):
         """Noise by both prompts, in one batch.  z: (B, 4, h, w); prompts: (2, 77, D) good, bad -> like z"""
         if guidance == 1:
             return self.unet(z, t, prompts[:1].expand(len(z), -1, -1), C)
-        twice = pick(C, [*range(len(z))] * 2)
+        # one C for all stays one, which lora.py can fold
+        twice = C and [{name: M if len(M) == 1 else M.repeat(2, 1, 1) for name, M in block.items()} for block in C]
         good, bad = self.unet(z.repeat(2, 1, 1, 1), t, prompts.repeat_interleave(len(z), dim=0), twice).chunk(2)
         return bad + guidance * (good - bad)        # Eq. S3Diff (5)
 
     def predict(self, z, t, prompts, C, guidance, tile, overlap):
-        """`guided`, picture by picture in tiles where z has more cells than one.  tile, overlap: pixels -> like z"""
+        """`guided`, in tiles where z has more cells than one; then B is 1.  tile, overlap: pixels -> like z"""
         f, (h, w) = self.vae.factor, z.shape[-2:]
         if h * w <= (tile // f) ** 2:
             return self.guided(z, t, prompts, C, guidance)
         side = min(max(tile // f, 8), h, w)         # the UNet halves it three times
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
-        parts = []
-        for i, picture in enumerate(z.split(1)):
-            def on_tiles(tiles, _, mine=pick(C, [i])):
-                return self.guided(tiles, t, prompts, mine, guidance)
-            # official: the window's centre lies half a cell too low
-            parts.append(blend_tiles(on_tiles, picture, boxes, TILES_AT_ONCE, down=0.5))
-        return torch.cat(parts)
+
+        def on_tiles(tiles, _):
+            return self.guided(tiles, t, prompts, C, guidance)
+
+        # official: the window's centre lies half a cell too low
+        return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE, down=0.5)
 
     @torch.no_grad()
     def estimate(self, lq):
@@ -163,7 +156,7 @@ class S3Diff(nn.Module):
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, noise=None, blur=None, guidance=None, prompt=None, negative_prompt=None,
                 start_step=None, crisp=None, tile=0, overlap=0, color="wavelet", paper=False):
-        """Super-resolution of pictures of one size.
+        """Super-resolution of one picture, or of several of one size that fit in a tile.
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each picture its own
         prompt, negative_prompt: texts instead of GOOD, BAD; start_step: below 999 noise is added (by seed)

@@ -217,9 +217,9 @@ class UpBlock(nn.Module):
 
 
 class UNet(Checkpointing, nn.Module):
-    def __init__(self, cfg=None):
+    def __init__(self, cfg=UNetConfig()):
         super().__init__()
-        self.cfg = cfg = cfg or UNetConfig()
+        self.cfg = cfg
         w, nh, last = cfg.widths, cfg.num_heads, len(cfg.widths) - 1
         self.conv_in = ExactConv2d(cfg.in_channels, w[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(w[0], 4 * w[0])

@@ -103,8 +103,8 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x, C=None):
-        pad = (0, 1, 0, 1)  # trap: right and bottom only
-        return in_strips(lambda x: self.conv(F.pad(x, pad), C), x, rate=0.5)
+        # trap: padded at the right and bottom only
+        return in_strips(lambda x: self.conv(F.pad(x, (0, 1, 0, 1)), C), x, rate=0.5)
 
 
 class Upsample(nn.Module):
@@ -203,9 +203,9 @@ def draw(mean, std, generator=None):
 class VAE(nn.Module):
     """Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance."""
 
-    def __init__(self, config=None):
+    def __init__(self, config=VAEConfig()):
         super().__init__()
-        self.config = c = config or VAEConfig()
+        self.config = c = config
         self.factor = 2 ** (len(c.widths) - 1)  # pixels per latent cell side
         self.blocks = len(c.widths) + 2  # of the encoder, that adapters tell apart
         self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)

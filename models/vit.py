@@ -15,7 +15,6 @@ Each patch of a picture becomes a token, a class token (and in DINOv3 four regis
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn as nn
@@ -170,13 +169,10 @@ class ViT(nn.Module):
 
     def forward(self, x, layer=None):
         """Patch tokens.  x as in `layers`; layer: after this block, None = last and final norm -> (B, N, D)"""
-        tokens = take(self.layers(x), len(self.blocks) - 1 if layer is None else layer)
-        return (self.norm(tokens) if layer is None else tokens)[:, 1:]
-
-
-def take(outputs, i):
-    """Output i of a generator."""
-    return next(islice(outputs, i, None))
+        for i, tokens in enumerate(self.layers(x)):
+            if i == layer:
+                return tokens[:, 1:]
+        return self.norm(tokens)[:, 1:]
 
 
 # ---- DINOv3
@@ -269,18 +265,15 @@ class DINOv3(nn.Module):
         return F.pad(cos, (0, 0, self.front, 0), value=1.0), F.pad(sin, (0, 0, self.front, 0))
 
     def layers(self, x):
-        """As ViT's -> yields (B, 1 + registers + N, D)"""
+        """As ViT's -> yields (B, 1 + registers + N, D): class, registers, patches"""
         p = self.cfg.patch_size
         tokens, rope = self.embeddings(x), self.rope(x.shape[-2] // p, x.shape[-1] // p, x.device)
         for block in self.layer:
             tokens = block(tokens, rope)
             yield tokens
 
-    def forward(self, x, layer=None):
-        """All tokens: class, registers, patches; arguments as ViT's -> (B, 1 + registers + N, D)"""
-        tokens = take(self.layers(x), len(self.layer) - 1 if layer is None else layer)
-        return self.norm(tokens) if layer is None else tokens
-
-    def patches(self, x, layer=None):
-        """-> (B, N, D)"""
-        return self(x, layer)[:, self.front:]
+    def forward(self, x):
+        """All tokens after the final norm; x as in `layers` -> (B, 1 + registers + N, D)"""
+        for tokens in self.layers(x):
+            pass
+        return self.norm(tokens)

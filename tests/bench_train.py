@@ -91,13 +91,13 @@ def s3diff(args, hq, device, dtype):
 
     def adversary():
         D.requires_grad_(False)
-        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.adversary(model, D, recipe, x_src, scores, g, train_s3diff.beside(D, x_src, x_src, g)))
+        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.adversary(model, D, recipe, x_src, scores, g, D.draw(x_src, x_src, g)))
         D.requires_grad_(True)
 
     def judge():
         for target in ("real", "fake"):
             part(D_step, lambda x_src, x_tgt, scores, u, g:
-                 train_s3diff.discriminator_loss(D, recipe, x_tgt, target, train_s3diff.beside(D, x_tgt, x_src, g)))
+                 train_s3diff.discriminator_loss(D, recipe, x_tgt, target, D.draw(x_tgt, x_src, g)))
 
     def whole():
         reconstruct(), adversary(), judge()

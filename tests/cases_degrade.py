@@ -132,7 +132,7 @@ def pipeline(case, get):
     )  # fmt: skip
     outputs = {f"step{i:02}_{name}": x for i, (name, x) in enumerate(steps, 1)}
     for name, k in (("kernel1", k1), ("kernel2", k2), ("final_sinc", sinc)):
-        k = stack_kernels(k, 21) * 441
+        k = stack_kernels([*k, PULSE | {"size": 21}])[:-1] * 441
         outputs[f"{name}_times_441"] = k if s3diff else k[0]
     if s3diff:
         return outputs | {"gt": 2 * hq - 1, "lr": lq, "lr_upsampled": (2 * lq_up - 1).clamp(-1, 1)}

@@ -77,7 +77,7 @@ def dit(case, get):
     if "small" in case["inputs"]:
         small, side = tensors(get, "small")[0], torch.arange(model.side).float()
         cos, sin = rope_table(side, side, model.cfg.hidden_size // model.cfg.num_heads)
-        out |= {"context": model.context(z), "context_small": model.context(0.003 * z), "time": model.t_embedder(t),
+        out |= {"context": model.mlp_ca(model.layer_norm(z)), "context_small": model.mlp_ca(model.layer_norm(0.003 * z)), "time": model.t_embedder(t),
                 "norm_small": model.blocks[0].norm1(0.001 * small), "rope_cos": cos, "rope_sin": sin}
     return out
 

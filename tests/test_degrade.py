@@ -119,7 +119,7 @@ def test_unknown_noise_is_an_error():
 
 def test_blur_of_the_true_size_is_the_padded_one():
     k, x = [{"type": "aniso", "size": 7, "sigma_x": 2.0, "sigma_y": 0.7, "theta": 0.5}], pictures()
-    assert torch.allclose(blur(x, stack_kernels(k)), blur(x, stack_kernels(k, 21)), atol=1e-6)
+    assert torch.allclose(blur(x, stack_kernels(k)), blur(x, stack_kernels([*k, PULSE | {"size": 21}])[:1]), atol=1e-6)
     assert torch.equal(blur(x, stack_kernels([module.PULSE])), x)
 
 
@@ -224,15 +224,23 @@ def test_command_refuses_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
         tar.add(folder / "0.png", "0.png")
-    for args, reason in (((tmp_path / "nowhere", tmp_path / "out"), "no such folder"),
-                         ((folder, folder / "out"), "lies inside"),
-                         ((tmp_path / "tars", tmp_path / "out"), "no pictures in this folder, only 1 x .tar"),
-                         ((folder / "0.png", tmp_path / "out"), "is no folder")):
+    for args, reason in (((folder, folder / "out"), "lies inside"),
+                         ((tmp_path / "tars", tmp_path / "out"), "no pictures in this folder, only 1 x .tar")):
         monkeypatch.setattr(sys, "argv", ["degrade.py", *map(str, args)])
         with pytest.raises(SystemExit, match=reason) as stop:
             module.main()
         assert "\n" not in stop.value.code  # a string: one line on stderr, exit status 1
     assert list(files(folder)) == ["0.png"]
+
+
+@pytest.mark.parametrize("name, status, words", [("0.png", 0, ""), ("nowhere", 1, "no such file; check the spelling")])
+def test_command_on_one_picture(tmp_path, monkeypatch, capsys, name, status, words):
+    folder = save_photos(tmp_path / "hr", [(40, 40)])
+    monkeypatch.setattr(sys, "argv", ["degrade.py", str(folder / name), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == status and words in capsys.readouterr().err
+    assert set(files(tmp_path / "out")) == ({"lq/0.png", "hq/0.png"} if status == 0 else set())
 
 
 def test_severity_knows_the_plan():

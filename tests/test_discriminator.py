@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases_vosr import fill_module
 
-from models.discriminator import (AugmentPlan, Blur, Discriminator, PatchDiscriminator, augment, draw_augment, draw_rolls,
+from models.discriminator import (AugmentPlan, Blur, Discriminator, PatchDiscriminator, augment, draw_augment,
                                   multilevel_loss)
 from models.vit import PRESETS, ViT, ViTConfig
 from models.support.weights import load_strictly
@@ -47,7 +47,7 @@ def test_shapes_and_levels():
     D, x = make(), pictures()
     assert [tuple(f.shape) for f in D.features(x)] == [(2, 12, 14, 14), (2, 12, 14, 14), (2, 12)]
     D.eval()                                                        # else each call is another estimate of the spectral norms
-    logits = D.logits(x)
+    logits = D.decoder[0](*D.features(x))
     assert [tuple(level.shape) for level in logits] == [(2, 3, 3), (2, 3, 3), (2, 1)]
     for target in ("real", "fake", "generator"):
         loss = D(x, target)
@@ -188,9 +188,9 @@ def test_tiny_discriminator_rolls_pictures():
     """By offsets of their own, both alike; over them the gradient of a flat picture has no lattice left."""
     torch.manual_seed(0)
     D, (x, x_src) = PatchDiscriminator(8).eval(), (pictures(2, 32, 48), pictures(2, 32, 48).flip(0))
-    _, offsets = draw_rolls(x_src, torch.Generator().manual_seed(0))
-    assert offsets == draw_rolls(x_src, torch.Generator().manual_seed(0))[1] and offsets[0] != offsets[1]
-    many = sum(draw_rolls(torch.zeros(400, 3, 8, 8), torch.Generator())[1], [])
+    (_, offsets), again = (D.draw(x, x_src, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert offsets == again[1] and offsets[0] != offsets[1]
+    many = sum(D.draw(None, torch.zeros(400, 3, 8, 8), torch.Generator())[1], [])
     assert set(many) == set(range(8))
     rolled = [torch.stack([p.roll(offset, (1, 2)) for p, offset in zip(batch, offsets)]) for batch in (x, x_src)]
     still = [[0, 0]] * 2

@@ -99,7 +99,7 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
 def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
     """At first the picture is the one without it; then only it has changed, and distilled models only are taken."""
     train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
-    with pytest.raises(training.Quit, match="takes 2 steps; stage decoder learns from a one-step model"):
+    with pytest.raises(training.Quit, match="is no one-step model of preset small, from which stage decoder starts"):
         launch(monkeypatch, photos, tmp_path / "no", "decoder", "--init", tmp_path / "flow")
     before = train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
     after = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)
@@ -123,7 +123,7 @@ def test_looks_add_edges(monkeypatch, photos, autoencoder, tmp_path):
     rows = list(csv.DictReader(open(tmp_path / "looks" / "log.csv")))
     assert all(float(rows[-1][name]) > 0 for name in train_vosr.TERMS["looks"])
     model, lq = VOSR.from_pretrained(tmp_path / "looks"), torch.rand(1, 3, 16, 16)
-    faithful, half, crisp = (model.upscale(lq, crisp=c, color="none") for c in (0, train_vosr.CRISP, 1))
+    faithful, half, crisp = (model.upscale(lq, crisp=c, color="none") for c in (0, train_vosr.ADDS["looks"][1], 1))
     assert torch.equal(faithful, VOSR.from_pretrained(tmp_path / "decoder").upscale(lq, color="none"))
     assert not torch.equal(faithful, crisp) and torch.equal(half, model.upscale(lq, color="none"))
 

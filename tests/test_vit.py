@@ -52,15 +52,17 @@ def test_built_without_numbers_it_works_once_loaded(cfg):
 
 @pytest.mark.parametrize("cfg", SIZES.values(), ids=SIZES)
 def test_outputs_of_blocks(cfg):
-    model, front = fill_module(build(cfg)), 0 if isinstance(cfg, DINOv3Config) else 1       # ViT drops its class token
+    model, old = fill_module(build(cfg)), isinstance(cfg, ViTConfig)
     x = picture(model)
     outputs = list(model.layers(x))
     assert len(outputs) == cfg.depth and not torch.equal(outputs[0], outputs[1])
+    assert torch.equal(model(x), model.norm(outputs[-1])[:, old:])      # ViT drops its class token
+    if not old:
+        return
     for layer, tokens in enumerate(outputs):
-        assert torch.equal(model(x, layer), tokens[:, front:])
-    assert torch.equal(model(x), model.norm(outputs[-1])[:, front:])
+        assert torch.equal(model(x, layer), tokens[:, 1:])
     ran = []
-    for block in getattr(model, "blocks", None) or model.layer:
+    for block in model.blocks:
         block.register_forward_hook(lambda *_: ran.append(1))
     model(x, 1)
     assert len(ran) == 2                                        # what is not asked for is not computed
@@ -99,7 +101,7 @@ def test_dinov3_equals_transformers(gated):
         with torch.no_grad():
             tokens = model(x)
             assert torch.allclose(tokens, reference(x).last_hidden_state, atol=2e-5)
-            assert torch.equal(model.patches(x), tokens[:, 5:]) and tokens.shape == (B, 5 + h * w, 48)
+            assert model.front == 5 and tokens.shape == (B, 5 + h * w, 48)
 
 
 def test_rotation_knows_only_the_way_between_two_patches():
