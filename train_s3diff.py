@@ -182,7 +182,7 @@ def learns(stage, name):
 
 
 def draw(stage, model, hq, recipe, g, told=False):
-    """What the losses of a stage take.
+    """What the losses of a stage take: arguments of `denoise`, `tell`, or `reconstruct` (from x_src on).
 
     hq: (B, 3, H, W) photos in [0, 1]; recipe: of degrade.py; g: generator of all draws; told: scores as the plans say
     """
@@ -262,7 +262,7 @@ def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
 
 
 def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scores, u, g):
-    """Parts 1 and 2 as one function of the model, which DDP can wrap."""
+    """Parts 1 and 2 as one function, which DDP can wrap.  part: reconstruct, regress (without LPIPS), adversary"""
     if part != "adversary":
         lpips = lpips if part == "reconstruct" else None
         return reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g)
@@ -377,7 +377,7 @@ def step(run):
 def compete(run, batch):
     """Parts 2 to 4: generator against discriminator."""
     fakes = []
-    # official: D keeps what this backward leaves in it, and learns a little to be deceived
+    # official: D is not frozen here, so what this leaves in its gradients teaches it a little to be deceived
     run.D.requires_grad_(False)
     for inputs in batch:
         fakes += training.backward(run, run.generate, "adversary", *inputs)

@@ -135,22 +135,22 @@ def target_shortcut(u, z_t, t, r):
     return (u1 + u2) / 2  # Eq. shortcut
 
 
-def correction_rcgm(student, z_t, t, r, u, v, delta=0.01, N=2):
-    """Recursive consistency: go a short way delta along the teacher's v, the rest along the student, compare with u.
+def correction_rcgm(u, z_t, t, r, u_t, v, delta=0.01, N=2):
+    """Recursive consistency: go a short way delta along the teacher's v, the rest along the student, compare with u_t.
 
-    z_t, u, v: (B, C, h, w) state, the student's velocity on [t, r], the teacher's at t; t, r: (B,)
-    -> like u: what it has too much, over delta; 0 when u is the average velocity of the teacher's flow
+    u: the student, (z_t, t, r) -> velocity; z_t, u_t, v: (B, C, h, w) state, u(z_t, t, r), the teacher's velocity at t
+    t, r: (B,) -> like u_t: what it has too much, over delta; 0 when it is the average velocity of the teacher's flow
     """
     t_m = torch.maximum(t - delta, r)
     z = z_t - column(t - t_m) * v
     step = (t_m - r) / N
     way = torch.zeros_like(z)  # F: the way from t_m to r
     for k in range(N):
-        u_k = student(z, t_m - k * step, t_m - (k + 1) * step)
+        u_k = u(z, t_m - k * step, t_m - (k + 1) * step)
         z, way = z - column(step) * u_k, way + column(step) * u_k
     d = column((t - r).clamp(min=1e-6))
-    near = column(t < r + delta + 1e-6)  # then t_m = r and F = 0: u shall be v
-    return torch.where(near, u - way / d, (u * d - way) / delta) - v  # Eq. RCGM
+    near = column(t < r + delta + 1e-6)  # then t_m = r and F = 0: u_t shall be v
+    return torch.where(near, u_t - way / d, (u_t * d - way) / delta) - v  # Eq. RCGM
 
 
 def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, cfg_ratio=0.1, strength=(5.0, 1.0),

@@ -16,7 +16,7 @@ CSD_TIMES = 20, 500     # t is drawn from 20 .. 499, as by PiSA-SR's script
 
 
 def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
-    """Classifier score distillation: what guidance would change about a latent, the latent should have changed already.
+    """Classifier score distillation: where guidance would move a latent, the latent is moved.
 
     Noise is added, and a frozen UNet takes it away twice: without context, and with guidance towards it. The difference
     of the two clean latents is the gradient that z gets; the loss itself says little.

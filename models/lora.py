@@ -39,11 +39,14 @@ class LoRA:
 
     def adapters(self, C):
         """-> (A, B, s, the paper's C or None) of every adapter that is on"""
-        return [(A, self.lora_B[name], self.s[name], C and C[name].mT)  # as officially, ours is its transpose
+        return [(A, self.lora_B[name], self.s[name], C and C[name].mT)  # kept transposed, as officially
                 for name, A in self.lora_A.items() if C is None or name in C]
 
     def forward(self, x, C=None):
-        """y = W x + s B C A x, summed over adapters.  (B, ...) -> (B, ...) as the base layer"""
+        """y = W x + s B C A x, summed over adapters.  (B, ...) -> (B, ...) as the base layer
+
+        In training as it stands here; in use mostly folded into one weight, which costs less.
+        """
         # On a GPU launches cost more than folding; compiled, a size must not decide about the graph.
         always = x.is_cuda or torch.compiler.is_compiling()
         if self.lora_A and self.folding_pays(math.inf if always else self.pixels(x), C):
@@ -127,11 +130,12 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
 # ---- S3Diff: the degradation decides
 
 
-def kaiming(c_in, c_out):
+def almost_zero(c_in, c_out):
     """A Linear that starts almost at zero, so that C does, about 1e-10 after two of them.
 
     Trap: B starts at zero, too, and B C A has no gradient where two factors vanish. The adapters leave this saddle
-    because Adam divides tiny gradients by their own size, which half precision would round away.
+    because Adam divides a gradient by its size plus 1e-8, and B and C then feed each other; half precision would round
+    their first gradients away.
     """
     layer = nn.Linear(c_in, c_out)
     nn.init.kaiming_normal_(layer.weight)
@@ -149,9 +153,9 @@ class Modulation(nn.Module):
 
         def parts(r, blocks):
             """MLPs of scores and of block, the layer that joins them, and a vector e for each block id."""
-            de_mlp = nn.Sequential(kaiming(4 * fourier, 4 * fourier), nn.ReLU())
-            block_mlp = nn.Sequential(kaiming(D, D), nn.ReLU())
-            return de_mlp, block_mlp, kaiming(4 * fourier + D, r * r), nn.Embedding(blocks, D)
+            de_mlp = nn.Sequential(almost_zero(4 * fourier, 4 * fourier), nn.ReLU())
+            block_mlp = nn.Sequential(almost_zero(D, D), nn.ReLU())
+            return de_mlp, block_mlp, almost_zero(4 * fourier + D, r * r), nn.Embedding(blocks, D)
 
         self.vae_de_mlp, self.vae_block_mlp, self.vae_fuse_mlp, self.vae_block = parts(r_vae, vae_blocks)
         self.unet_de_mlp, self.unet_block_mlp, self.unet_fuse_mlp, self.unet_block = parts(r_unet, unet_blocks)
@@ -161,8 +165,8 @@ class Modulation(nn.Module):
         de_mlp, block_mlp, fuse_mlp, block = (getattr(self, f"{network}_{part}")
                                               for part in ("de_mlp", "block_mlp", "fuse_mlp", "block"))
         angle = 2 * math.pi * scores[..., None] * self.w  # (B, 2, 64)
-        d = de_mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1))  # Eq. S3Diff (2)
-        e = block_mlp(block.weight)
+        d = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # Eq. S3Diff (2)
+        d, e = de_mlp(d), block_mlp(block.weight)
         d, e = d[:, None].expand(-1, len(e), -1), e.expand(len(d), -1, -1)
         C = fuse_mlp(torch.cat([d, e], dim=-1))  # Eq. S3Diff (4)
         return C.unflatten(-1, (math.isqrt(C.shape[-1]), -1))

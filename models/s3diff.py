@@ -101,7 +101,7 @@ class S3Diff(nn.Module):
         return [{ADAPTER[network]: M} for M in C.unbind(1)]
 
     def start(self, z, t, generator=None):
-        """What the UNet gets: at 999 the LQ latent as it is, S3Diff's point; else noisy.  z: (B, 4, h, w) -> like z"""
+        """What the UNet gets: at 999 z itself, else what that time makes of it.  z: (B, 4, h, w) LQ latent -> like z"""
         if t == 999:
             return z
         a = alphas_cumprod()[t].item()      # the paper's Table 8; the released code has 999 alone
