@@ -296,7 +296,8 @@ class Crisp(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def edges(self, x):
-        h = self.up(self.deep(self.conv_in(F.pixel_unshuffle(x, 2))))
+        half, x = (y.to(memory_format=torch.channels_last) for y in (F.pixel_unshuffle(x, 2), x))   # faster on CPUs
+        h = self.up(self.deep(self.conv_in(half)))
         return self.conv_out(self.fine(F.interpolate(h, scale_factor=2, mode="bilinear") + self.conv_x(x)))
 
     def forward(self, x, generator=None):

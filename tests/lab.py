@@ -88,13 +88,13 @@ TRAININGS = {
     "RCGM": vosr("distill", "--distill rcgm", "refine", 0.25),
     "shortcut": vosr("distill", "--distill shortcut", "refine", 0.25),
     # as large and as long as "s3diff"
-    "control group": Training("--width 106", 0.65, script="tests/baseline.py"),
-    "small pixel": gramsr("pixel", share=0.75, flags="--rank 11"),
-    "small semantic": gramsr("semantic", "small pixel", 0.175, "--rank 11"),
-    "small gramsr": gramsr("texture", "small semantic", 0.175, "--rank 11"),
-    "small flow": vosr("flow", "--init vosr-tiny", "", 2, NARROW),
-    "small refine": vosr("refine", "", "small flow", 1, NARROW),
-    "small vosr": vosr("distill", "", "small refine", 0.2, NARROW),
+    "control group": Training("--width 106", 0.55, script="tests/baseline.py"),
+    "small pixel": gramsr("pixel", share=0.7, flags="--rank 11"),
+    "small semantic": gramsr("semantic", "small pixel", 0.15, "--rank 11"),
+    "small gramsr": gramsr("texture", "small semantic", 0.15, "--rank 11"),
+    "small flow": vosr("flow", "--init vosr-tiny", "", 0.5, NARROW),
+    "small refine": vosr("refine", "", "small flow", 0.25, NARROW),
+    "small vosr": vosr("distill", "", "small refine", 0.08, NARROW),
 }
 
 
