@@ -245,7 +245,7 @@ def beside():
 class S3:
     def __init__(self, args, device):
         cfg = S3DiffConfig(UNET, VAE, r_unet=8, r_vae=4) if args.tiny else S3DiffConfig()
-        text = TextConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, vocab_size=999) if args.tiny else None
+        text = TextConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, vocab_size=999) if args.tiny else TextConfig()
         with torch.device("meta"):
             self.model, self.encoder = S3Diff(cfg), TextEncoder(text)
         generator = torch.Generator(device).manual_seed(0)
