@@ -48,9 +48,9 @@ LIGHT_CONFIG = {"in_channels": 4, "out_channels": 3, "block_out_channels": [64, 
 
 
 def numbers(name, shape, generator):
-    """A parameter, also where training starts from zero: gains 1 +- 0.1, biases +- 0.1, the rest with deviation 1/sqrt(fan-in)."""
+    """A parameter, also where training starts from zero: gains and deviations 1 +- 0.1, biases +- 0.1, the rest with deviation 1/sqrt(fan-in)."""
     x = torch.randn(shape, generator=generator, device=generator.device)
-    if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
+    if name.endswith(("gamma", "std")) or (len(shape) == 1 and name.endswith("weight")):
         return x.mul_(0.1).add_(1)
     small = 0.1 if "lora_B" in name else 1      # adapters bend a network; several of this size on every layer would make it explode
     return x.mul_(0.1 if len(shape) == 1 else small * (shape[0] / x.numel()) ** 0.5)
