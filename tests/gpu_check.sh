@@ -19,8 +19,8 @@ step() {    # name, seconds at most, command
     echo "$name: exit $?, $((SECONDS - start)) s" | tee -a "$out/steps.txt"
 }
 bench() { local name=$1 most=$2; shift 2; step "$name" "$most" $python tests/bench.py "$@" $tiny --device $device --json "$out/$name.json"; }
-repeat=7 side="" large="--side 512" one=0.5b-1step many=0.5b dtypes="float16 bfloat16 float32"
-[ $device = cpu ] && dtypes=float32       # CPUs take minutes for a picture in half
+repeat=7 side="" large="--side 512" one=0.5b-1step many=0.5b half="float16 bfloat16"
+[ $device = cpu ] && half=""        # CPUs take minutes for a picture in half
 [ -n "$tiny" ] && repeat=1 side="--side 16" large="--side 32" one=tiny many=tiny
 
 . "${STEPS:-tests/gpu_check_first.sh}"

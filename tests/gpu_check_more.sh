@@ -1,6 +1,6 @@
 # Steps of gpu_check.sh for another half an hour:  STEPS=tests/gpu_check_more.sh bash tests/gpu_check.sh RESULTS
 for model in s3diff gramsr; do
-    for dtype in float32 tf32 bfloat16; do bench $model-$dtype 120 $model $side --dtype $dtype --repeat 3; done
+    for dtype in float32 tf32 ${half#float16}; do bench $model-$dtype 120 $model $side --dtype $dtype --repeat 3; done
     bench $model-compiled 400 $model $side --compile --repeat $repeat
     bench $model-graphs 120 $model $side --graphs --repeat $repeat         # without CUDA it only says so
     bench $model-compiled-graphs 400 $model $side --compile --graphs --repeat $repeat
