@@ -108,7 +108,7 @@ def test_exercise_with_adapters():
 def test_lecture_is_one_evening():
     """Its length, and the size of its pictures, each of which is drawn by figures.py."""
     lines = README.splitlines()
-    assert len(lines) <= 330 and len(README.encode()) <= 24_000 and max(map(len, lines)) <= 150
+    assert len(lines) <= 330 and len(README.encode()) <= 24 * 1024 and max(map(len, lines)) <= 150
     pictures = set(re.findall(r"\]\(assets/([^)]+)\)", README))
     drawn = {f.name for f in ast.parse((ROOT / "tests/figures.py").read_text()).body if isinstance(f, ast.FunctionDef)}
     assert pictures and {Path(name).stem for name in pictures} <= drawn
