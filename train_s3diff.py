@@ -41,6 +41,7 @@ from models.support.precision import in_half
 from models.support.weights import (EMBEDDED, PRIOR, fetch, load_strictly, read_foundation, read_tensors,
                                     save_model)
 from models.vosr import VOSR
+from train_vosr import ADDS
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Recipe:
 TINY = S3DiffConfig(
     unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
                     norm_groups=16),
-    vae=TinyVAEConfig(finish=96, crisp=0.35), r_unet=32, r_vae=8, vae_targets="encoder", tokens=8,
+    vae=TinyVAEConfig(**dict(ADDS.values())),   # VOSR's, with what its stages add
+    r_unet=32, r_vae=8, vae_targets="encoder", tokens=8,
     denet_widths=(16, 16, 32, 32), guidance=1.1, enlarge="bicubic", tile=1024,
     t=250, start_noise=0.0,     # at 999 errors of eps would count 14.6 times
 )

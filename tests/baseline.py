@@ -95,21 +95,23 @@ def prepare(args):
     return run
 
 
-def pair(run, hq, step, *numbers):
+def pair(run, hq, step, part=0):
     """-> HQ, LQ (B, 3, h, w) in [0, 1]"""
-    return hq, round8(degrade(hq, run.recipes[step % len(run.recipes)], training.generator(run.args.seed, step, *numbers))[0])
+    g = training.generator(run.args.seed, step, part)
+    return hq, round8(degrade(hq, run.recipes[step % len(run.recipes)], g)[0])
 
 
 def open_data(run):
     """Photos to learn from and held-out ones, their degradation; the linear guess, if the run begins."""
     args, recipe = run.args, run.recipe
-    photos, held_out, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
+    photos, hq, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
     run.recipes = [replace(RECIPES[name], branches_per="image") for name in recipe.recipes]
 
     def batches(steps):
         return training.batches(photos, steps, recipe.batch_size, run.rank, run.share, run.micro, args.workers, run.device)
 
-    run.test = [torch.cat(x) for x in zip(*(pair(run, hq.to(run.device), 0, i) for i, hq in enumerate(held_out.split(1))))]
+    lq = round8(degrade(hq, run.recipes[0], training.generator(0))[0])
+    run.test = hq.to(run.device), lq.to(run.device)
     if run.step == 0:
         run.model.fit(pair(run, hq, i) for i, hq in enumerate(batches(range(min(recipe.steps, 40)))))
         run.ema.load_state_dict(run.model.state_dict())

@@ -4,8 +4,9 @@
 
 The variants of a claim differ in one thing and see as many photos; those of "systems" learn 2.6 to 2.8 million numbers each, in about the same time.
 They are measured on photos held out, under s3diff's degradation, or on the pairs of two folders: PSNR-Y, SSIM-Y, NIQE, and two distances of random
-features, which need no classifier (models/lpips.py, net "random"): RFD, that of LPIPS, and Gram, that of their Gram matrices. A claim is "seen" where all that should be better is, by more than both standard deviations together, "not seen" where any of it is worse by as
-much, else "undecided". Runs and figures that are there stay: started again, it goes on. Curves of the runs: OUT/<claim>.png.
+features, which need no classifier (models/lpips.py, net "random"): RFD, that of LPIPS, and Gram, that of their Gram matrices. A claim is "seen" where
+all that should be better is, by more than both standard deviations together, "not seen" where any of it is worse by as much, else "undecided". Runs
+and figures that are there stay: started again, it goes on. Curves of the runs: OUT/<claim>.png.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from degrade import RECIPES, degrade  # noqa: E402
 from models.gram import loss_gram  # noqa: E402
 from models.lpips import LPIPS  # noqa: E402
 from models.support.charts import loss_curves  # noqa: E402
-from models.support.evaluation import find_metrics  # noqa: E402
+from models.support.evaluation import METRICS, find_metrics  # noqa: E402
 from models.support.files import find_pictures  # noqa: E402
 from models.support.imaging import read_picture, resize  # noqa: E402
 from sample import find_system  # noqa: E402
@@ -37,7 +38,7 @@ from training import generator, photos_for  # noqa: E402
 
 CROP, HELD_OUT = 224, 8         # pixels of a held-out photo, which fits in four tiles of VOSR's; photos
 BETTER = {"psnr_y": 1, "ssim_y": 1, "niqe": -1, "rfd": -1, "gram": -1}      # larger, smaller
-SHOWN = {"psnr_y": ("PSNR-Y", ".2f"), "ssim_y": ("SSIM-Y", ".4f"), "niqe": ("NIQE", ".2f"), "rfd": ("RFD", ".4f"), "gram": ("Gram", ".2e")}
+SHOWN = {m: (METRICS[m][0], f".{METRICS[m][1]}f") for m in ("psnr_y", "ssim_y", "niqe")} | {"rfd": ("RFD", ".4f"), "gram": ("Gram", ".2e")}
 
 
 # ---- what is trained
