@@ -160,9 +160,9 @@ class Layer(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP's text tower without its last layer."""
 
-    def __init__(self, cfg=TextConfig()):
+    def __init__(self, cfg=None):
         super().__init__()
-        self.cfg = cfg
+        self.cfg = cfg = cfg or TextConfig()
         self.text_model = nn.ModuleDict({
             "embeddings": Embeddings(cfg),
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(Layer(cfg) for _ in range(cfg.layers))}),
