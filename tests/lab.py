@@ -6,7 +6,7 @@ The variants of a claim differ in one thing and see as many photos; those of "sy
 They are measured on photos held out, under s3diff's degradation, or on the pairs of two folders: PSNR-Y, SSIM-Y, NIQE, and two distances of random
 features, which need no classifier (models/lpips.py, net "random"): RFD, that of LPIPS, and Gram, that of their Gram matrices. A claim is "seen" where
 all that should be better is, by more than both standard deviations together, "not seen" where any of it is worse by as much, else "undecided". Runs
-and figures that are there stay: started again, it goes on. Curves of the runs: OUT/<claim>.png.
+and figures that are there stay: started again, it goes on. Curves of the runs: OUT/<claim>.png; pictures of the first seed: OUT/<claim>-sheet.png.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from models.lpips import LPIPS  # noqa: E402
 from models.support.charts import loss_curves  # noqa: E402
 from models.support.evaluation import METRICS, find_metrics  # noqa: E402
 from models.support.files import find_pictures  # noqa: E402
-from models.support.imaging import read_picture, resize  # noqa: E402
+from models.support.imaging import contact_sheet, read_picture, resize, save_png  # noqa: E402
 from sample import find_system  # noqa: E402
 from training import generator, photos_for  # noqa: E402
 
@@ -82,10 +83,10 @@ TRAININGS = {
     "semantic": gramsr("semantic", "pixel", 0.5),
     "texture": gramsr("texture", "semantic", 0.5),
     "text": gramsr("pixel", instead=TEXT),
-    "flow": vosr("flow", "--init vosr-tiny", share=3),
-    "flow, no tokens": vosr("flow", "--init vosr-tiny --ablate tokens", share=3),
-    "flow, no weak condition": vosr("flow", "--init vosr-tiny --ablate weak", share=3),
-    "refine": vosr("refine", after="flow", share=2),
+    "flow": vosr("flow", "--init vosr-tiny", share=2),
+    "flow, no tokens": vosr("flow", "--init vosr-tiny --ablate tokens", share=2),
+    "flow, no weak condition": vosr("flow", "--init vosr-tiny --ablate weak", share=2),
+    "refine": vosr("refine", after="flow"),
     "RCGM": vosr("distill", "--distill rcgm", "refine", 0.25),
     "shortcut": vosr("distill", "--distill shortcut", "refine", 0.25),
     # as large and as long as "s3diff"
@@ -249,9 +250,8 @@ def load(at):
     return system.from_pretrained(at)
 
 
-def measure_all(claims, args):
+def measure_all(claims, pairs, args):
     """-> bicubic's {metric: value}, {variant: {metric: [value of each seed]}}, kept in figures.json, or that of the pairs"""
-    pairs = pairs_of(args)
     metrics = find_metrics(True, 4, args.niqe)[0] | distances()
     path = args.out / ("-".join(["figures", *(folder.name for folder in args.pairs or [])]) + ".json")
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -295,7 +295,22 @@ def draw(key, claim, args):
     loss_curves(curves, args.out / f"{key}.png", title=claim.words)
 
 
-def report(claims, bicubic, figures, args):
+def show(key, claim, pairs, args):
+    """Two of the pictures by the first seed's variants, with the seconds of each."""
+    rows, captions = [], []
+    for hq, lq in pairs[:2]:
+        pictures, said = [lq, resize(lq, 4)], ["low quality", "bicubic"]
+        for variant, (name, knobs) in claim.variants.items():
+            model = load(folder(name, 0, args))
+            start = time.perf_counter()
+            pictures.append(model.upscale(lq, crisp=0, **knobs))
+            said.append(f"{variant}, {time.perf_counter() - start:.2f} s")
+        rows.append([*pictures, hq])
+        captions.append([*said, "original"])
+    save_png(contact_sheet(rows, captions), args.out / f"{key}-sheet.png")
+
+
+def report(claims, bicubic, figures, pairs, args):
     shown = {metric: SHOWN[metric] for metric in bicubic}
     print("| paper | claim | here | variant |", " | ".join(name for name, _ in shown.values()), "|\n|---|---|---|---|" + "---|" * len(shown))
     print("| | | | bicubic |", " | ".join(f"{bicubic[m]:{form}}" for m, (_, form) in shown.items()), "|")
@@ -306,6 +321,7 @@ def report(claims, bicubic, figures, args):
             print(first + f"| {variant} |", " | ".join(cells), "|", flush=True)
             first = "| | | "
         draw(key, claim, args)
+        show(key, claim, pairs, args)
 
 
 def main():
@@ -321,7 +337,8 @@ def main():
     args = p.parse_args()
     claims = {key: CLAIMS[key] for key in args.only}
     train_all({name for claim in claims.values() for name, _ in claim.variants.values()}, args)
-    report(claims, *measure_all(claims.values(), args), args)
+    pairs = pairs_of(args)
+    report(claims, *measure_all(claims.values(), pairs, args), pairs, args)
 
 
 if __name__ == "__main__":

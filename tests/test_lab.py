@@ -64,4 +64,4 @@ def test_one_claim(tmp_path):
     table = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 5 and all(line.count("|") == table[0].count("|") for line in table) and "±" in table[-1]
     assert first.stdout.count("trained ") == 4 and again.stdout.splitlines() == table
-    assert (tmp_path / "lab" / "fig9.png").is_file()
+    assert (tmp_path / "lab" / "fig9.png").is_file() and Image.open(tmp_path / "lab" / "fig9-sheet.png").width > 1000
