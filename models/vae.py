@@ -277,11 +277,26 @@ class Finish(nn.Module):
         return F.pixel_shuffle(self.conv_out(self.fine(h)), 2)
 
 
+GRAIN = 12 / 255    # its deviation, of pixels in [-1, 1]
+
+
+def grain(H, W):
+    """A film's, alike in all colours: noise of 2 pixels and a little of 4.  -> (1, 1, H, W)"""
+    g = torch.Generator().manual_seed(0)
+
+    def noise(size):
+        small = torch.randn(1, 1, H // size + 1, W // size + 1, generator=g)
+        x = F.interpolate(small, scale_factor=size, mode="bicubic")[..., :H, :W]
+        return x / x.std()
+
+    return GRAIN * (0.9 * noise(2) + 0.44 * noise(4))
+
+
 class Crisp(nn.Module):
     """The edges and the grain that regression left out: what to add to a decoded picture.
 
-    Traps: it must not know the latent's cells, or it sets a dot in each, as `Finish` would. And it needs noise to make
-    grain from, or it hatches.
+    Traps: it must not know the latent's cells, or it sets a dot in each, as `Finish` would. And it must learn with
+    noise, or it hatches; but the grain it makes of that is worse than a film's.
     """
 
     def __init__(self, wide=48, narrow=16):
@@ -301,11 +316,12 @@ class Crisp(nn.Module):
         return self.conv_out(self.fine(F.interpolate(h, scale_factor=2, mode="bilinear") + self.conv_x(x)))
 
     def forward(self, x, generator=None):
-        """x: (B, 3, H, W) in about [-1, 1], H and W even; generator of the noise, None: always the same -> like x"""
+        """x: (B, 3, H, W) in about [-1, 1], H, W even; generator: of the noise to learn with, None: in use -> like x"""
         B, _, H, W = x.shape
-        noise = torch.randn(B if generator else 1, 1, H, W, generator=generator or torch.Generator().manual_seed(0))
-        x = torch.cat([x, noise.to(x, non_blocking=True).expand(B, -1, -1, -1)], dim=1)
-        return in_strips(self.edges, x, halo=32)    # no pixel sees further
+        noise = torch.randn(B, 1, H, W, generator=generator) if generator else torch.zeros(B, 1, H, W)
+        x = torch.cat([x, noise.to(x, non_blocking=True)], dim=1)
+        y = in_strips(self.edges, x, halo=32)   # no pixel sees further
+        return y if generator else 0.5 * y + grain(H, W).to(y, non_blocking=True)
 
 
 def picture(decoder, z, crisp=None):

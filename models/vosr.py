@@ -3,7 +3,6 @@
 Paper:   VOSR, arXiv 2604.03225.
 Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need; vosr_tiny.safetensors
          beside this file: ours, trained by train_vosr.py.
-Left out: several layers of visual tokens at once, which the official code collects and does not use.
 
 Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the clean latent under both
 (DiT, and flow.py for the mathematics); clean latent -> picture (VAE).

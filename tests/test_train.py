@@ -113,7 +113,7 @@ def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
 
 
 def test_looks_add_edges(monkeypatch, photos, autoencoder, tmp_path):
-    """crisp 0 is the model before it, crisp 1 all that was learned, and between them lie blends."""
+    """crisp 0 is the model before it; its own share lies between that and crisp 1."""
     train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
     train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
     before = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)

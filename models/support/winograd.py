@@ -3,8 +3,7 @@
 Paper: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 1509.09308: Winograd's F(4x4, 3x3).
 
 Cut the picture into 6x6 pixels that overlap by two. Transformed, each of the 36 numbers needs one product with the
-transformed kernel instead of the 9 for each of 4x4 results: 36 against 144. What remains is 36 matrix products over
-channels, and sums before and after.
+transformed kernel instead of the 9 for each of 4x4 results: 36 against 144.
 """
 
 import torch
