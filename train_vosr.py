@@ -179,7 +179,7 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
 
 
 def decode(name, model, z, g=None):
-    """What stage `name` looks at: looks, all edges there are to add, the others none.  -> (B, 3, H, W)"""
+    """What stage `name` looks at: looks, edges (with g as they learn), the others none.  -> (B, 3, H, W)"""
     y = model.decode(z).float()
     return y + model.vae.crisp(y, g) if name == "looks" else y
 

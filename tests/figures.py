@@ -1,8 +1,8 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
 Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models
-on the example picture; `stages` needs --runs, the folder of README's ten minutes of training. Pillow's own font has only
-Latin letters, so captions are ASCII.
+on the example picture; `stages` needs --runs, a folder with the --out of every stage in it, named as the stage. Pillow's own
+font has only Latin letters, so captions are ASCII.
 """
 
 import argparse
@@ -206,26 +206,24 @@ def sets():
 
 
 def stages(runs):
-    """What each stage of README's ten minutes of training has learned, on the example."""
+    """What each stage of README's minutes of training has learned, on the example."""
     lq, hq = example(*CUP)
     ae = VOSR.from_pretrained(runs / "autoencoder").vae
     with torch.no_grad():
         of_hq = ae.decode(ae.encode(2 * hq - 1)) / 2 + 0.5
-    vosr = [("autoencoder\nof the original", of_hq)]
-    others = [("bicubic", resize(lq, 4))]
-    for name, knobs in (("flow", {"steps": 10}), ("refine", {"steps": 10}), ("distill", {}), ("decoder", {}), ("looks", {})):
-        said = f"{name}, 10 steps" if knobs else name
-        vosr.append((said, VOSR.from_pretrained(runs / name).upscale(lq, **knobs)))
-    for name, system in (("adapters", S3Diff), ("pixel", GramSR), ("semantic", GramSR), ("texture", GramSR)):
-        said = "S3Diff's adapters" if name == "adapters" else f"GramSR, {'+ ' * (name != 'pixel')}{name}"
-        others.append((said, system.from_pretrained(runs / name).upscale(lq)))
-    others.append(("original", hq))
 
-    def caption(said, x):
-        return said if x is hq or x is of_hq else f"{said}\n{psnr_y(x, hq, 4):.1f} dB"
+    def made(said, x):
+        return f"{said}\n{psnr_y(x, hq, 4):.1f} dB", x
 
-    rows = vosr, others
-    return sheet([[x for _, x in row] for row in rows], [[caption(*pair) for pair in row] for row in rows])
+    def by(system, name, said, **knobs):
+        return made(said, system.from_pretrained(runs / name).upscale(lq, **knobs))
+
+    rows = [[("autoencoder\nof the original", of_hq),
+             *(by(VOSR, name, f"{name}, 10 steps", steps=10) for name in ("flow", "refine")),
+             *(by(VOSR, name, name) for name in ("distill", "decoder", "looks"))],
+            [made("bicubic", resize(lq, 4)), by(S3Diff, "adapters", "S3Diff's adapters"), by(GramSR, "pixel", "GramSR, pixel"),
+             *(by(GramSR, name, f"GramSR, + {name}") for name in ("semantic", "texture")), ("original", hq)]]
+    return sheet([[x for _, x in row] for row in rows], [[said for said, _ in row] for row in rows])
 
 
 # ---- diagrams, drawn at twice the size and halved, since Pillow's lines are jagged -----------------------------------
@@ -421,7 +419,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*PHOTOS, *DRAWINGS])}")
     p.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the pictures (default assets)")
-    p.add_argument("--runs", type=Path, help="folder of README's ten minutes of training, for stages")
+    p.add_argument("--runs", type=Path, help="folder with the --out of every stage, named as the stage, for stages")
     args = p.parse_args()
     unknown = set(args.names) - {*PHOTOS, *DRAWINGS}
     if unknown or "stages" in args.names and not args.runs:

@@ -297,16 +297,17 @@ def draw(key, claim, args):
 
 def show(key, claim, pairs, args):
     """Two of the pictures by the first seed's variants, with the seconds of each."""
-    rows, captions = [], []
-    for hq, lq in pairs[:2]:
-        pictures, said = [lq, resize(lq, 4)], ["low quality", "bicubic"]
-        for variant, (name, knobs) in claim.variants.items():
-            model = load(folder(name, 0, args))
+    rows = [[lq, resize(lq, 4)] for _, lq in pairs[:2]]
+    captions = [["low quality", "bicubic"] for _ in rows]
+    for variant, (name, knobs) in claim.variants.items():
+        model = load(folder(name, 0, args))
+        for (_, lq), row, said in zip(pairs, rows, captions):
             start = time.perf_counter()
-            pictures.append(model.upscale(lq, crisp=0, **knobs))
+            row.append(model.upscale(lq, crisp=0, **knobs))
             said.append(f"{variant}, {time.perf_counter() - start:.2f} s")
-        rows.append([*pictures, hq])
-        captions.append([*said, "original"])
+    for (hq, _), row, said in zip(pairs, rows, captions):
+        row.append(hq)
+        said.append("original")
     save_png(contact_sheet(rows, captions), args.out / f"{key}-sheet.png")
 
 
