@@ -46,7 +46,7 @@ KNOBS = {   # of the models: type, meaning. What is not given is a model's own s
     "steps": (positive, "VOSR: steps of the sampler, from 1 on"),
     "weak": (between(0, 1), "VOSR: strength of the weak condition that guidance starts from"),
     "temperature": (between(0, 100), "VOSR: deviation of the starting noise; one step: 0 is soft, 1 crisp"),
-    "crisp": (between(0, 1), "tiny models: share of edges and grain, from faithful, 0, to sharp, 1"),
+    "crisp": (between(0, 1), "tiny models: share of grain, from faithful, 0, to crisp, 1"),
     "noise": (between(0, 1), "S3Diff: how noisy the picture is, in place of the estimate"),
     "blur": (between(0, 1), "S3Diff: how blurred the picture is, in place of the estimate"),
     "prompt": (str, "S3Diff: what the result should be, in words, in place of its own text"),

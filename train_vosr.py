@@ -62,7 +62,8 @@ TINY = VOSRConfig(
     dit=DiTConfig(input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4,
                   z_dims=128, precondition=True, rope_rescale=False),
     vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2), vit_input=112, vit_layer=None,
-    vae=TinyVAEConfig(), guidance=1.0, temperature=0.25, torch_bicubic=True, tile=128, overlap=32,
+    vae=TinyVAEConfig(), guidance=1.0, temperature=0.25, torch_bicubic=True, color="wavelet",
+    stablesr=True, tile=128, overlap=32,
 )
 AUTHORS = {     # of the authors' code
     "flow": Stage(400_001, 8, 5e-5, save_every=10_000),
@@ -85,7 +86,7 @@ TINY_STAGES = {
 }
 TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
          "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
-ADDS = {"decoder": ("finish", 96), "looks": ("crisp", 0.45)}       # what a stage adds to TinyVAE: channels; share
+ADDS = {"decoder": ("finish", 96), "looks": ("crisp", 0.45)}       # added to TinyVAE: channels; share of grain
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
 PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}

@@ -168,7 +168,7 @@ class GramSR(nn.Module):
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
         pixel, semantic, texture: how much of what each LoRA set does, None = 1; one UNet pass if all are, else up to 3
-        crisp: share of the tiny model's edges; tile, overlap: pixels; None, 0 = the checkpoint's
+        crisp: share of the tiny model's grain; tile, overlap: pixels; None, 0 = the checkpoint's
         color: adain, wavelet or none
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """

@@ -160,7 +160,7 @@ class S3Diff(nn.Module):
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each picture its own
         prompt, negative_prompt: texts instead of GOOD, BAD; start_step: below 999 noise is added (by seed)
-        crisp: share of the tiny model's edges; tile, overlap: pixels; color: wavelet, adain or none
+        crisp: share of the tiny model's grain; tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
         None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """

@@ -243,7 +243,7 @@ class TinyVAEConfig:
     whitening: float = 0.5  # latents over std^whitening: 0 weighs errors as pixels do, 1 all channels alike
     scale: float = 2.0  # of the latents, whose noise has 1
     finish: int = 0  # channels of the convolutions after the linear decoder; 0 = none
-    crisp: float | None = None  # share of `Crisp` in results; None = there is none
+    crisp: float | None = None  # share of grain in results; None = no `Crisp`
 
 
 class ResBlock(nn.Module):
@@ -277,26 +277,30 @@ class Finish(nn.Module):
         return F.pixel_shuffle(self.conv_out(self.fine(h)), 2)
 
 
-GRAIN = 12 / 255    # its deviation, of pixels in [-1, 1]
+GRAIN = 16 / 255    # its deviation where x is grey
 
 
-def grain(H, W):
-    """A film's, alike in all colours: noise of 2 pixels and a little of 4.  -> (1, 1, H, W)"""
-    g = torch.Generator().manual_seed(0)
+def grain(x):
+    """A film's: alike in all colours, less towards black and white, noise of 2 pixels and a little of 4.
+
+    x: (B, 3, H, W) in about [-1, 1] -> (B, 1, H, W)
+    """
+    (H, W), g = x.shape[-2:], torch.Generator().manual_seed(0)
+    grey = x.mean(1, keepdim=True).clamp(-1, 1)
 
     def noise(size):
         small = torch.randn(1, 1, H // size + 1, W // size + 1, generator=g)
         x = F.interpolate(small, scale_factor=size, mode="bicubic")[..., :H, :W]
         return x / x.std()
 
-    return GRAIN * (0.9 * noise(2) + 0.44 * noise(4))
+    return GRAIN * (1 - grey.square()) * (0.9 * noise(2) + 0.44 * noise(4)).to(x, non_blocking=True)
 
 
 class Crisp(nn.Module):
-    """The edges and the grain that regression left out: what to add to a decoded picture.
+    """The edges that regression left out: what to add to a decoded picture.
 
     Traps: it must not know the latent's cells, or it sets a dot in each, as `Finish` would. And it must learn with
-    noise, or it hatches; but the grain it makes of that is worse than a film's.
+    noise, or it hatches; but what it makes of that is worse than a film's grain.
     """
 
     def __init__(self, wide=48, narrow=16):
@@ -321,29 +325,23 @@ class Crisp(nn.Module):
         noise = torch.randn(B, 1, H, W, generator=generator) if generator else torch.zeros(B, 1, H, W)
         x = torch.cat([x, noise.to(x, non_blocking=True)], dim=1)
         y = in_strips(self.edges, x, halo=32)   # no pixel sees further
-        return y if generator else 0.5 * y + grain(H, W).to(y, non_blocking=True)
+        return y if generator else 0.25 * y     # so much of them is nearest to the original
 
 
 def picture(decoder, z, crisp=None):
     """A latent as users see it.
 
-    decoder: VAE, LightDecoder or the like; z: what it decodes; crisp: share of TinyVAE's edges, None = its own
+    decoder: VAE, LightDecoder or the like; z: what it decodes; crisp: share of grain, None = TinyVAE's own
     -> (B, 3, H, W) in [0, 1]. Raises WeightError.
     """
     x, edges = decoder.decode(z).float(), getattr(decoder, "crisp", None)
-    if crisp is None:
-        crisp = edges and decoder.cfg.crisp
-    if crisp and edges is None:
-        raise WeightError("this model has no edges to add; leave --crisp out")
-    if crisp:
-        x = x + crisp * edges(x)
+    if edges:
+        share = decoder.cfg.crisp if crisp is None else crisp
+        x = x + edges(x)
+        x = x + share * grain(x)
+    elif crisp:
+        raise WeightError("only the tiny models have grain; leave --crisp out")
     return x.clamp(-1, 1) / 2 + 0.5
-
-
-def rename_weight(module, state_dict, prefix, *_):
-    """Load hook: in vosr_tiny.safetensors the encoder has no name of its own."""
-    if f"{prefix}weight" in state_dict:
-        state_dict[f"{prefix}encoder.weight"] = state_dict.pop(f"{prefix}weight")
 
 
 def autoencoder(cfg):
@@ -366,7 +364,6 @@ class TinyVAE(nn.Module):
 
     def __init__(self, cfg=TinyVAEConfig()):
         super().__init__()
-        self.register_load_state_dict_pre_hook(rename_weight)
         self.cfg = cfg
         self.encoder = ExactConv2d(3, cfg.latent_channels, 16, stride=8, bias=False)  # also the decoder's weight
         nn.init.normal_(self.encoder.weight, std=768**-0.5)

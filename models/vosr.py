@@ -45,6 +45,7 @@ class VOSRConfig:
     torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does, not by Pillow as the official scripts
     blind: bool = False             # no visual tokens: the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
+    stablesr: bool = False          # the colour fixes of StableSR, whose wavelet brings back fewer blotches
     tile: int = 0                   # pixels a side, 0 = the whole picture
     overlap: int = 0                # pixels that tiles share, 1/8 at least
 
@@ -133,7 +134,7 @@ class VOSR(nn.Module):
         """Super-resolution of one picture.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
-        crisp: share of the tiny model's edges; None, and 0 of tile and overlap: as the checkpoint has it
+        crisp: share of the tiny model's grain; None, and 0 of tile and overlap: as the checkpoint has it
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         if self.blunt and (guidance, weak) != (None, None):
@@ -152,7 +153,7 @@ class VOSR(nn.Module):
         eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
         sr = picture(self.light_decoder or self.vae, z, crisp)[..., :H, :W]
-        return color_fix(sr, lq_up, color or cfg.color)
+        return color_fix(sr, lq_up, color or cfg.color, cfg.stablesr)
 
     @classmethod
     def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):

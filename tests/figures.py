@@ -167,7 +167,7 @@ def guidance():
 
 
 def crisp():
-    """From the average of all that could be meant to edges and grain."""
+    """Grain, from none to all."""
     model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
     pictures = {f"crisp {share:g}": model.upscale(lq, crisp=share) for share in (0, 0.25, 0.5, 0.75, 1)}
     captions = [f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in pictures.items()]

@@ -224,8 +224,8 @@ def distances():
 
 
 def measured(model, knobs, pairs, metrics):
-    """Without `--crisp`'s edges, which are no paper's -> {metric: mean over pairs}"""
-    results = [(model.upscale(lq, seed=i, crisp=0, **knobs), hq) for i, (hq, lq) in enumerate(pairs)]
+    """-> {metric: mean over pairs}"""
+    results = [(model.upscale(lq, seed=i, **knobs), hq) for i, (hq, lq) in enumerate(pairs)]
     return {name: fmean(metric(x, hq) for x, hq in results) for name, metric in metrics.items()}
 
 
@@ -245,9 +245,12 @@ def pairs_of(args):
 
 
 def load(at):
-    """The system, or the control group, that a training has left in a folder."""
-    system = Baseline if (at / "baseline.pt").exists() else find_system(at)
-    return system.from_pretrained(at)
+    """The system, or the control group, that a training has left in a folder; without edges and grain, which are no paper's."""
+    if (at / "baseline.pt").exists():
+        return Baseline.from_pretrained(at)
+    model = find_system(at).from_pretrained(at)
+    model.vae.crisp = None
+    return model
 
 
 def measure_all(claims, pairs, args):
@@ -303,7 +306,7 @@ def show(key, claim, pairs, args):
         model = load(folder(name, 0, args))
         for (_, lq), row, said in zip(pairs, rows, captions):
             start = time.perf_counter()
-            row.append(model.upscale(lq, crisp=0, **knobs))
+            row.append(model.upscale(lq, **knobs))
             said.append(f"{variant}, {time.perf_counter() - start:.2f} s")
     for (hq, _), row, said in zip(pairs, rows, captions):
         row.append(hq)

@@ -98,8 +98,8 @@ def test_each_set_does_what_its_loss_asks():
 
 
 @pytest.mark.parametrize("name", MOST)
-def test_crisp_adds_edges(name):
-    """More of them, more detail; at the default share it costs less than a tenth of a decibel."""
+def test_crisp_adds_grain(name):
+    """More of it, more detail; at the default share it costs less than a tenth of a decibel."""
     row = results(name, "crisp", (0, 0.25, 0.5, 1))
     assert rising([detail(x) for x in row])
     own, hq = model(name).upscale(example()[0]), example()[1]
