@@ -6,6 +6,8 @@ Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networ
 
 Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the clean latent under both
 (DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
+
+Left out: several layers of visual tokens at once, which the official code collects and does not use.
 """
 
 from dataclasses import dataclass, field, fields, replace

@@ -66,7 +66,7 @@ class Baseline(nn.Module):
     @torch.no_grad()
     def upscale(self, lq, **knobs):
         """As the systems' `upscale`; a regression has no knobs.  -> (B, 3, 4h, 4w) in [0, 1]"""
-        return self(lq).clamp(0, 1)
+        return self(lq.to(self.head.weight.device)).clamp(0, 1)
 
     @torch.no_grad()
     def fit(self, pairs):

@@ -62,9 +62,11 @@ ON_CPU = {      # which torch does not count
 def seconds(functions, repeat, device):
     """Time functions in turn -> for each: sorted seconds of `repeat` calls"""
     times = [[] for _ in functions]
-    for _ in range(10 if device.type == "cuda" else 0):     # clocks rise, libraries choose their kernels
+    warm = time.perf_counter() + (device.type == "cuda")    # a second, in which clocks rise and libraries choose their kernels
+    while time.perf_counter() < warm:
         for function in functions:
             function()
+        torch.cuda.synchronize()
     for _ in range(repeat):
         for function, mine in zip(functions, times):
             if device.type == "cuda":

@@ -12,3 +12,4 @@ bench 0.5b-1step-batch8 120 $one $side --batch 8 --repeat 3
 bench train-full 400 train $side --repeat 3
 step precision 300 $python tests/precision.py --device $device $tiny
 step trace 120 $python tests/bench.py s3diff $side $tiny --device $device --trace "$out/trace.json"
+step test_gpu_compiled 900 $python -m pytest -o addopts=-q -n 6 tests/test_gpu.py -k compiled

@@ -1,6 +1,8 @@
 """Measuring results: which reference belongs to which picture, what can be measured, the tables and the protocol.
 
 Nothing is downloaded for it unasked; what cannot be measured is named, with the reason.
+
+Left out: metrics with networks of their own (DISTS, MUSIQ, MANIQA, CLIPIQA, FID), which papers take from pyiqa.
 """
 
 import csv

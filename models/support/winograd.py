@@ -3,7 +3,10 @@
 Paper: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 1509.09308: Winograd's F(4x4, 3x3).
 
 Cut the picture into 6x6 pixels that overlap by two. Transformed, each of the 36 numbers needs one product with the
-transformed kernel instead of the 9 for each of 4x4 results: 36 against 144.
+transformed kernel instead of the 9 for each of 4x4 results: 36 against 144. What remains is 36 matrix products over
+channels, and sums before and after.
+
+Left out: training, half precision and GPUs, whose libraries choose such algorithms by themselves.
 """
 
 import torch
@@ -57,27 +60,3 @@ def conv2d(x, W, bias, stride, padding):
     if stride == padding == (1, 1) and conv3x3_pays(x, W):
         return conv3x3(x, W, bias)
     return F.conv2d(x, W, bias, stride, padding)
-
-
-# ---- a 3x3 convolution after nearest-neighbour enlarging, which sees pairs of equal pixels
-
-
-def pair_kernels(W):
-    """Taps (a, b, c) as two kernels over pairs of equal pixels: (a, b + c) for a first, (a + b, c) for a second.
-
-    W: (C', C, 3, 3) -> (4 C', C, 2, 2), for each channel four kernels: first or second row with first or second column
-    """
-    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])      # first or second, tap, tap of W
-    taps = taps.to(W, non_blocking=True)
-    return torch.einsum("oiyx,pty,qsx->opqits", W, taps, taps).flatten(0, 2)
-
-
-def conv_of_nearest(x, kernels, bias):
-    """conv(nearest(x)) in 16 of its 36 products.  x: (B, C, H, W); kernels: of `pair_kernels` -> (B, C', 2H, 2W)"""
-    y = F.conv2d(x.to(kernels), kernels, bias.repeat_interleave(4), padding=1).unflatten(1, (-1, 2, 2))
-    h, w = x.shape[2:]
-    out = y.new_empty(*y.shape[:2], 2 * h, 2 * w)
-    for p in (0, 1):
-        for q in (0, 1):
-            out[:, :, p::2, q::2] = y[:, :, p, q, p : p + h, q : q + w]
-    return out
