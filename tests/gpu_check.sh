@@ -2,7 +2,7 @@
 # The first ten minutes on a GPU: does all of it work, and how fast.  bash tests/gpu_check.sh RESULTS [--tiny] [--device cpu]
 #
 # Results go to the folder RESULTS: a .txt for each step, .json of the benches, steps.txt with the exit status and the seconds of each. A step that
-# fails or takes too long is noted, and the next one's turn comes. Assumes torch 2.11 or later and requirements.txt; no network. The rows of the
+# fails or takes too long is noted, and the next one's turn comes. Assumes torch 2.11 or later, requirements.txt, pytest and pytest-xdist; no network. The rows of the
 # reference need diffusers, peft and transformers (pip install -r tests/requirements.txt, or their wheels from a folder); without them they are left out.
 # --tiny --device cpu: a dry run anywhere.
 set -u
