@@ -28,7 +28,7 @@ from models.flow import Draws, guided, loss_distill, loss_flow, sample
 from models.lpips import LPIPS, loss_distribution
 from models.support.precision import in_half
 from models.support.weights import save_model, save_release
-from models.vae import TinyVAEConfig
+from models.vae import EDGES, TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import SIZES, VOSR, VOSRConfig
 
@@ -180,9 +180,9 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
 
 
 def decode(name, model, z, g=None):
-    """What stage `name` looks at: looks, edges (with g as they learn), the others none.  -> (B, 3, H, W)"""
+    """What stage `name` looks at; looks: with edges, all of them where they learn, by g.  -> (B, 3, H, W)"""
     y = model.decode(z).float()
-    return y + model.vae.crisp(y, g) if name == "looks" else y
+    return y + (1 if g else EDGES) * model.vae.crisp(y, g) if name == "looks" else y
 
 
 @torch.no_grad()

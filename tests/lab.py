@@ -88,8 +88,8 @@ TRAININGS = {
     "flow, no tokens": vosr("flow", "--init vosr-tiny --ablate tokens", share=2),
     "flow, no weak condition": vosr("flow", "--init vosr-tiny --ablate weak", share=2),
     "refine": vosr("refine", after="flow"),
-    "RCGM": vosr("distill", "--distill rcgm", "refine", 0.25),
-    "shortcut": vosr("distill", "--distill shortcut", "refine", 0.25),
+    "RCGM": vosr("distill", "--distill rcgm", "refine", 1 / 26),      # 50 of 1,300
+    "shortcut": vosr("distill", "--distill shortcut", "refine", 1 / 26),
     # as large and as long as "s3diff"
     "control group": Training("--width 106", 0.55, script="tests/baseline.py"),
     "small pixel": gramsr("pixel", share=0.7, flags="--rank 11"),
