@@ -180,9 +180,11 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
 
 
 def decode(name, model, z, g=None):
-    """What stage `name` looks at; looks: with edges, all of them where they learn, by g.  -> (B, 3, H, W)"""
+    """What stage `name` looks at. Stage looks adds edges: all with g, to learn, else as many as in use.  -> (B, 3, H, W)"""
     y = model.decode(z).float()
-    return y + (1 if g else EDGES) * model.vae.crisp(y, g) if name == "looks" else y
+    if name == "looks":
+        y = y + (1 if g else EDGES) * model.vae.crisp(y, g)
+    return y
 
 
 @torch.no_grad()

@@ -62,8 +62,8 @@ ON_CPU = {      # which torch does not count
 def seconds(functions, repeat, device):
     """Time functions in turn -> for each: sorted seconds of `repeat` calls"""
     times = [[] for _ in functions]
-    warm = time.perf_counter() + (device.type == "cuda")    # a second, in which clocks rise and libraries choose their kernels
-    while time.perf_counter() < warm:
+    start = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() < start + 1:    # clocks rise, libraries choose their kernels
         for function in functions:
             function()
         torch.cuda.synchronize()

@@ -248,7 +248,6 @@ def pairs_of(args):
 def load(at):
     """The system, or the control group, that a training has left in a folder; without edges and grain, which are no paper's."""
     device = choose_device("auto")
-    choose_dtype("float32", device)     # not TF32
     if (at / "baseline.pt").exists():
         return Baseline.from_pretrained(at).to(device)
     model = find_system(at).from_pretrained(at, device=device)
@@ -344,6 +343,7 @@ def main():
     args = p.parse_args()
     claims = {key: CLAIMS[key] for key in args.only}
     train_all({name for claim in claims.values() for name, _ in claim.variants.values()}, args)
+    choose_dtype("float32", choose_device("auto"))     # figures are of that, not of TF32
     pairs = pairs_of(args)
     report(claims, *measure_all(claims.values(), pairs, args), pairs, args)
 
