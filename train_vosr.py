@@ -180,7 +180,7 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
 
 
 def decode(name, model, z, g=None):
-    """What stage `name` looks at. Stage looks adds edges: all with g, to learn, else as many as in use.  -> (B, 3, H, W)"""
+    """What stage `name` looks at. Stage looks adds edges: all, to learn with g, or those in use.  -> (B, 3, H, W)"""
     y = model.decode(z).float()
     if name == "looks":
         y = y + (1 if g else EDGES) * model.vae.crisp(y, g)
