@@ -35,18 +35,19 @@ from models.support.imaging import (GREY, chroma, contact_sheet, middle, read_pi
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
 from models.support.weights import EMBEDDED, WeightError, list_weights, noted, read_config
+from models.tiny import TinyGramSR, TinyS3Diff, TinyVOSR
 from models.vosr import VOSR
 from training import choose_dtype, compile_all, usable_device
 
 EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
-SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR}
+SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR,
+           "vosr-tiny": TinyVOSR, "s3diff-tiny": TinyS3Diff, "gramsr-tiny": TinyGramSR}
 STRENGTH = between(-100, 100)
 KNOBS = {   # of the models: type, meaning. What is not given is a model's own setting, what it does not have an error
     "guidance": (STRENGTH, "1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper"),
     "steps": (positive, "VOSR: steps of the sampler, from 1 on"),
     "weak": (between(0, 1), "VOSR: strength of the weak condition that guidance starts from"),
     "temperature": (between(0, 100), "VOSR: deviation of the starting noise; one step: 0 is soft, 1 crisp"),
-    "crisp": (between(0, 1), "tiny models: share of grain, from faithful, 0, to crisp, 1"),
     "noise": (between(0, 1), "S3Diff: how noisy the picture is, in place of the estimate"),
     "blur": (between(0, 1), "S3Diff: how blurred the picture is, in place of the estimate"),
     "prompt": (str, "S3Diff: what the result should be, in words, in place of its own text"),
@@ -105,11 +106,16 @@ def find_system(name):
     """The system that --model means, by its name or by its files. Raises ValueError."""
     path = Path(name)
     if not path.exists():
-        return SYSTEMS.get(name.split("-")[0], VOSR)        # who says that there is no such model
+        return SYSTEMS.get(name) or SYSTEMS.get(name.split("-")[0], VOSR)       # who says that there is no such model
     config = read_config(path / "model.safetensors" if path.is_dir() else path)
+    system = "vosr"
     if "r_unet" in config or path.suffix == ".pkl" or (path / "s3diff.pkl").is_file():
-        return S3Diff
-    return GramSR if "ranks" in config or path.is_dir() and any(path.glob("model_*.pkl")) else VOSR
+        system = "s3diff"
+    elif "ranks" in config or path.is_dir() and any(path.glob("model_*.pkl")):
+        system = "gramsr"
+    if "whitening" in config.get("vae", {}):
+        system += "-tiny"
+    return SYSTEMS[system]
 
 
 def to_compile(model):

@@ -38,12 +38,12 @@ from models.gramsr import SETS, GramSR, GramSRConfig, token_adapter
 from models.support.imaging import round8
 from models.lpips import LPIPS
 from models.support.metrics import BLOCK, niqe
-from models.s3diff import is_prior
-from models.vit import PRESETS as VITS, DINOv3, DINOv3Config
+from models.tiny import GRAMSR_STAGES, RandomLPIPS, TinyGramSR, TinyGramSRConfig, is_prior
+from models.vit import PRESETS as VITS, DINOv3
 from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from train_s3diff import TINY as S3DIFF_TINY, take_over
+from train_s3diff import take_over
 
 
 @dataclass
@@ -77,19 +77,8 @@ STAGES = {
     "texture": Stage(40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10),
 }
 GRAM = {"patches": {}, "channels": {"channels": True}}     # readings of the paper's figure, see models/gram.py
-TINY = GramSRConfig(
-    unet=S3DIFF_TINY.unet, vae=S3DIFF_TINY.vae, vit=DINOv3Config(embed_dim=96, depth=3, num_heads=3),
-    prompt_tokens=S3DIFF_TINY.tokens, ranks={}, tile=1024,
-)
-at_128 = partial(Stage, batch_size=8, crop=128, recipes=("s3diff", "s3diff", "vosr"), schedule="cosine", rank=16)
-# by gradients at the end of stage pixel: LPIPS half L2's, Gram ten times, CSD 3 %; at 30 % the tiny prior, which hardly
-# knows its texts, weaves a lattice
-looks = partial(at_128, 250, lr=5e-4, lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0)
-TINY_STAGES = {
-    "pixel": at_128(5000, lr=1e-3, warmup=50, learn_vit=True),
-    "semantic": looks(before=5000),
-    "texture": looks(before=5250, lambda_gram=0.4),
-}
+TINY = TinyGramSRConfig()
+TINY_STAGES = {name: Stage(**settings) for name, settings in GRAMSR_STAGES.items()}
 PRESETS = {"sd-2.1": (GramSRConfig(ranks={}), STAGES), "tiny": (TINY, TINY_STAGES)}
 
 
@@ -119,15 +108,16 @@ def parse_args():
 def build(args, cfg, stage):
     """Networks -> GramSR with its new LoRA set, LPIPS and DINOv3 for its losses (None if not needed), their origin."""
     tiny, earlier, lpips, vit = args.preset == "tiny", list(SETS)[: list(SETS).index(args.stage)], None, None
+    system = TinyGramSR if tiny else GramSR
     if earlier:
-        model, origin = GramSR.from_pretrained(args.init), f"from {args.init}"
+        model, origin = system.from_pretrained(args.init), f"from {args.init}"
         if list(model.cfg.ranks) != earlier:
             have, want = " and ".join(model.cfg.ranks), " and ".join(earlier)
             raise training.Quit(f"{args.init}: has LoRA set {have}; --stage {args.stage} starts from {want}")
         if json.dumps(asdict(replace(model.cfg, ranks={}))) != json.dumps(asdict(cfg)):
             raise training.Quit(f"{args.init}: its networks are not those of --preset {args.preset}")
     else:
-        model = GramSR(cfg) if tiny else GramSR.with_prior(cfg)
+        model = TinyGramSR(cfg) if tiny else GramSR.with_prior(cfg)
         origin = "FROM SCRATCH" if tiny else "SD 2.1 and DINOv3, new adapter"
         if tiny and args.init != "none":
             origin = take_over(model, args.init, is_prior)
@@ -135,7 +125,7 @@ def build(args, cfg, stage):
         model.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
     model.add_set(args.stage, stage.rank)
     if stage.lambda_lpips:
-        lpips = (LPIPS("random") if tiny else LPIPS.from_pretrained("vgg")).requires_grad_(False)
+        lpips = (RandomLPIPS() if tiny else LPIPS.from_pretrained("vgg")).requires_grad_(False)
     if stage.lambda_gram and tiny:
         vit = copy.deepcopy(model.vit)
     elif stage.lambda_gram:
@@ -165,11 +155,7 @@ def losses(model, lpips, vit, stage, kind, x_lq, x_hq, g):
     if stage.lambda_csd:
         t = torch.randint(*CSD_TIMES, (len(z),), generator=g).to(z.device)
         noise = torch.randn(z.shape, generator=g).to(z.device)
-        # inferred: the tokens, which the prior was never taught to read, and zeros for none; PiSA-SR has two prompts,
-        # as the tiny prior
-        good, bad = context.detach(), torch.zeros_like(context)
-        if model.cfg.prompt_tokens:
-            good, bad = (prompt.expand(len(z), -1, -1) for prompt in model.prompts.split(1))
+        good, bad = model.csd_conditions(context.detach())
         terms["csd"] = stage.lambda_csd * loss_csd(model.prior, z, t, noise, good, bad, stage.guidance)
     if stage.lambda_gram:
         with torch.autocast(y.device.type, enabled=False):      # small differences of large sums

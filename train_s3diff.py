@@ -30,18 +30,17 @@ import torch.nn.functional as F
 
 import training
 from degrade import RECIPES, apply, degrade, draw_plan, severity
-from models.discriminator import Discriminator, PatchDiscriminator
+from models.discriminator import Discriminator
 from models.lpips import LPIPS
-from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_prior, is_trained
-from models.unet import UNetConfig, alphas_cumprod
-from models.vae import TinyVAEConfig
+from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_trained
+from models.tiny import (S3DIFF_STAGES, PatchDiscriminator, RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, TinyVOSR,
+                         is_prior)
+from models.unet import alphas_cumprod
 from models.vit import PRESETS as VITS, ViT
 from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import (EMBEDDED, PRIOR, fetch, load_strictly, read_foundation, read_tensors,
                                     save_model)
-from models.vosr import VOSR
-from train_vosr import ADDS
 
 
 @dataclass
@@ -65,21 +64,8 @@ class Recipe:
     save_every: int = 500               # steps
 
 
-TINY = S3DiffConfig(
-    unet=UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
-                    norm_groups=16),
-    vae=TinyVAEConfig(**dict(ADDS.values())),   # VOSR's, with what its stages add
-    r_unet=32, r_vae=8, vae_targets="encoder", tokens=8,
-    denet_widths=(16, 16, 32, 32), guidance=1.1, enlarge="bicubic", tile=1024,
-    t=250, start_noise=0.0,     # at 999 errors of eps would count 14.6 times
-)
-at_128 = partial(Recipe, crop=128, schedule="cosine")
-TINY_RECIPES = {
-    "prior": at_128(6000, 16, 6e-4, warmup=300, ema=0.999, recipes=("s3diff", "vosr", "s3diff")),
-    "estimator": at_128(1500, 4, 1e-3, crop=256, warmup=100, ema=0.99, recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": at_128(4000, 8, 1e-3, warmup=100, ema=0.999, branches_per="image", recipes=("s3diff", "s3diff", "vosr"),
-                       lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, looks_from=0.75),
-}
+TINY = TinyS3DiffConfig()
+TINY_RECIPES = {name: Recipe(**settings) for name, settings in S3DIFF_STAGES.items()}
 PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
 PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
     "unet": ("", "(?!)"), "unet+encoder": (VAE_TARGETS, "encoder"),
@@ -141,16 +127,16 @@ def take_over(model, init, wanted):
 
 def build_tiny(args, cfg):
     """The tiny networks: the autoencoder of all tiny models, what args.init has, the rest new -> as `build`"""
-    model, origin = S3Diff(cfg), "FROM SCRATCH"
+    model, origin = TinyS3Diff(cfg), "FROM SCRATCH"
     model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))      # learned, where SD has a text encoder
     for conv in model.denet.conv_first:     # blind for brightness, so that grain and edges are what it sees first
         conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
     if cfg.vae == TINY.vae:     # tests have smaller ones
         # with its finish: straight from the linear decoder, an adversary's textures become a weave
-        model.vae.load_state_dict(VOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
+        model.vae.load_state_dict(TinyVOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
     if args.init != "none" and (args.init or args.stage != "prior"):
         origin = take_over(model, args.init, is_prior if args.stage == "estimator" else lambda name: True)
-    return model, LPIPS("random").requires_grad_(False), PatchDiscriminator(), origin
+    return model, RandomLPIPS().requires_grad_(False), PatchDiscriminator(), origin
 
 
 def build(args, cfg):

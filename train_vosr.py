@@ -3,7 +3,7 @@
     python train_vosr.py --stage autoencoder --data PHOTOS --out runs/ae
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
 
-and so on from stage to stage: refine, distill, decoder, looks. Full size, on several GPUs:
+and so on from stage to stage: refine, distill, decoder. Full size, on several GPUs:
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
@@ -25,12 +25,10 @@ import training
 from degrade import RECIPES, degrade
 from models.dit import DiT, DiTConfig
 from models.flow import Draws, guided, loss_distill, loss_flow, sample
-from models.lpips import LPIPS, loss_distribution
 from models.support.precision import in_half
 from models.support.weights import save_model, save_release
-from models.vae import EDGES, TinyVAEConfig
-from models.vit import ViTConfig
-from models.vosr import SIZES, VOSR, VOSRConfig
+from models.tiny import VOSR_STAGES, TinyDiT, TinyVOSR, TinyVOSRConfig
+from models.vosr import SIZES, VOSR
 
 
 @dataclass
@@ -54,17 +52,9 @@ class Stage:
     lognorm: tuple | None = None        # mu, sigma of the flow's times; None = uniform
     distill: str = "rcgm"               # or "shortcut": the loss of stage distill
     omega: float = 0.5                  # the teacher's guidance there
-    lambda_pdl: float = 0.0             # ours, stage looks, beside L1
     save_every: int = 500               # steps
 
 
-TINY = VOSRConfig(
-    dit=DiTConfig(input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4,
-                  z_dims=128, precondition=True, rope_rescale=False),
-    vit=ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2), vit_input=112, vit_layer=None,
-    vae=TinyVAEConfig(), guidance=1.0, temperature=0.25, torch_bicubic=True, color="wavelet",
-    stablesr=True, tile=128, overlap=32,
-)
 AUTHORS = {     # of the authors' code
     "flow": Stage(400_001, 8, 5e-5, save_every=10_000),
     "distill": Stage(100_001, 32, 2e-5, save_every=5_000),
@@ -74,21 +64,11 @@ PAPER = {       # of the paper, as far as known: for 100 million pictures, and t
     "flow": Stage(400_000, 256, 5e-5, save_every=10_000),
     "distill": Stage(50_000, 32, 2e-5, save_every=5_000),
 }
-tiny = partial(Stage, crop=128, flip=True, schedule="cosine", strength=(7.0, 1.0))
-varied = partial(tiny, recipes=("s3diff", "vosr"), branches_per="image")
-TINY_STAGES = {
-    "autoencoder": tiny(3000, 16, 3e-3, ema=0.99, betas=(0.9, 0.999), weight_decay=0.0),
-    "flow": tiny(2600, 8, 8e-4, recipes=("s3diff",), ema=0.998, warmup=100, lognorm=(1.0, 1.2)),
-    "refine": varied(3600, 8, 5e-4, ema=0.998, warmup=100, lognorm=(1.5, 1.2)),
-    "distill": varied(40, 8, 5e-5, ema=0.8, warmup=5, omega=1.0),
-    "decoder": varied(1500, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
-    "looks": varied(700, 8, 1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0, lambda_pdl=1.0),
-}
-TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",),
-         "looks": ("L1", "pdl")}    # of the loss; elsewhere "flow"
-ADDS = {"decoder": ("finish", 96), "looks": ("crisp", 0.45)}       # added to TinyVAE: channels; share of grain
+TINY_STAGES = {name: Stage(**settings) for name, settings in VOSR_STAGES.items()}
+TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",)}    # of the loss; elsewhere "flow"
+FINISH = 96         # channels of what stage decoder adds to TinyVAE
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
-PRESETS = {"tiny": (TINY, TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
+PRESETS = {"tiny": (TinyVOSRConfig(), TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
            "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
 
 
@@ -102,7 +82,7 @@ def parse_args():
     training.add_arguments(p)
     args = p.parse_args()
     cfg, stages = PRESETS[args.preset]
-    args.tiny = isinstance(cfg.vae, TinyVAEConfig)
+    args.tiny = isinstance(cfg, TinyVOSRConfig)
     if args.stage not in stages:
         p.error(f"preset {args.preset} has no --stage {args.stage}, only {', '.join(stages)}")
     if args.distill and args.stage != "distill":
@@ -123,50 +103,46 @@ def networks(args, cfg):
     """-> VOSR to train, its frozen teacher (DiT) or None, names of the modules that learn, a line on their origin."""
     name = args.stage
     if name == "autoencoder":
-        return VOSR(cfg), None, ["vae"], "FROM SCRATCH"
+        return TinyVOSR(cfg), None, ["vae"], "FROM SCRATCH"
     if not args.init:
         model = VOSR.with_frozen(cfg)
         model.dit = DiT(cfg.dit)
         return model, None, ["dit"], "transformer FROM SCRATCH"
-    start, origin = VOSR.from_pretrained(args.init).train(), f"from {args.init}"
+    system, transformer = (TinyVOSR, TinyDiT) if args.tiny else (VOSR, DiT)
+    start, origin = system.from_pretrained(args.init).train(), f"from {args.init}"
     if name == "flow" and args.tiny:
-        model = VOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
+        model = TinyVOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
         model.vae.load_state_dict(start.vae.state_dict(), strict=False)
         return model, None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
-    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name in ADDS):
-        kind = f"{'one' if name in ADDS else 'many'}-step model of preset {args.preset}"
+    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name == "decoder"):
+        kind = f"{'one' if name == 'decoder' else 'many'}-step model of preset {args.preset}"
         raise training.Quit(f"{args.init}: is no {kind}, from which stage {name} starts: {start.cfg.dit}")
-    if name in ADDS:
-        part, size = ADDS[name]
-        model = VOSR(replace(start.cfg, vae=replace(start.cfg.vae, **{part: size})))
-        model.load_state_dict(start.state_dict(), strict=False)     # all but the part
-        return model, None, [f"vae.{part}"], origin
+    if name == "decoder":
+        model = TinyVOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
+        model.load_state_dict(start.state_dict(), strict=False)     # all but the decoder
+        return model, None, ["vae.finish"], origin
     if name != "distill":
         return start, None, ["dit", "vit"] if name == "refine" else ["dit"], origin
-    teacher, start.dit = start.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True))
+    teacher, start.dit = start.dit.requires_grad_(False), transformer(replace(cfg.dit, auxiliary_time_cond=True))
     start.dit.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
-    kept = {k: getattr(start.cfg, k) for k in ("light_decoder", "weak", "blind")}
+    kept = {k: getattr(start.cfg, k) for k in ("light_decoder", "weak", *["blind"] * args.tiny)}
     start.cfg = replace(cfg, dit=start.dit.cfg, steps=1, guidance=1.0, **kept)
     return start, teacher, ["dit"], origin
 
 
-def losses(name, stage, model, teacher, lpips, hq, lq, g):
+def losses(name, stage, model, teacher, hq, lq, g):
     """Terms of the loss, which is their sum.
 
     name, stage: a key of TINY_STAGES or AUTHORS and its Stage; teacher: DiT, in stage distill only
-    lpips: LPIPS, in stage looks only; hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}
+    hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}
     """
     if name == "autoencoder":
         return dict(zip(TERMS[name], model.vae.loss(hq, g)))
-    if name in ADDS:
+    if name == "decoder":
         z_lq = model.vae.encode(lq).float()
         T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)     # all temperatures that are of use
         eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
-        y = decode(name, model, model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak), g)
-        terms = {"L1": F.l1_loss(y, hq)}
-        if name == "looks":
-            terms["pdl"] = stage.lambda_pdl * loss_distribution(lpips, y, hq)
-        return terms
+        return {"L1": F.l1_loss(model.decode(model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak)), hq)}
     with torch.no_grad():
         z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
     feat = model.tokens(lq)
@@ -177,14 +153,6 @@ def losses(name, stage, model, teacher, lpips, hq, lq, g):
         return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, d, strength=stage.strength)}
     terms = loss_distill(model.dit, teacher, z_hq, z_lq, feat, d, stage.distill, stage.omega, strength=stage.strength)
     return dict(zip(TERMS[name], terms))
-
-
-def decode(name, model, z, g=None):
-    """What stage `name` looks at. Stage looks adds edges: all, to learn with g, or those in use.  -> (B, 3, H, W)"""
-    y = model.decode(z).float()
-    if name == "looks":
-        y = y + (1 if g else EDGES) * model.vae.crisp(y, g)
-    return y
 
 
 @torch.no_grad()
@@ -201,13 +169,13 @@ def evaluate(run):
         cfg, z_lq, feat = model.cfg, model.vae.encode(lq).float(), model.tokens(lq)
         eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
         z = model.restore(z_lq, lq, cfg.temperature * eps, cfg.steps, cfg.guidance, cfg.weak)
-        sr = decode(name, model, z)
+        sr = model.decode(z)
     if name == "distill":
         one = sample(lambda z, t, r: guided(model.dit, z, z_lq, feat, t, r), eps, 1)
         many = sample(lambda z, t, r: guided(run.teacher, z, z_lq, feat, t, r, run.recipe.omega), eps, 25)
         loss = (one - many).square().mean()
     else:
-        terms = losses(name, run.recipe, model, run.teacher, run.lpips, hq, lq, training.generator(1))
+        terms = losses(name, run.recipe, model, run.teacher, hq, lq, training.generator(1))
         loss = sum(terms.values())
     sr = sr.float().clamp(-1, 1)
     sheet = {"LQ": lq, f"result, step {run.step}": sr, "HQ": hq}
@@ -232,7 +200,6 @@ def prepare(args):
         for m in frozen.values():               # official: the autoencoder stays in float32
             in_half(m, run.dtype)
     run.model, run.teacher = model.to(run.device), teacher and teacher.to(run.device)
-    run.lpips = LPIPS("random").requires_grad_(False).to(run.device) if args.stage == "looks" else None
     run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
     learning = [model.get_submodule(name) for name in names]
     run.params = [p for m in learning for k, p in m.named_parameters() if k != "mask_token"]
@@ -291,7 +258,7 @@ def main():
     run.model.dit.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
-    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher, run.lpips)
+    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher)
     if run.world > 1:
         run.losses = training.replicate(run.model, run.losses, run.device)
     open_data(run)

@@ -13,7 +13,6 @@ Left out: its other backbones and losses, class conditions.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -174,34 +173,3 @@ class Discriminator(nn.Module):
         """
         x = x if plan is None else augment(x, plan)
         return multilevel_loss(self.decoder[0](*self.features(x)), target)
-
-
-class PatchDiscriminator(nn.Module):
-    """Ours, for tiny presets: four convolutions, logits of the last three; it also sees what was to be restored.
-
-    Trap: three strides of 2 leave a lattice of 8 pixels in its gradient. So large are the tiny autoencoder's cells,
-    too, and a generator would weave the lattice into every picture; so pictures are rolled, by new offsets each time.
-    """
-
-    def __init__(self, width=32):
-        super().__init__()
-        widths = (6, width, 2 * width, 4 * width)
-        self.layers = nn.ModuleList(
-            spectral_norm(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)) for c_in, c_out in pairwise(widths))
-        self.layers.append(spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)))
-        # not normalised: logits may be large
-        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (*widths[2:], widths[-1]))
-
-    def draw(self, x, x_src, generator):
-        """What `forward` gets beside x: the enlarged LQ pictures x_src (B, 3, H, W), and offsets to roll both by."""
-        return x_src, torch.randint(8, (len(x_src), 2), generator=generator, device=generator.device).tolist()
-
-    def forward(self, x, target, plan):
-        """x: (B, 3, H, W) in [-1, 1]; plan: of `draw` -> (B, 1)"""
-        x_src, offsets = plan
-        h, logits = torch.cat([x, x_src], dim=1), []
-        h = torch.stack([one.roll(offset, (1, 2)) for one, offset in zip(h, offsets)])
-        for layer in self.layers:
-            h = F.leaky_relu(layer(h), 0.2)
-            logits.append(h)
-        return multilevel_loss([head(h) for head, h in zip(self.heads, logits[1:])], target)

@@ -2,7 +2,7 @@
 
 Paper:   VOSR, arXiv 2604.03225; the backbone is LightningDiT (arXiv 2501.01423) with cross-attention added.
 Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR.
-Left out: options that no public checkpoint uses. Ours: any rectangle, and two switches that only the tiny model flips.
+Left out: options that no public checkpoint uses. Ours: any rectangle.
 """
 
 import math
@@ -30,7 +30,6 @@ class DiTConfig:
     z_dims: int = 768           # width of the visual tokens
     encdim_ratio: int = 3       # inner width of the context MLP, in units of D
     auxiliary_time_cond: bool = False   # second time r: the one-step models
-    precondition: bool = False  # ours: start from the best linear guess, see `DiT.forward`
     rope_rescale: bool = True   # squeeze positions into the trained range
 
     def __post_init__(self):
@@ -257,21 +256,9 @@ class DiT(Checkpointing, nn.Module):
         cache: a dict, empty at first: while feat stays the same, cross-attention computes keys and values once
         -> (B, C, h, w) velocity eps - hq
         """
-        if not self.cfg.precondition:
-            return self.network(z_t, z_lq, feat, t, r, cache)
-        # As EDM (2206.00364) does for denoisers. Were z_hq normal around z_lq with variance 1, z_t would be so around
-        # (1 - t) z_lq with variance var, and E[z_hq | z_t] = z_lq + (1 - t) / var (z_t - (1 - t) z_lq). The network
-        # sees the second term; its floor lets some noise in at t = 1, or in one step all seeds gave one picture.
-        time = t[:, None, None, None]
-        var = (1 - time) ** 2 + time**2
-        z_in = ((1 - time) / var).clamp(min=0.1) * (z_t - (1 - time) * z_lq)
-        guess = ((2 * time - 1) * z_t - time * z_lq) / var  # the velocity of that mean
-        return guess - self.network(z_in, z_lq, feat, t, r, cache) / var.sqrt()
-
-    def network(self, z_in, z_lq, feat, t, r, cache):
         p = self.cfg.patch_size
-        h, w = z_in.shape[-2] // p, z_in.shape[-1] // p
-        x = self.x_embedder(torch.cat([z_lq, z_in], dim=1))  # (B, N, D), LQ first
+        h, w = z_t.shape[-2] // p, z_t.shape[-1] // p
+        x = self.x_embedder(torch.cat([z_lq, z_t], dim=1))  # (B, N, D), LQ first
         c = self.t_embedder(t)
         if self.r_embedder:
             c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)  # exactly c(t) where r = t

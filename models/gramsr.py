@@ -27,7 +27,7 @@ from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
 from models.unet import UNet, UNetConfig
-from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config, picture
+from models.vae import VAE, VAEConfig
 from models.vit import DINOv3, DINOv3Config
 
 # LoRA sets in the order they are trained: {adapter: names of its layers in the UNet}
@@ -44,18 +44,17 @@ TILES_AT_ONCE = 4
 @dataclass
 class GramSRConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
-    vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
     vit: DINOv3Config = field(default_factory=DINOv3Config)
     ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are
     t: int = 1                  # what the UNet is told about the noise
     tile: int = 512             # pixels per tile side: the size it was trained at
     overlap: int = 128          # pixels that tiles share, at least 1/8 of a tile
-    prompt_tokens: int = 0      # of the tiny prior's two prompts, for CSD
 
-    @staticmethod
-    def from_dict(d):
+    @classmethod
+    def from_dict(cls, d):
         vit = DINOv3Config(**d["vit"])
-        return GramSRConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"]), "vit": vit})
+        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"]), "vit": vit})
 
 
 def token_adapter(D, inner, context_dim):
@@ -64,19 +63,21 @@ def token_adapter(D, inner, context_dim):
 
 
 class GramSR(nn.Module):
+    Config = GramSRConfig
     SWEEP = [[{name: x / 2} for x in range(5)] for name in SETS]        # of sample.py: rows, columns
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.layers = replace(cfg, ranks={}), {}      # {adapter: its layers}
-        self.unet, self.vae, self.vit = UNet(cfg.unet), autoencoder(cfg.vae), DINOv3(cfg.vit)
+        self.unet, self.vae, self.vit = UNet(cfg.unet), self.autoencoder(cfg.vae), DINOv3(cfg.vit)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
         # pixels; every map of the UNet is half the one above
         self.multiple = lcm(self.vae.factor << len(cfg.unet.widths) - 1, cfg.vit.patch_size)
-        if cfg.prompt_tokens:
-            self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))    # good, bad
         for name in sorted(cfg.ranks, key=list(SETS).index):
             self.add_set(name, cfg.ranks[name])
+
+    def autoencoder(self, cfg):
+        return VAE(cfg)
 
     def add_set(self, name, r=4):
         """A new LoRA set, which changes nothing yet: pixel, semantic or texture."""
@@ -129,6 +130,13 @@ class GramSR(nn.Module):
         z = self.clean(self.vae.encode(x), context)
         return self.vae.decode(z).clamp(-1, 1), z, context
 
+    def csd_conditions(self, context):
+        """What `loss_csd` guides towards, and from: the tokens, which the prior was never taught to read, and none.
+
+        context: (B, N, D) -> two like it
+        """
+        return context, torch.zeros_like(context)       # inferred; PiSA-SR has two prompts
+
     def prior(self, z_t, t, context):
         """The UNet as it was before any LoRA, which judges in `loss_csd`."""
         return self.unet(z_t, t, context, self.only())
@@ -162,13 +170,13 @@ class GramSR(nn.Module):
         return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE)
 
     @torch.no_grad()
-    def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, crisp=None, tile=0, overlap=0,
+    def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0,
                 color="adain"):
         """Super-resolution of one picture.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
         pixel, semantic, texture: how much of what each LoRA set does, None = 1; one UNet pass if all are, else up to 3
-        crisp: share of the tiny model's grain; tile, overlap: pixels; None, 0 = the checkpoint's
+        tile, overlap: pixels; None, 0 = the checkpoint's
         color: adain, wavelet or none
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """
@@ -178,15 +186,15 @@ class GramSR(nn.Module):
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
         scales = [1 if l is None else l for l in (pixel, semantic, texture)]
         z = self.restore(self.vae.encode(x), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)
-        sr = picture(self.vae, z, crisp)[..., :H, :W]
+        sr = self.vae.decode(z).float().clamp(-1, 1) / 2 + 0.5
         # official: truncated to 8 bits before and after the colour fix
-        return color_fix(sr, lq_up, color, stablesr=True)
+        return color_fix(sr[..., :H, :W], lq_up, color, stablesr=True)
 
     # ---- files: plumbing
 
     @classmethod
     def from_pretrained(cls, name="gramsr", device="cpu", dtype=torch.float32):
-        """A model by its name (gramsr, which is fetched; gramsr-tiny), or a folder with the authors' files or ours.
+        """A model by its name (gramsr, which is fetched), or a folder with the authors' files or ours.
 
         Raises FileNotFoundError or ValueError, one line.
         """
@@ -194,7 +202,7 @@ class GramSR(nn.Module):
         if name == "gramsr":
             model = cls.from_release({part: fetch(file) for part, file in RELEASE.items()})
         elif weights := find_ours(name):
-            model = load_ours(cls, GramSRConfig, weights)
+            model = load_ours(cls, cls.Config, weights)
         elif (files := {part: last_step(path, file) for part, file in RELEASE.items()})["model"]:
             model = cls.from_release(files, path)
         else:

@@ -17,7 +17,6 @@ from models.support.weights import fetch, load_strictly, read_tensors
 SHIFT = (-0.030, -0.088, -0.188)    # ImageNet's mean and deviation, for [-1, 1]
 SCALE = (0.458, 0.448, 0.450)
 EPS = 1e-10                         # added to the length of a feature vector
-FAINT = 0.3                         # instead, for random features: what is fainter counts less
 
 
 # ---- trunks: torchvision's `features`, up to the last ReLU that is looked at
@@ -43,21 +42,9 @@ def alex():
     ]
 
 
-def random():
-    """Ours, for tiny presets: no classifier but orthogonal random filters (2103.10571), deaf to brightness."""
-    g, layers = torch.Generator().manual_seed(0), []
-    for c_in, width in ((3, 16), (16, 32), (32, 64)):
-        conv = nn.Conv2d(c_in, width, 3, padding=1, padding_mode="reflect", bias=False)
-        nn.init.orthogonal_(conv.weight, gain=2**0.5, generator=g)
-        conv.weight.data -= conv.weight.data.mean((2, 3), keepdim=True)
-        layers += [conv, nn.LeakyReLU(0.2), nn.AvgPool2d(2)]
-    return layers[:-1]
-
-
 NETS = {    # trunk, {layer whose features are taken: channels}, smallest side in pixels, files of trunk and heads
     "vgg": (vgg, {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}, 16, ("vgg16-397923af.pth", "lpips_vgg.pth")),
     "alex": (alex, {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}, 31, ("alexnet-owt-7be5be79.pth", "lpips_alex.pth")),
-    "random": (random, {1: 16, 4: 32, 7: 64}, 8, ()),
 }
 
 
@@ -75,10 +62,14 @@ class LPIPS(nn.Module):
 
     def __init__(self, net="vgg"):
         super().__init__()
-        trunk, self.taps, self.smallest, _ = NETS[net]
-        self.eps = FAINT if net == "random" else EPS
-        self.features = nn.Sequential(*trunk())
-        for i, channels in enumerate(self.taps.values()):  # a dropout was number 0 when the heads were trained
+        trunk, taps, smallest, _ = NETS[net]
+        self.build(trunk(), taps, smallest)
+
+    def build(self, trunk, taps, smallest, eps=EPS):
+        """trunk: layers; taps: {layer whose features are compared: channels}; smallest: side in pixels"""
+        self.taps, self.smallest, self.eps = taps, smallest, eps
+        self.features = nn.Sequential(*trunk)
+        for i, channels in enumerate(taps.values()):  # a dropout was number 0 when the heads were trained
             head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
             nn.init.constant_(head[1].weight, 1.0)
@@ -118,19 +109,3 @@ class LPIPS(nn.Module):
 
     def forward(self, x, y):
         return self.levels(x, y).sum(1)
-
-
-# ---- the same features, wherever they are
-
-def loss_distribution(lpips, x, y, side=32):
-    """Projected distribution loss (2012.09289): do windows of two pictures hold the same features, in whatever place?
-
-    Where an edge is not known to the pixel, a mean of all that it could be costs least by place: a soft one. Sorted, a
-    window's features tell how steep its edges are.
-    lpips: LPIPS; x, y: (B, 3, H, W) in [-1, 1]; side: pixels of a window, which divides H and W -> scalar
-    """
-    def windows(f):
-        w = side * f.shape[-1] // x.shape[-1]
-        return f.unflatten(3, (-1, w)).unflatten(2, (-1, w)).transpose(3, 4).flatten(4).sort(-1).values
-
-    return sum(F.l1_loss(windows(f), windows(g)) for f, g in zip((x, *lpips.depths(x)), (y, *lpips.depths(y))))

@@ -26,7 +26,7 @@ from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
 from models.unet import UNet, UNetConfig, alphas_cumprod
-from models.vae import TinyVAEConfig, VAEConfig, autoencoder, autoencoder_config, picture
+from models.vae import VAE, VAEConfig
 
 GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
@@ -44,45 +44,44 @@ def is_trained(name):
     return "lora_" in name or name.startswith(("unet.conv_in.", "modulation."))
 
 
-def is_prior(name):
-    """Whether prior_tiny.safetensors holds the parameter of that name."""
-    return name.startswith(("unet.", "vae.", "prompts")) and "lora_" not in name
-
-
 @dataclass
 class S3DiffConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
-    vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
     r_unet: int = 32
     r_vae: int = 16
     unet_targets: tuple = UNET_TARGETS
     vae_targets: str = VAE_TARGETS      # the paper's Table 4 puts adapters elsewhere
     modulation: str = "blocks"          # a C for each block; Table 5: "shared", one for all; "none", plain LoRA
     denet_widths: tuple = (64, 64, 64, 128)     # of the estimator
-    tokens: int = 77                    # of a prompt
     t: int = 999                        # where the one step starts
-    start_noise: float = 1.0            # share of time t's noise that is added, where t < 999
     guidance: float = 1.07              # trap: the paper says 1.1
     enlarge: str = "bilinear"           # official: in inference; bicubic in training
     tile: int = 768                     # pixels a side, up to whose area the UNet sees all at once
     overlap: int = 256                  # pixels that tiles share
 
-    @staticmethod
-    def from_dict(d):
-        return S3DiffConfig(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"])})
+    @classmethod
+    def from_dict(cls, d):
+        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"])})
 
 
 class S3Diff(nn.Module):
+    Config = S3DiffConfig
+    tokens = 77         # of a prompt
+    start_noise = 1.0   # share of time t's noise that is added, where t < 999
     SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]  # of sample.py: rows, columns
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.folder = cfg, None
         self.unet, self.denet = UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths)
-        self.vae = autoencoder(cfg.vae)
+        self.vae = self.autoencoder(cfg.vae)
         self.blocks = {"unet": len(self.unet.blocks), "vae": self.vae.blocks}
         self.adapt()
-        self.register_buffer("prompts", torch.zeros(2, cfg.tokens, cfg.unet.context_dim))   # features: good, bad
+        self.register_buffer("prompts", torch.zeros(2, self.tokens, cfg.unet.context_dim))   # features: good, bad
+
+    def autoencoder(self, cfg):
+        return VAE(cfg)
 
     def adapt(self):
         """What is trained beside unet.conv_in, new: adapters and their modulation, which change nothing yet."""
@@ -105,7 +104,7 @@ class S3Diff(nn.Module):
         if t == 999:
             return z
         a = alphas_cumprod()[t].item()      # the paper's Table 8; the released code has 999 alone
-        eps = self.cfg.start_noise * torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
+        eps = self.start_noise * torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
         return a**0.5 * z + (1 - a) ** 0.5 * eps
 
     def clean(self, z_t, eps, t):
@@ -155,12 +154,12 @@ class S3Diff(nn.Module):
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, noise=None, blur=None, guidance=None, prompt=None, negative_prompt=None,
-                start_step=None, crisp=None, tile=0, overlap=0, color="wavelet", paper=False):
+                start_step=None, tile=0, overlap=0, color="wavelet", paper=False):
         """Super-resolution of one picture, or of several of one size that fit in a tile.
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each picture its own
         prompt, negative_prompt: texts instead of GOOD, BAD; start_step: below 999 noise is added (by seed)
-        crisp: share of the tiny model's grain; tile, overlap: pixels; color: wavelet, adain or none
+        tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
         None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
@@ -186,20 +185,18 @@ class S3Diff(nn.Module):
         z = self.start(z, t, torch.Generator().manual_seed(seed))
         C = self.matrices("unet", scores)
         eps = self.predict(z, t, prompts.to(z), C, guidance, tile or self.cfg.tile, overlap or self.cfg.overlap)
-        sr = picture(self.vae, self.clean(z, eps, t), crisp)
+        sr = self.vae.decode(self.clean(z, eps, t)).float().clamp(-1, 1) / 2 + 0.5
         return color_fix(sr[..., :H, :W], lq_up, color, stablesr=True)
 
     def describe(self, text):
         """Features of a text.  -> (77, D). Raises WeightError."""
-        if self.cfg.unet.context_dim != UNetConfig.context_dim:
-            raise WeightError("this model never saw a text, so its prompts cannot be changed")
         return text_features([text], self.folder)[0]
 
     # ---- files: plumbing
 
     @classmethod
     def from_pretrained(cls, name="s3diff", device="cpu", dtype=torch.float32):
-        """A model by its name (s3diff, which is fetched; s3diff-tiny), an s3diff.pkl, or a folder with it or ours.
+        """A model by its name (s3diff, which is fetched), an s3diff.pkl, or a folder with it or ours.
 
         Raises FileNotFoundError or ValueError, one line.
         """
@@ -208,7 +205,7 @@ class S3Diff(nn.Module):
         if name == "s3diff":
             model = cls.from_release(fetch("s3diff.pkl"))
         elif weights := find_ours(name):
-            model = load_ours(cls, S3DiffConfig, weights)
+            model = load_ours(cls, cls.Config, weights)
         elif pkl.is_file():
             model = cls.from_release(pkl, pkl.parent)
         else:

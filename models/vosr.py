@@ -1,8 +1,7 @@
 """VOSR: super-resolution by a diffusion transformer that never saw a text prompt.
 
 Paper:   VOSR, arXiv 2604.03225.
-Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need; vosr_tiny.safetensors
-         beside this file: ours, trained by train_vosr.py.
+Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need.
 
 Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the clean latent under both
 (DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
@@ -23,12 +22,12 @@ from models.support.authors import read_light_decoder, release_config
 from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
-from models.vae import VAE, LightDecoder, TinyVAE, TinyVAEConfig, VAEConfig, picture
+from models.vae import VAE, LightDecoder, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
 from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
                                     load_strictly, nearby, on_paper, read_config, read_tensors)
 
-AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE, TinyVAEConfig: TinyVAE}
+AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE}
 TILES_AT_ONCE = 4
 
 
@@ -36,7 +35,7 @@ TILES_AT_ONCE = 4
 class VOSRConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
-    vae: VAEConfig | QwenVAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig | QwenVAEConfig = field(default_factory=VAEConfig)
     light_decoder: dict | None = None   # LightDecoder's arguments, where it stands in for the VAE's own decoder
     vit_input: int = 448            # pixels per side of what the vision encoder sees, whatever the picture's shape
     vit_layer: int | None = 8       # its tokens after this block; None = after the last block and the final norm
@@ -44,10 +43,7 @@ class VOSRConfig:
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
-    torch_bicubic: bool = False     # enlarge the LQ picture as degrade.py does, not by Pillow as the official scripts
-    blind: bool = False             # no visual tokens: the paper's ablation
     color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
-    stablesr: bool = False          # the colour fixes of StableSR, whose wavelet brings back fewer blotches
     tile: int = 0                   # pixels a side, 0 = the whole picture
     overlap: int = 0                # pixels that tiles share, 1/8 at least
 
@@ -55,10 +51,10 @@ class VOSRConfig:
         if self.color not in ("adain", "wavelet", "none"):
             raise ValueError(f"color is {self.color!r:.60}")
 
-    @staticmethod
-    def from_dict(d):
+    @classmethod
+    def from_dict(cls, d):
         vae = next(c for c in AUTOENCODERS if set(d["vae"]) <= {f.name for f in fields(c)})(**d["vae"])
-        return VOSRConfig(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
+        return cls(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
 
 
 SIZES = {   # published: the transformer and what is around it
@@ -75,6 +71,8 @@ PUBLIC = {      # name: size, folder of the release
 
 
 class VOSR(nn.Module):
+    Config = VOSRConfig
+    stablesr = False    # whether colours come back as in StableSR, see `color_fix`
     SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]  # of sample.py --sweep
 
     def __init__(self, cfg):
@@ -83,12 +81,15 @@ class VOSR(nn.Module):
         self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond  # VOSR 2.0: no weak branch to be guided from
         if self.blunt:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
-        self.vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
+        self.vae, self.vit, self.dit = self.networks(cfg)
         self.light_decoder = None
         if cfg.light_decoder is not None:
             self.light_decoder = LightDecoder(**cfg.light_decoder)
             del self.vae.decoder, self.vae.post_quant_conv
-        self.vit, self.dit = ViT(cfg.vit), DiT(cfg.dit)
+
+    def networks(self, cfg):
+        """Autoencoder, vision encoder, transformer; the tiny model (tiny.py) has others."""
+        return AUTOENCODERS[type(cfg.vae)](cfg.vae), ViT(cfg.vit), DiT(cfg.dit)
 
     def decode(self, z):
         """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]"""
@@ -96,8 +97,6 @@ class VOSR(nn.Module):
 
     def tokens(self, x):
         """Visual tokens of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
-        if self.cfg.blind:
-            return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         side = (self.cfg.vit_input, self.cfg.vit_input)  # official: whatever the aspect, the picture is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
         return self.vit(standardised(x).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
@@ -130,13 +129,17 @@ class VOSR(nn.Module):
 
         return sample(velocity, eps, steps)
 
+    def enlarge(self, lq, size):
+        """lq: (B, 3, H, W) in [0, 1] -> the same of size (height, width); by Pillow, as the official scripts."""
+        return resize(lq, size)
+
     @torch.no_grad()
-    def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, temperature=None, crisp=None, tile=0,
+    def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, temperature=None, tile=0,
                 overlap=0, color=None):
         """Super-resolution of one picture.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
-        crisp: share of the tiny model's grain; None, and 0 of tile and overlap: as the checkpoint has it
+        None, and 0 of tile and overlap: as the checkpoint has it
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         if self.blunt and (guidance, weak) != (None, None):
@@ -146,33 +149,31 @@ class VOSR(nn.Module):
                      tile=tile or None, overlap=overlap or None)
         cfg = replace(self.cfg, **{k: v for k, v in given.items() if v is not None})
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq = lq if cfg.torch_bicubic else resize(lq, (H, W))
-        lq = lq.to(self.dit.t_block[1].weight.device, non_blocking=True)
-        lq_up = F.interpolate(lq, (H, W), mode="bicubic").clamp(0, 1) if cfg.torch_bicubic else lq
+        lq_up = self.enlarge(lq, (H, W)).to(self.dit.t_block[1].weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * cfg.dit.patch_size)
         z_lq = self.vae.encode(x)  # official: a sample of the posterior at first, now its mode
         noise = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed))  # of this picture alone
         eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
-        sr = picture(self.light_decoder or self.vae, z, crisp)[..., :H, :W]
-        return color_fix(sr, lq_up, color or cfg.color, cfg.stablesr)
+        sr = self.decode(z).float().clamp(-1, 1) / 2 + 0.5
+        return color_fix(sr[..., :H, :W], lq_up, color or cfg.color, self.stablesr)
 
     @classmethod
-    def from_pretrained(cls, name="vosr-tiny", device="cpu", dtype=torch.float32):
-        """A model by its name (vosr-tiny, or of PUBLIC, whose files are fetched), or from a file or folder.
+    def from_pretrained(cls, name="vosr-0.5b-1step", device="cpu", dtype=torch.float32):
+        """A model by its name (of PUBLIC, whose files are fetched), or from a file or folder.
 
         A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError.
         """
-        path = EMBEDDED["vosr-tiny"] if name == "vosr-tiny" else Path(name)
+        path = EMBEDDED.get(name) or Path(name)
         if name in PUBLIC:
             size, folder = PUBLIC[name]
             args, weights = fetch(f"{folder}/args.json"), fetch(f"{folder}/checkpoints/ema_model.safetensors")
             model = cls.from_release(weights, args, size)
         elif weights := find_weights(path):
             ours = read_config(weights)
-            model = load_ours(cls, VOSRConfig, weights) if ours else cls.from_release(weights, find_args(path))
+            model = load_ours(cls, cls.Config, weights) if ours else cls.from_release(weights, find_args(path))
         else:
-            raise FileNotFoundError(f"{path}: no such model; name vosr-tiny, {', '.join(PUBLIC)}, "
+            raise FileNotFoundError(f"{path}: no such model; name {', '.join(PUBLIC)}, "
                                     "or a folder with a .safetensors file")
         return in_half(model.to(torch.float32), dtype).to(device).eval()
 

@@ -14,7 +14,7 @@ from models.flow import Draws, conditions, guided, loss_distill, loss_flow, samp
 from models.support.imaging import blend_tiles, tile_boxes
 from models.support.download import WeightError
 from models.support.strips import plain
-from models.vae import Crisp, TinyVAE, TinyVAEConfig, grain, picture
+from models.tiny import TinyVAE, TinyVAEConfig, TinyVOSR, TinyVOSRConfig
 from models.vit import ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
 from models.support.weights import load_strictly, save_model
@@ -210,36 +210,6 @@ def test_tiny_vae_inverts_when_its_basis_is_orthonormal():
     z = vae.encode(x)
     assert z.shape == (1, 192, 3, 5)
     assert torch.allclose(vae.decode(z), x, atol=1e-4)
-
-
-def test_crisp_knows_no_cells():
-    """Pictures moved by two pixels come out moved by two pixels, far from the borders; strips change nothing, noise does."""
-    crisp, g = Crisp(8, 4).requires_grad_(False), torch.Generator().manual_seed(0)
-    for p in crisp.parameters():
-        p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    x = torch.rand(1, 3, 128, 128, generator=g)
-    noisy = torch.cat([x, torch.randn(1, 1, 128, 128, generator=g)], dim=1)
-    y, moved = (crisp.edges(x)[..., 40:-40, 40:-40] for x in (noisy, noisy.roll((2, 2), (2, 3))))
-    assert torch.allclose(moved[..., 2:, 2:], y[..., :-2, :-2], atol=1e-5) and y.std() > 0.1
-    tall = torch.rand(1, 3, 1536, 512, generator=g)
-    with torch.no_grad():
-        whole = crisp.edges(F.pad(tall, (0, 0, 0, 0, 0, 1)))
-        assert not plain(tall[0, 0].numel()) and torch.allclose(crisp(tall), whole, atol=1e-5)
-    assert torch.equal(crisp(x.repeat(2, 1, 1, 1))[1:], crisp(x)) and not torch.equal(crisp(x, g), crisp(x, g))
-
-
-def test_picture_adds_edges_and_a_share_of_grain():
-    """None is the model's own share; only the tiny models have one."""
-    vae, z = TinyVAE(TinyVAEConfig(latent_channels=8, crisp=0.5)), torch.randn(1, 8, 3, 4)
-    torch.nn.init.normal_(vae.crisp.conv_out.weight, std=0.1)
-    with torch.no_grad():
-        faithful, own, half, sharp = (picture(vae, z, share) for share in (0, None, 0.5, 1))
-        x = vae.decode(z)
-        x = x + 0.25 * vae.crisp(x)
-        assert torch.equal(faithful, x.clamp(-1, 1) / 2 + 0.5) and torch.equal(own, half)
-        assert torch.equal(sharp, (x + grain(x)).clamp(-1, 1) / 2 + 0.5) and not torch.equal(own, sharp)
-    with pytest.raises(WeightError, match="leave --crisp out"):
-        picture(TinyVAE(TinyVAEConfig(latent_channels=8)), z, 0.5)
 
 
 def test_save_and_load(tmp_path):
