@@ -1,23 +1,25 @@
-"""Make low-quality (LQ) images of high-quality (HQ) ones: Real-ESRGAN's degradation (Wang et al. 2021, 2107.10833).
+"""Real-ESRGAN's degradation (2107.10833): makes low-quality (LQ) images of high-quality (HQ) ones, as training pairs.
 
-    hq                                                        # (B, 3, H, W), RGB in [0, 1]
     generator = torch.Generator().manual_seed(0)
-    lq, lq_up = degrade(hq, RECIPES["vosr"], generator)       # (B, 3, H/4, W/4), and enlarged again: (B, 3, H, W)
+    lq, lq_up = degrade(hq, RECIPES["vosr"], generator)
 
-A photo is damaged twice, since one that was taken, saved, shared and saved again was. That is the paper's second-order
-model (its section 3.2); a sinc filter near the end adds the ringing of sharpened or compressed images (section 3.3):
+    hq (B, 3, H, W), RGB in [0, 1]; lq (B, 3, H/4, W/4); lq_up (B, 3, H, W), lq enlarged
 
-    first stage    blur, resize, noise, JPEG
-    second stage   blur (perhaps), resize, noise
-    at the end     JPEG, resize to the size of LQ, sinc    or    resize to the size of LQ, sinc, JPEG
+An image from the internet has often been resized and saved more than once. So the paper degrades twice, its
+second-order model (section 3.2), and adds the ringing of sharpened or compressed images by a sinc filter (section 3.3):
 
-A recipe says what may happen, a plan what does. `draw_plan` draws a plan from a recipe; it can be printed, changed, or
-written by hand. `apply` does to images what a plan says, and draws nothing but the noise, whose seeds are in the plan.
+    first stage     blur, resize, noise, JPEG
+    second stage    blur (sometimes), resize, noise
+    at the end      JPEG, resize to LQ's size, sinc filter    or    resize to LQ's size, sinc filter, JPEG
 
-To add a degradation (motion blur, WebP): its ranges go to Ranges or Recipe, what is drawn to StagePlan or Plan, the draw
-to the end of `draw_stage` or `draw_plan`, the deed to `degrade_twice`. A new blur is one more shape in `kernel_weights`.
+A recipe says what may happen, a plan what does happen. `draw_plan` draws a plan from a recipe; a plan can be printed,
+changed, or written by hand. `apply` does what the plan says: the same plan makes the same LQ image.
 
-The command makes test sets, OUT_DIR/lq/*.png and OUT_DIR/hq/*.png:
+To add a degradation, say WebP: its ranges go into Recipe or Ranges, what was drawn into Plan or StagePlan, the draw
+itself to the end of `draw_plan`, and the line that does it into `degrade_twice`. To add a kind of blur, say motion:
+one more shape in `kernel_weights`, and its probability in the kernels of a recipe.
+
+As a command it makes test sets, OUT_DIR/lq/*.png and OUT_DIR/hq/*.png:
 
     python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0
 
@@ -43,11 +45,10 @@ from models.support.files import PictureError, find_pictures, printable
 from models.support.pairs import write_pairs
 
 # ---- recipes: what may happen
-# Numbers in pairs are (lowest, highest) of a uniform draw.
 
 MODES = ("area", "bilinear", "bicubic")     # of a resize, each as likely as the others
-KERNEL_SIZES = range(7, 22, 2)              # pixels: 7, 9, ... 21, each as likely as the others
-REAL_ESRGAN_KERNELS = {                     # probability of each kind of blur kernel
+KERNEL_SIZES = range(7, 22, 2)              # 7, 9, ... 21 pixels, each as likely as the others
+REAL_ESRGAN_KERNELS = {                     # (shape, symmetry) of a blur kernel: its probability
     ("gaussian", "isotropic"): 0.45,
     ("gaussian", "anisotropic"): 0.25,
     ("generalized", "isotropic"): 0.12,
@@ -59,38 +60,39 @@ REAL_ESRGAN_KERNELS = {                     # probability of each kind of blur k
 
 @dataclass(frozen=True)
 class Ranges:
-    """What one stage is drawn from."""
+    """What one stage is drawn from. Pairs are (lowest, highest) of a uniform draw."""
     blur_probability: float
     blur_sigma: tuple           # width of the blur kernel, pixels
-    up_probability: float       # that the resize enlarges,
-    down_probability: float     # that it shrinks,
-    keep_probability: float     # that it does nothing; the three add up to 1
-    scale: tuple                # factor per side: shrinking draws from lowest to 1, enlarging from 1 to highest
-    gaussian_sigma: tuple       # of Gaussian noise, in levels of 255
-    poisson_scale: tuple        # factor on Poisson noise; 1 is the noise of 2^k photons, see `poisson_noise`
+    up_probability: float       # the resize enlarges ...
+    down_probability: float     # ... or shrinks ...
+    keep_probability: float     # ... or does nothing; the three add up to 1
+    scale: tuple                # of the resize, per side: up draws from 1 to highest, down from lowest to 1
+    gaussian_sigma: tuple       # of Gaussian noise, levels of 255
+    poisson_scale: tuple        # factor on Poisson noise
     jpeg_quality: tuple         # 0 to 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What plans are drawn from. Fields with a default are equal in all three systems, or differ in one of them."""
+    """What a plan is drawn from. The defaults are Real-ESRGAN's, which lacks what is called ours."""
     first: Ranges
     second: Ranges
-    kernels: dict                               # {(shape, symmetry): probability}, as REAL_ESRGAN_KERNELS
-    generalized_beta: tuple                     # exponent of generalized Gaussian kernels
-    plateau_beta: tuple                         # exponent of plateau-shaped kernels
-    sinc_probability: float = 0.1               # that a sinc kernel takes the place of a blur kernel
-    final_sinc_probability: float = 0.8         # that the sinc filter at the end is there
-    gaussian_probability: float = 0.5           # that noise is Gaussian; else it is Poisson
-    gray_noise_probability: float = 0.4         # that noise is alike in red, green and blue
-    kernels_per: str = "image"                  # "image": each has kernels of its own; "batch": all share them
-    branches_per: str = "batch"                 # "image": each has a plan of its own; "batch": all share one, and differ
-                                                # only in kernels, strength and colour of noise, and JPEG quality
-    enlarge_modes: tuple = MODES                # how lq_up is made of lq
-    eight_bit: bool = True                      # lq_up is rounded to 8 bits, as in a file
-    keep_hq_probability: float = 0.0            # that lq_up is hq itself
-    exact_resize: bool = False                  # ours: the first resize by size, so nothing shifts; see `first_resize`
-    only_shrink_probability: float = 0.0        # ours: that hq is shrunk with antialiasing, and nothing else
+    kernels: dict               # such as REAL_ESRGAN_KERNELS
+    generalized_beta: tuple     # exponent of generalized Gaussian kernels
+    plateau_beta: tuple         # exponent of plateau-shaped kernels
+    sinc_probability: float = 0.1           # of a sinc kernel instead of a blur kernel
+    final_sinc_probability: float = 0.8     # of the sinc filter at the end
+    gaussian_probability: float = 0.5       # of Gaussian noise; else it is Poisson noise
+    gray_noise_probability: float = 0.4     # of noise that is the same in red, green and blue
+    kernels_per: str = "image"              # "image": each has kernels of its own; "batch": all share them
+    branches_per: str = "batch"             # "image": each has a plan of its own; "batch": all share one, in which
+                                            # kernels, noise strength, gray noise and JPEG quality are per image
+    enlarge_modes: tuple = MODES            # of the resize from lq to lq_up
+    eight_bit: bool = True                  # lq_up is rounded to 8 bits, as in a file
+    keep_hq_probability: float = 0.0        # S3Diff: lq_up is hq itself, an image that needs no restoring
+    exact_resize: bool = False              # ours: the first resize by size, so nothing shifts; see `first_resize`
+    antialias: bool = False                 # ours: the second stage's resize, which shrinks the most, does not alias
+    only_shrink_probability: float = 0.0    # ours: hq is shrunk, antialiased, and that is all
 
 
 S3DIFF = Recipe(
@@ -117,7 +119,7 @@ GRAMSR = Recipe(
     kernels=REAL_ESRGAN_KERNELS, generalized_beta=(0.5, 4.0), plateau_beta=(1, 2),
     branches_per="image")
 
-VOSR = Recipe(              # these are Real-ESRGAN's own numbers
+VOSR = Recipe(      # Real-ESRGAN's own numbers
     first=Ranges(
         blur_probability=1.0, blur_sigma=(0.2, 3.0),
         up_probability=0.2, down_probability=0.7, keep_probability=0.1, scale=(0.15, 1.5),
@@ -129,7 +131,7 @@ VOSR = Recipe(              # these are Real-ESRGAN's own numbers
     kernels=REAL_ESRGAN_KERNELS, generalized_beta=(0.5, 4.0), plateau_beta=(1, 2),
     kernels_per="batch")
 
-WIDE = Recipe(              # ours: one degradation prevails, from none to much; a degradation estimator learns from it
+WIDE = Recipe(      # ours: mostly one degradation, from none to much of it, to train degradation estimators
     first=Ranges(
         blur_probability=1.0, blur_sigma=(0.2, 8.0),
         up_probability=0.1, down_probability=0.2, keep_probability=0.7, scale=(0.5, 1.5),
@@ -145,11 +147,11 @@ WEAK = Ranges(
     blur_probability=0.5, blur_sigma=(0.2, 0.7),
     up_probability=0.3, down_probability=0.3, keep_probability=0.4, scale=(0.92, 1.08),
     gaussian_sigma=(0, 4), poisson_scale=(0.0, 0.15), jpeg_quality=(85, 100))
-CLEAN = Recipe(             # ours: half of the images only shrunk, half weakly degraded: what good small images are like
+CLEAN = Recipe(     # ours: half of the images are only shrunk, the others weakly degraded, as good photos are
     first=WEAK, second=WEAK,
     kernels={("gaussian", "isotropic"): 1.0}, generalized_beta=(1, 1), plateau_beta=(1, 1),
-    sinc_probability=0.0, final_sinc_probability=0.0,
-    branches_per="image", exact_resize=True, only_shrink_probability=0.5)
+    sinc_probability=0.0, final_sinc_probability=0.0, branches_per="image",
+    exact_resize=True, antialias=True, only_shrink_probability=0.5)
 
 RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE, "clean": CLEAN}
 
@@ -158,14 +160,14 @@ RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE, "clea
 
 @dataclass(frozen=True)
 class Kernel:
-    """A blur kernel of size x size pixels. What its shape does not need may be left out."""
-    shape: str                  # "gaussian", "generalized", "plateau", "sinc" or "identity", which changes nothing
-    size: int                   # odd
-    sigma_x: float = None       # widths along its two axes, pixels; equal ones: isotropic
+    """A blur kernel of size x size pixels; what its shape has no use for may be left out."""
+    shape: str              # "gaussian", "generalized", "plateau", "sinc", or "identity", which changes nothing
+    size: int               # odd
+    sigma_x: float = None   # widths along the kernel's two axes, pixels; isotropic: both are equal
     sigma_y: float = None
-    theta: float = 0.0          # by how much the axes are turned, radians
-    beta: float = 1.0           # exponent of "generalized" and "plateau"
-    cutoff: float = None        # of "sinc": frequencies above it are removed; radians per pixel, at most pi
+    theta: float = 0.0      # angle between the kernel's axes and the image's, radians
+    beta: float = 1.0       # exponent of "generalized" and "plateau"
+    cutoff: float = None    # of "sinc": the highest frequency that passes, radians per pixel
 
 
 IDENTITY = Kernel("identity", 1)
@@ -173,75 +175,76 @@ IDENTITY = Kernel("identity", 1)
 
 @dataclass
 class StagePlan:
-    """One stage: blur, resize, noise, JPEG. Lists have an element for each image."""
-    blur: bool                  # whether there is one
-    kernels: list               # of Kernel; a single one serves all images
-    resize_scale: float         # factor per side: of HQ's size in the first stage, of LQ's in the second
-    resize_mode: str            # one of MODES
-    noise_type: str             # "gaussian" or "poisson"
-    noise_strength: list        # sigma in levels of 255, or factor on Poisson noise
-    noise_gray: list            # True: alike in red, green and blue
-    jpeg_quality: list
+    """One stage. Lists have one element per image."""
+    blur: bool              # whether to blur at all
+    kernels: list           # of Kernel; a single one is for all images
+    resize_scale: float     # per side, from HQ's size in the first stage and from LQ's in the second
+    resize_mode: str        # one of MODES
+    noise_type: str         # "gaussian" or "poisson"
+    noise_strength: list    # sigma in levels of 255, or factor on Poisson noise
+    noise_gray: list        # True: the same in red, green and blue
+    jpeg_quality: list      # above 0, at most 100
     noise_seed: int = 0
 
 
 @dataclass
 class Plan:
-    """All that `apply` does to a batch of images."""
+    """All that happens to a batch of images."""
     first: StagePlan
     second: StagePlan
-    sinc_kernels: list          # of Kernel, "sinc" or "identity"; a single one serves all images
-    jpeg_before_sinc: bool      # JPEG of the second stage before the last resize and sinc, else after them
-    final_mode: str             # of the resize to the size of LQ
-    enlarge_mode: str           # of the resize that makes lq_up of lq
-    eight_bit: bool             # this and the rest as in Recipe
+    sinc_kernels: list      # of Kernel, "sinc" or "identity"; a single one is for all images
+    jpeg_before_sinc: bool  # the second stage's JPEG: before the last resize and the sinc filter, or after them
+    final_mode: str         # of the resize to LQ's size
+    enlarge_mode: str       # of the resize from lq to lq_up
+    eight_bit: bool         # as in Recipe, like the next four
     keep_hq: bool = False
     exact_resize: bool = False
+    antialias: bool = False
     only_shrink: bool = False
-    device: str = "cpu"         # on which noise is drawn; another one gives another noise
+    device: str = "cpu"     # where noise is drawn; on a GPU the same seed gives other noise
 
 
-# The draws below come in a fixed order, all of them in any case: so a seed always means the same images. New draws go to
-# the end of `draw_plan`.
+# A seed gives the same images as long as the draws below keep their order. New draws go to the end of `draw_plan`.
 
 def draw_kernel(rng, recipe, sigma):
-    """A Kernel of a stage.  sigma: (lowest, highest), pixels"""
-    kinds, probabilities = list(recipe.kernels), list(recipe.kernels.values())
+    """Draw a Kernel for one of the stages.  sigma: (lowest, highest), pixels"""
+    kinds, probabilities = list(recipe.kernels.keys()), list(recipe.kernels.values())
     shape, symmetry = rng.choices(kinds, probabilities)[0]
     size = rng.choice(KERNEL_SIZES)
     if rng.random() < recipe.sinc_probability:
-        lowest = math.pi / 3 if size < 13 else math.pi / 5
-        return Kernel("sinc", size, cutoff=rng.uniform(lowest, math.pi))
+        lowest_cutoff = math.pi / 3 if size < 13 else math.pi / 5
+        return Kernel("sinc", size, cutoff=rng.uniform(lowest_cutoff, math.pi))
 
-    sigma_x = sigma_y = rng.uniform(*sigma)
-    theta = 0.0
-    if symmetry == "anisotropic":
-        sigma_y = rng.uniform(*sigma)
-        theta = rng.uniform(-math.pi, math.pi)
+    sigma_x = rng.uniform(*sigma)
+    if symmetry == "isotropic":
+        sigma_y, theta = sigma_x, 0.0
+    else:
+        sigma_y, theta = rng.uniform(*sigma), rng.uniform(-math.pi, math.pi)
 
     beta = 1.0
-    if shape != "gaussian":
-        lowest, highest = recipe.generalized_beta if shape == "generalized" else recipe.plateau_beta
+    beta_ranges = {"generalized": recipe.generalized_beta, "plateau": recipe.plateau_beta}
+    if shape in beta_ranges:
+        lowest, highest = beta_ranges[shape]
         if rng.random() < 0.5:
-            beta = rng.uniform(lowest, 1)       # plateau: from 1 to 1, so half of these kernels have exactly 1
+            beta = rng.uniform(lowest, 1)   # "plateau" starts at 1, so half of these kernels have exactly 1
         else:
             beta = rng.uniform(1, highest)
     return Kernel(shape, size, sigma_x, sigma_y, theta, beta)
 
 
 def draw_stage(rng, recipe, ranges, n):
-    """A StagePlan for n images."""
-    direction_odds = ranges.up_probability, ranges.down_probability, ranges.keep_probability
-    direction = rng.choices(("up", "down", "keep"), direction_odds)[0]
+    """Draw a StagePlan for n images."""
+    probabilities = [ranges.up_probability, ranges.down_probability, ranges.keep_probability]
+    direction = rng.choices(["up", "down", "keep"], probabilities)[0]
     noise_type = "gaussian" if rng.random() < recipe.gaussian_probability else "poisson"
     strength = ranges.gaussian_sigma if noise_type == "gaussian" else ranges.poisson_scale
-    blur = rng.random() < ranges.blur_probability
+    has_blur = rng.random() < ranges.blur_probability
     n_kernels = n if recipe.kernels_per == "image" else 1
     kernels = [draw_kernel(rng, recipe, ranges.blur_sigma) for _ in range(n_kernels)]
     lowest, highest = ranges.scale
     scales = {"up": rng.uniform(1, highest), "down": rng.uniform(lowest, 1), "keep": 1.0}
     return StagePlan(
-        blur=blur,
+        blur=has_blur,
         kernels=kernels,
         resize_scale=scales[direction],
         resize_mode=rng.choice(MODES),
@@ -253,7 +256,7 @@ def draw_stage(rng, recipe, ranges, n):
 
 
 def draw_plan(recipe, n, generator):
-    """A Plan for n images. It takes one number of the generator, on whose device noise will be drawn."""
+    """Draw a Plan for n images. It uses one number of the generator, on whose device noise will be drawn."""
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
     rng = random.Random(seed)
     first = draw_stage(rng, recipe, recipe.first, n)
@@ -269,6 +272,7 @@ def draw_plan(recipe, n, generator):
         eight_bit=recipe.eight_bit,
         keep_hq=rng.random() < recipe.keep_hq_probability,
         exact_resize=recipe.exact_resize,
+        antialias=recipe.antialias,
         only_shrink=rng.random() < recipe.only_shrink_probability,
         device=generator.device)
 
@@ -276,9 +280,9 @@ def draw_plan(recipe, n, generator):
 # ---- blur
 
 def kernel_weights(kernel):
-    """What a Kernel is made of (section 3.1, sinc: 3.3) -> (size, size) float64 that adds up to 1. Raises ValueError."""
+    """The weights of a Kernel, sections 3.1 and 3.3 -> (size, size) float64, sum 1. Raises ValueError."""
     offset = torch.arange(kernel.size, dtype=torch.float64) - kernel.size // 2
-    y, x = torch.meshgrid(offset, offset, indexing="ij")        # rows, columns
+    y, x = torch.meshgrid(offset, offset, indexing="ij")    # how far below and right of the centre each weight is
     if kernel.shape == "identity":
         weights = ((x == 0) & (y == 0)).double()
     elif kernel.shape == "sinc":
@@ -296,7 +300,7 @@ def kernel_weights(kernel):
 
 
 def squared_distance(kernel, x, y):
-    """Squared distance from the centre, counted in sigmas along the kernel's own axes."""
+    """Of each weight from the centre, along the kernel's axes, in sigmas: the C^T Sigma^-1 C of section 3.1."""
     cos, sin = math.cos(kernel.theta), math.sin(kernel.theta)
     along_x = (cos * x + sin * y) / kernel.sigma_x
     along_y = (cos * y - sin * x) / kernel.sigma_y
@@ -304,9 +308,9 @@ def squared_distance(kernel, x, y):
 
 
 def sinc(r, cutoff):
-    """The round low-pass filter, cut off sharply: this rings.  r: distance from the centre, pixels"""
+    """A low-pass filter with a sharp cutoff, which rings.  r: distance of each weight from the centre, pixels"""
     weights = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
-    limit = cutoff**2 / (4 * math.pi)       # at the centre the line above is 0 / 0
+    limit = cutoff**2 / (4 * math.pi)   # at the centre, where the line above is 0 / 0
     return weights.masked_fill(r == 0, limit)
 
 
@@ -318,17 +322,18 @@ def stack_kernels(kernels):
 
 
 def blur(x, kernels):
-    """Filter each image with its kernel, mirrored at the edges; not clamped: sinc kernels overshoot.
+    """Filter each image, mirrored at its edges. The result may leave [0, 1], as sinc kernels have negative weights.
 
-    x: (B, 3, H, W); kernels: (B or 1, size, size), not flipped -> like x
+    x: (B, 3, H, W); kernels: (B or 1, size, size) -> like x
     """
     B, C, H, W = x.shape
     margin = kernels.shape[-1] // 2
     if min(H, W) > margin:
         padded = F.pad(x, [margin] * 4, mode="reflect")
-    else:       # official: fails on such small images
+    else:
+        # official: fails on such small images
         padded = imaging.mirror_pad(x, margin, margin, margin, margin)
-    # each channel of each image is a group of its own, which has its own kernel
+    # one convolution for all images: each channel is a group of its own
     channels = padded.reshape(1, B * C, *padded.shape[2:])
     weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(C, 0)[:, None]       # (B*C, 1, size, size)
     return F.conv2d(channels, weight, groups=B * C).view(B, C, H, W)
@@ -337,23 +342,26 @@ def blur(x, kernels):
 # ---- resize
 
 def resize(x, mode, size=None, scale=None, antialias=False):
-    """Resize to a size (height, width), or by a factor; bicubic is not clamped and overshoots.  x: (B, 3, H, W)"""
-    if mode == "area":          # averages all pixels in any case
+    """Resize to a size (height, width) or by a factor. The result of "bicubic" may leave [0, 1].
+
+    x: (B, 3, H, W); mode: one of MODES; antialias: with a filter as wide as the shrinking, like Pillow
+    """
+    if mode == "area":      # the mean of all pixels that a new one covers, so it cannot alias
         return F.interpolate(x, size=size, scale_factor=scale, mode=mode)
     return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=False, antialias=antialias)
 
 
 def first_resize(x, plan):
-    """The resize of the first stage.
+    """The resize of the first stage, as the authors do it or, with exact_resize, without their shift.
 
-    The authors resize by a factor. PyTorch then rounds the size down, but takes its samples in steps of exactly 1 / scale
-    (bilinear, bicubic), so that less than a pixel on the right and below is cut off. The next resize stretches what is
-    left over the whole size: content has moved right and down. By size, samples span the whole image and nothing moves.
+    They resize by a factor. The new size is rounded down, but bilinear and bicubic samples still lie exactly 1/scale
+    apart, so the last ones do not reach the right and lower edge. The next resize stretches this cropped image to the
+    full size, which moves all content right and down. Resized by size, the samples span the whole image.
     """
-    scale, mode = plan.first.resize_scale, plan.first.resize_mode
+    first = plan.first
     if plan.exact_resize:
-        return resize(x, mode, size=scaled(x.shape[2:], scale))
-    return resize(x, mode, scale=scale)
+        return resize(x, first.resize_mode, size=scaled(x.shape[2:], first.resize_scale))
+    return resize(x, first.resize_mode, scale=first.resize_scale)
 
 
 def scaled(size, scale):
@@ -364,7 +372,7 @@ def scaled(size, scale):
 # ---- noise
 
 class NoiseSource:
-    """Random numbers from a seed: the same for images on any device, if they are drawn on the CPU."""
+    """Random numbers from a seed. Drawn on the CPU, they are the same for images on any device."""
     def __init__(self, seed, device="cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -376,53 +384,58 @@ class NoiseSource:
 
 
 def gaussian_noise(x, gray, source):
-    """Gaussian noise of sigma 1/255 for images x (B, 3, H, W); gray: alike in all channels -> like x, or (H, W)"""
+    """Gaussian noise of sigma 1/255.  x: (B, 3, H, W); gray: the same in all channels -> like x, if gray (H, W)"""
     # official: one (H, W) field serves all gray images of a batch
     shape = x.shape[2:] if gray else x.shape
     return source.normal(shape).to(x) / 255
 
 
 def poisson_noise(x, gray, source):
-    """Noise of counted photons, the stronger the brighter; mean 0.  As `gaussian_noise` -> like x, or (B, 1, H, W)"""
+    """Noise of a camera that counts photons, of mean 0; more in brighter places, and more the fewer photons there are.
+
+    A white pixel has as many photons as the image has different 8-bit values, rounded up to a power of 2.
+    x: (B, 3, H, W) in [0, 1]; gray: the same in all channels -> like x, if gray (B, 1, H, W)
+    """
     if gray:
         luma = x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
         x = (x * luma).sum(1, keepdim=True)
     x = imaging.round8(x)
-    # white is as many photons as the image has different 8-bit values, rounded up to a power of 2
     values = (x * 255).round().long().flatten(1)
     occurs = torch.zeros(len(x), 256, device=x.device).scatter_(1, values, 1.0)
+    # official: 1 photon for an image of one value, which is very strong noise
     photons = torch.exp2(torch.ceil(torch.log2(occurs.sum(1)))).view(-1, 1, 1, 1)
-    # official: 1 photon for an image of one value: strong noise
     return source.poisson(x * photons).to(x) / photons - x
 
 
-def unit_noise(x, noise_type, gray, source):
-    """Noise for images x (B, 3, H, W) in [0, 1], of sigma 1/255, or of Poisson factor 1.
+NOISES = {"gaussian": gaussian_noise, "poisson": poisson_noise}
 
-    noise_type: "gaussian" or "poisson"; gray: (B,) bools -> like x. Raises ValueError.
+
+def unit_noise(x, noise_type, gray, source):
+    """Noise of strength 1, of some images gray and of others coloured. Raises ValueError.
+
+    x: (B, 3, H, W) in [0, 1]; noise_type: one of NOISES; gray: (B,) bools; source: a NoiseSource -> like x
     """
-    if noise_type == "gaussian":
-        noise = gaussian_noise
-    elif noise_type == "poisson":
-        noise = poisson_noise
-    else:
-        raise ValueError(f"unknown noise {noise_type!r}; choose from gaussian, poisson")
+    if noise_type not in NOISES:
+        raise ValueError(f"unknown noise {noise_type!r}; choose from {', '.join(NOISES)}")
+    noise = NOISES[noise_type]
     if not any(gray):
         return noise(x, False, source)
     gray_noise = noise(x, True, source)
     colour_noise = noise(x, False, source)
-    gray = torch.tensor(gray, device=x.device).view(-1, 1, 1, 1)
-    return torch.where(gray, gray_noise, colour_noise)
+    is_gray = torch.tensor(gray, device=x.device).view(-1, 1, 1, 1)
+    return torch.where(is_gray, gray_noise, colour_noise)
 
 
 def add_noise(x, noise_type, strength, gray, source):
-    """x: (B, 3, H, W), clamped only afterwards; strength: (B,) sigmas in levels of 255, or Poisson factors -> in [0, 1]"""
-    noise = unit_noise(x, noise_type, gray, source)
+    """Add noise and clamp.
+
+    x: (B, 3, H, W); noise_type, gray, source: of `unit_noise`; strength: (B,), see StagePlan -> like x, in [0, 1]
+    """
     strength = x.new_tensor(strength).view(-1, 1, 1, 1)
-    return (x + strength * noise).clamp(0, 1)
+    return (x + strength * unit_noise(x, noise_type, gray, source)).clamp(0, 1)
 
 
-# ---- JPEG without the file: what DiffJPEG (github.com/mlomnitz/DiffJPEG) computes, as Real-ESRGAN uses it
+# ---- JPEG, as computed by DiffJPEG (github.com/mlomnitz/DiffJPEG), which Real-ESRGAN uses: there is no file
 
 RGB_TO_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 YCBCR_TO_RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
@@ -432,56 +445,58 @@ LUMA_STEPS = torch.tensor([     # official: the transpose of the standard's tabl
     [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99]])
 CHROMA_STEPS = torch.full((8, 8), 99)
 CHROMA_STEPS[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
-# the cosine transform of 8 pixels as a matrix, (frequency, pixel); its transpose is its inverse
+# the cosine transform of 8 pixels, (frequency, pixel); its transpose is its inverse
 DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2
 DCT[0] /= math.sqrt(2)
 
 
 @cache
 def jpeg_tables(device, dtype):
-    """The constants above on a device; cached, so that each is sent there once."""
+    """The five tables above on a device; cached, so that they are sent there once."""
     return [table.to(device, dtype) for table in (RGB_TO_YCBCR, YCBCR_TO_RGB, LUMA_STEPS, CHROMA_STEPS, DCT)]
 
 
-def quantise(x, steps, factor, dct):
-    """Round the frequencies of each block of 8 x 8 pixels to multiples of steps * factor: this is what JPEG loses.
+def quantise(x, table, factor, dct):
+    """Round the frequencies of each 8 x 8 block to multiples of table * factor: here JPEG loses detail.
 
-    x: (B, C, H, W), sides are multiples of 8; steps: (8, 8) for quality 50; factor: (B,); dct: (8, 8) -> like x
+    x: (B, C, H, W), H and W multiples of 8; table: (8, 8), for quality 50; factor: (B,); dct: (8, 8) -> like x
     """
     B, C, H, W = x.shape
-    step = steps[:, None] * factor.view(B, 1, 1, 1, 1, 1)                           # (B, 1, 1, 8, 1, 8)
-    # rows of blocks are transformed first, then columns of blocks
-    f = dct @ x.reshape(B, C, H // 8, 8, W)
-    f = f.view(B, C, H // 8, 8, W // 8, 8) @ dct.T
-    f = (f / step).round() * step
-    x = (f @ dct).view(B, C, H // 8, 8, W)
-    return (dct.T @ x).view(B, C, H, W)
+    step = table[:, None] * factor.view(B, 1, 1, 1, 1, 1)                               # (B, 1, 1, 8, 1, 8)
+    vertical = dct @ x.reshape(B, C, H // 8, 8, W)                                      # along columns of pixels
+    frequencies = vertical.view(B, C, H // 8, 8, W // 8, 8) @ dct.T                     # and along rows
+    frequencies = (frequencies / step).round() * step
+    vertical = (frequencies @ dct).view(B, C, H // 8, 8, W)                             # the way back
+    return (dct.T @ vertical).view(B, C, H, W)
 
 
 def jpeg(x, quality):
-    """Compress and decompress.  x: (B, 3, H, W) in [0, 1]; quality: (B,), real, 0 < q <= 100 -> in [0, 1], not 8-bit"""
+    """What is left after compression.  x: (B, 3, H, W) in [0, 1]; quality: (B,), in (0, 100] -> like x, not 8-bit"""
     H, W = x.shape[2:]
-    to_ycbcr, to_rgb, luma_steps, chroma_steps, dct = jpeg_tables(x.device, x.dtype)
+    to_ycbcr, to_rgb, luma_table, chroma_table, dct = jpeg_tables(x.device, x.dtype)
     quality = torch.as_tensor(quality, device=x.device).to(x)
-    factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100     # on the steps
+    factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     # official: steps are neither rounded nor held in 1..255; at quality 100 they vanish and the division fails
     factor = factor.clamp(min=1e-5)
 
     # official: black padding, which darkens the last blocks
-    x = F.pad(x * 255, (0, -W % 16, 0, -H % 16))
-    ycbcr = (to_ycbcr @ x.flatten(2)).view_as(x)
-    luma = quantise(ycbcr[:, :1] - 128, luma_steps, factor, dct) + 128
-    halved = F.avg_pool2d(ycbcr[:, 1:], 2)          # 4:2:0, colour has half the size; the matrix centres it at 0
-    chroma = F.interpolate(quantise(halved, chroma_steps, factor, dct), scale_factor=2)
+    padded = F.pad(x * 255, (0, -W % 16, 0, -H % 16))
+    ycbcr = (to_ycbcr @ padded.flatten(2)).view_as(padded)      # chroma around 0, not 128
+    luma = quantise(ycbcr[:, :1] - 128, luma_table, factor, dct) + 128
+    halved = F.avg_pool2d(ycbcr[:, 1:], 2)                      # 4:2:0, a chroma value for 2 x 2 pixels
+    chroma = F.interpolate(quantise(halved, chroma_table, factor, dct), scale_factor=2)
     ycbcr = torch.cat([luma, chroma], dim=1)
-    rgb = (to_rgb @ ycbcr.flatten(2)).view_as(x).clamp(0, 255) / 255
+    rgb = (to_rgb @ ycbcr.flatten(2)).view_as(padded).clamp(0, 255) / 255
     return rgb[..., :H, :W].contiguous()
 
 
 # ---- the whole
 
 def degrade_twice(plan, hq, scale, step, noise_source=None):
-    """The second-order model.  step: takes the name and the result of each operation -> (B, 3, H/scale, W/scale)"""
+    """The second-order model, section 3.2.  step(name, x) records x and returns it; the rest as in `apply`
+
+    -> (B, 3, H/scale, W/scale), not clamped
+    """
     H, W = hq.shape[2:]
     first, second = plan.first, plan.second
 
@@ -497,30 +512,32 @@ def degrade_twice(plan, hq, scale, step, noise_source=None):
     x = step("noise", noisy(x, first))
     x = step("jpeg", jpeg(x, first.jpeg_quality))
 
-    # second stage: blur, resize to about the size of LQ, noise
+    # second stage: blur, resize to about LQ's size, noise
     if second.blur:
         x = step("blur", blur(x, stack_kernels(second.kernels)))
-    x = step("resize", resize(x, second.resize_mode, scaled((H / scale, W / scale), second.resize_scale)))
+    size = scaled((H / scale, W / scale), second.resize_scale)
+    x = step("resize", resize(x, second.resize_mode, size, antialias=plan.antialias))
     x = step("noise", noisy(x, second))
 
-    # at the end: resize to the size of LQ and sinc filter, with the second stage's JPEG before or after them
+    # at the end: resize to LQ's size and sinc filter, with JPEG before or after
+    lq_size = (H // scale, W // scale)
     if plan.jpeg_before_sinc:
         x = step("jpeg", jpeg(x, second.jpeg_quality))
-        x = step("resize", resize(x, plan.final_mode, (H // scale, W // scale)))
+        x = step("resize", resize(x, plan.final_mode, lq_size))
         x = step("blur", blur(x, stack_kernels(plan.sinc_kernels)))
     else:
-        x = step("resize", resize(x, plan.final_mode, (H // scale, W // scale)))
+        x = step("resize", resize(x, plan.final_mode, lq_size))
         x = step("blur", blur(x, stack_kernels(plan.sinc_kernels)))
         x = step("jpeg", jpeg(x.clamp(0, 1), second.jpeg_quality))
     return x
 
 
 def apply(plan, hq, scale=4, noise_source=None, steps=None):
-    """Degrade images as a plan says.
+    """Degrade images as a plan says. Raises ValueError for an unknown kernel or noise.
 
-    hq: (B, 3, H, W) in [0, 1]; scale: LQ is so much smaller per side; noise_source: a NoiseSource, None: of the plan's
-    seeds; steps: a list to which (name, image) of each operation is added -> lq (B, 3, H/scale, W/scale) in [0, 1], and
-    lq_up (B, 3, H, W) in [0, 1], which is lq enlarged. Raises ValueError for unknown kernels and noise.
+    hq: (B, 3, H, W) in [0, 1]; scale: how many times smaller LQ is per side; noise_source: a NoiseSource for all noise,
+    by default one of each stage's seed; steps: a list that receives (name, result) of every operation
+    -> lq (B, 3, H/scale, W/scale) and lq_up (B, 3, H, W), both in [0, 1]
     """
     H, W = hq.shape[2:]
 
@@ -554,7 +571,7 @@ def degrade(hq, recipe, generator, scale=4):
         return torch.cat(lq), torch.cat(lq_up)
     plan = draw_plan(recipe, len(hq), generator)
     if hq.is_cuda:
-        plan.device = hq.device     # noise that is drawn on the CPU and sent takes longer than a training step
+        plan.device = hq.device     # to draw noise on the CPU and send it takes longer than a training step
     return apply(plan, hq, scale)
 
 
@@ -562,32 +579,34 @@ def degrade(hq, recipe, generator, scale=4):
 
 @torch.no_grad()
 def severity(plan, hq, lq):
-    """How blurred and how noisy lq is, which `apply` made of hq: what a degradation estimator learns to see. Ours.
+    """How blurred and how noisy a plan has made lq: what a degradation estimator is trained to say. Ours.
 
-    The plan is known, so no network is needed: it is applied again with something left out.
-    Noise: without noise, lq would have been another image. The score is the deviation between both, over 0.1.
-    Blur: random texture, as fine as LQ can show it, goes through the plan without noise and JPEG. Blur takes contrast
-    from it, and so does shrinking. The score is the part of its contrast that blur takes: 0 where as much is left as
-    after averaging scale x scale pixels, 1 where nothing is left.
+    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), which `apply` made of it -> (B, 2) in [0, 1]: blur, noise
 
-    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w) -> (B, 2) in [0, 1]: blur, noise
+    The plan is known, so both can be measured: apply it again, with something left out.
+    Noise: apply it without noise. The score is the standard deviation of the difference to lq, divided by 0.1.
+    Blur: apply it to a texture, without noise and JPEG, and see how much contrast is left. Shrinking takes some
+    contrast as well, so compare with the texture averaged over scale x scale pixels, which is shrinking without blur.
+    The score is 0 if no contrast is lost against that, and 1 if all is.
     """
     B, scale = len(hq), hq.shape[2] // lq.shape[2]
-    no_noise = [0.0] * B
-    plan = replace(plan, first=replace(plan.first, noise_strength=no_noise),
-                   second=replace(plan.second, noise_strength=no_noise))
-    lq_without_noise, _ = apply(plan, hq, scale)
-    noise = (lq - lq_without_noise).std((1, 2, 3)) / 0.1
+    quiet = change_both_stages(plan, noise_strength=[0.0] * B)
+    quiet_lq, _ = apply(quiet, hq, scale)
+    noise_score = (lq - quiet_lq).std((1, 2, 3)) / 0.1
 
-    no_loss = [100.0] * B
-    plan = replace(plan, first=replace(plan.first, jpeg_quality=no_loss),
-                   second=replace(plan.second, jpeg_quality=no_loss))
+    # a texture as fine as lq can show: finer, it would alias, which is not blur
     texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(hq)
-    texture = 0.5 + 0.1 * resize(texture, "bicubic", scale=scale)       # a finer one would alias, which is not blur
-    lq_texture, _ = apply(plan, texture, scale)
-    contrast = lq_texture.std((1, 2, 3)) / F.avg_pool2d(texture, scale).std((1, 2, 3))
-    blur = 1 - contrast
-    return torch.stack([blur, noise], dim=1).clamp(0, 1)
+    texture = 0.5 + 0.1 * resize(texture, "bicubic", scale=scale)
+    only_blur = change_both_stages(quiet, jpeg_quality=[100.0] * B)
+    degraded, _ = apply(only_blur, texture, scale)
+    contrast_left = degraded.std((1, 2, 3)) / F.avg_pool2d(texture, scale).std((1, 2, 3))
+    blur_score = 1 - contrast_left
+    return torch.stack([blur_score, noise_score], dim=1).clamp(0, 1)
+
+
+def change_both_stages(plan, **changes):
+    """The plan with these fields changed in both of its stages."""
+    return replace(plan, first=replace(plan.first, **changes), second=replace(plan.second, **changes))
 
 
 # ---- the command
@@ -606,7 +625,7 @@ def parse_args(argv=None):
 def pair(path, name, args):
     """Read an image and degrade it -> lq, hq (1, 3, H, W) in [0, 1]. Raises PictureError.
 
-    name: that of the results, from which with --seed the image's own seed is made, so that other files do not matter
+    name: of the results; it and --seed make the image's own seed, so its pair does not depend on other files
     """
     scale = args.scale
     hq, _ = imaging.read_picture(path, note=tqdm.write)

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import degrade as module  # noqa: E402
 from degrade import (CLEAN, GRAMSR, IDENTITY, KERNEL_SIZES, MODES, REAL_ESRGAN_KERNELS, RECIPES, S3DIFF,  # noqa: E402
-                     VOSR, WEAK, Kernel, NoiseSource, apply, blur, degrade, draw_kernel, draw_plan, jpeg, kernel_weights,
-                     resize, severity, stack_kernels, unit_noise)
+                     VOSR, WEAK, Kernel, NoiseSource, apply, blur, degrade, draw_kernel, draw_plan, jpeg,
+                     kernel_weights, resize, severity, stack_kernels, unit_noise)
 
 STORED = json.loads((ROOT / "tests" / "golden" / "degrade.json").read_text())
 
@@ -74,7 +74,8 @@ def test_recipes_are_the_published_settings():
         assert recipe.final_sinc_probability == s["final sinc probability"]
         assert recipe.gaussian_probability == s["first stage: gaussian noise probability"]
         assert recipe.gray_noise_probability == s["gray noise probability (both stages)"]
-        assert not recipe.exact_resize and recipe.only_shrink_probability == 0     # these are ours
+        ours = recipe.exact_resize, recipe.antialias, recipe.only_shrink_probability
+        assert ours == (False, False, 0)
     assert list(REAL_ESRGAN_KERNELS) == [(shape, symmetry) for shape in ("gaussian", "generalized", "plateau")
                                          for symmetry in ("isotropic", "anisotropic")]
 
@@ -104,10 +105,10 @@ def test_plans_stay_in_their_ranges_and_follow_the_odds():
 
 def test_ours_draws_last():
     """What the official recipes draw does not depend on the fields that are ours."""
-    ours = replace(VOSR, exact_resize=True, only_shrink_probability=1.0)
+    ours = replace(VOSR, exact_resize=True, antialias=True, only_shrink_probability=1.0)
     plan, changed = (draw_plan(recipe, 2, generator(7)) for recipe in (VOSR, ours))
-    assert changed.only_shrink and changed.exact_resize
-    assert replace(changed, only_shrink=False, exact_resize=False) == plan
+    assert changed.only_shrink and changed.exact_resize and changed.antialias
+    assert replace(changed, only_shrink=False, exact_resize=False, antialias=False) == plan
 
 
 def test_kernels_follow_the_odds():
@@ -115,8 +116,9 @@ def test_kernels_follow_the_odds():
     kernels = [draw_kernel(rng, VOSR, VOSR.first.blur_sigma) for _ in range(4000)]
     blurs = [kernel for kernel in kernels if kernel.shape != "sinc"]
     for (shape, symmetry), p in REAL_ESRGAN_KERNELS.items():
-        kind = [kernel.shape == shape and (kernel.sigma_x == kernel.sigma_y) == (symmetry == "isotropic") for kernel in blurs]
-        assert abs(np.mean(kind) - p) < 0.025
+        isotropic = symmetry == "isotropic"
+        drawn = [k.shape == shape and (k.sigma_x == k.sigma_y) == isotropic for k in blurs]
+        assert abs(np.mean(drawn) - p) < 0.025
     assert all(kernel.beta == 1 for kernel in blurs if kernel.shape == "gaussian")
     assert all(0.5 <= kernel.beta <= 4 for kernel in blurs if kernel.shape == "generalized")
     plateau = [kernel.beta for kernel in blurs if kernel.shape == "plateau"]
@@ -277,7 +279,7 @@ def test_the_first_resize_shifts_officially_and_not_if_exact():
 def test_clean_is_half_shrunk_and_half_weak():
     plans = [draw_plan(CLEAN, 1, generator(i)) for i in range(400)]
     assert abs(np.mean([plan.only_shrink for plan in plans]) - 0.5) < 0.08
-    assert all(plan.exact_resize and plan.sinc_kernels == [IDENTITY] for plan in plans)
+    assert all(plan.exact_resize and plan.antialias and plan.sinc_kernels == [IDENTITY] for plan in plans)
     for stage in [stage for plan in plans for stage in (plan.first, plan.second)]:
         kernel, = stage.kernels
         assert kernel.shape == "gaussian" and 0.2 <= kernel.sigma_x == kernel.sigma_y <= 0.7
