@@ -1,14 +1,29 @@
-"""Real-ESRGAN's second-order degradation (2107.10833), as S3Diff, GramSR and VOSR train with it.
+"""Real-ESRGAN's degradation (2107.10833): makes low-quality (LQ) images of high-quality (HQ) ones, as training pairs.
 
-    lq, lq_up = degrade(hq, VOSR, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    lq, lq_up = degrade(hq, RECIPES["vosr"], generator)
 
-A clean picture is blurred, resized, made noisy and JPEG-compressed, twice, with a sinc filter (ringing) near the end.
-`draw_plan` draws every choice into a plan that can be printed, kept, or written by hand; `apply` degrades pictures as a
-plan says. A command makes test sets:
+    hq (B, 3, H, W), RGB in [0, 1]; lq (B, 3, H/4, W/4); lq_up (B, 3, H, W), lq enlarged
 
-    python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0      ->  OUT_DIR/lq/*.png and OUT_DIR/hq/*.png
+An image from the internet has often been resized and saved more than once. So the paper degrades twice, its
+second-order model (section 3.2), and adds the ringing of sharpened or compressed images by a sinc filter (section 3.3):
 
-Left out, as no released setting reaches them: sharpening, colour jitter, gray pictures.
+    first stage     blur, resize, noise, JPEG
+    second stage    blur (sometimes), resize, noise
+    at the end      JPEG, resize to LQ's size, sinc filter    or    resize to LQ's size, sinc filter, JPEG
+
+A recipe says what may happen, a plan what does happen. `draw_plan` draws a plan from a recipe; a plan can be printed,
+changed, or written by hand. `apply` does what the plan says: the same plan makes the same LQ image.
+
+To add a degradation, say WebP: its ranges go into Recipe or Ranges, what was drawn into Plan or StagePlan, the draw
+itself to the end of `draw_plan`, and the line that does it into `degrade_twice`. To add a kind of blur, say motion:
+one more shape in `kernel_weights`, and its probability in the kernels of a recipe.
+
+As a command it makes test sets, OUT_DIR/lq/*.png and OUT_DIR/hq/*.png:
+
+    python degrade.py HR_DIR OUT_DIR --recipe vosr --seed 0
+
+Left out, as no released setting uses them: sharpening, colour jitter, gray images.
 """
 
 import argparse
@@ -29,173 +44,335 @@ from models.support.arguments import SEED, between, command, folder
 from models.support.files import PictureError, find_pictures, printable
 from models.support.pairs import write_pairs
 
-# ---- recipes: what may be drawn
-MODES = ("area", "bilinear", "bicubic")  # of a resize, each as likely as the others
-KINDS = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03,
-         "plateau_iso": 0.12, "plateau_aniso": 0.03}  # of a blur kernel
-SIZES = range(7, 22, 2)  # of a kernel, pixels
-PULSE = {"type": "pulse", "size": 1}  # the kernel that changes nothing
-# odds of a sinc for a blur, a sinc at the end, Gaussian noise (else Poisson), gray noise
-SINC, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.5, 0.4
+# ---- recipes: what may happen
+
+MODES = ("area", "bilinear", "bicubic")     # of a resize, each as likely as the others
+KERNEL_SIZES = range(7, 22, 2)              # 7, 9, ... 21 pixels, each as likely as the others
+REAL_ESRGAN_KERNELS = {                     # (shape, symmetry) of a blur kernel: its probability
+    ("gaussian", "isotropic"): 0.45,
+    ("gaussian", "anisotropic"): 0.25,
+    ("generalized", "isotropic"): 0.12,
+    ("generalized", "anisotropic"): 0.03,
+    ("plateau", "isotropic"): 0.12,
+    ("plateau", "anisotropic"): 0.03,
+}
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What a StagePlan is drawn from."""
-    sigma: tuple  # blur kernel's width, pixels
-    resize: tuple  # odds of up, down, keep
-    scale: tuple  # (lo, hi): down draws from lo .. 1, up from 1 .. hi
-    noise: tuple  # Gaussian noise's sigma, of 255
-    poisson: tuple  # factor on Poisson noise
-    jpeg: tuple  # quality
-    blur: float = 1.0  # probability
+    """What one stage is drawn from. Pairs are (lowest, highest) of a uniform draw."""
+    blur_probability: float
+    blur_sigma: tuple           # width of the blur kernel, pixels
+    up_probability: float       # the resize enlarges ...
+    down_probability: float     # ... or shrinks ...
+    keep_probability: float     # ... or does nothing; the three add up to 1
+    scale: tuple                # of the resize, per side: up draws from 1 to highest, down from lowest to 1
+    gaussian_sigma: tuple       # of Gaussian noise, levels of 255
+    poisson_scale: tuple        # factor on Poisson noise
+    jpeg_quality: tuple         # 0 to 100
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """What a plan is drawn from. The defaults are Real-ESRGAN's, which lacks what is called ours."""
     first: Ranges
     second: Ranges
-    generalized_beta: tuple
-    plateau_beta: tuple
-    kernels_per: str = "image"  # or "batch"
-    branches_per: str = "batch"  # or "image": directions, scales, kinds of noise, coins anew for each
-    enlarge: tuple = MODES  # how lq_up is made from lq
-    eight_bit: bool = True  # lq_up is rounded to 8 bit
-    clean: float = 0.0  # probability that lq_up is hq
+    kernels: dict               # such as REAL_ESRGAN_KERNELS
+    generalized_beta: tuple     # exponent of generalized Gaussian kernels
+    plateau_beta: tuple         # exponent of plateau-shaped kernels
+    sinc_probability: float = 0.1           # of a sinc kernel instead of a blur kernel
+    final_sinc_probability: float = 0.8     # of the sinc filter at the end
+    gaussian_probability: float = 0.5       # of Gaussian noise; else it is Poisson noise
+    gray_noise_probability: float = 0.4     # of noise that is the same in red, green and blue
+    kernels_per: str = "image"              # "image": each has kernels of its own; "batch": all share them
+    branches_per: str = "batch"             # "image": each has a plan of its own; "batch": all share one, in which
+                                            # kernels, noise strength, gray noise and JPEG quality are per image
+    enlarge_modes: tuple = MODES            # of the resize from lq to lq_up
+    eight_bit: bool = True                  # lq_up is rounded to 8 bits, as in a file
+    keep_hq_probability: float = 0.0        # S3Diff: lq_up is hq itself, an image that needs no restoring
+    exact_resize: bool = False              # ours: the first resize by size, so nothing shifts; see `first_resize`
+    antialias: bool = False                 # ours: the second stage's resize, which shrinks the most, does not alias
+    only_shrink_probability: float = 0.0    # ours: hq is shrunk, antialiased, and that is all
 
 
 S3DIFF = Recipe(
-    Ranges((0.2, 1.5), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
-    Ranges((0.2, 1.0), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
-    generalized_beta=(0.5, 2.0), plateau_beta=(1, 1.5), enlarge=("bicubic",), eight_bit=False, clean=0.01)
-GRAMSR = Recipe(
-    Ranges((0.2, 3.0), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
-    Ranges((0.2, 1.5), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100), blur=0.5),
-    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image")
-VOSR = Recipe(
-    Ranges((0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
-    Ranges((0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95), blur=0.8),
-    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), kernels_per="batch")
-WIDE = Recipe(      # ours: mostly one damage, from none to much, for those who shall tell how much
-    Ranges((0.2, 8.0), (0.1, 0.2, 0.7), (0.5, 1.5), (0, 60), (0.0, 5.0), (70, 100), blur=0.8),
-    Ranges((0.2, 2.0), (0.1, 0.2, 0.7), (0.7, 1.2), (0, 15), (0.0, 1.0), (80, 100), blur=0.2),
-    generalized_beta=(0.5, 4.0), plateau_beta=(1, 2), branches_per="image")
-RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE}
+    first=Ranges(
+        blur_probability=1.0, blur_sigma=(0.2, 1.5),
+        up_probability=0.2, down_probability=0.7, keep_probability=0.1, scale=(0.3, 1.5),
+        gaussian_sigma=(1, 15), poisson_scale=(0.05, 2.0), jpeg_quality=(60, 95)),
+    second=Ranges(
+        blur_probability=0.5, blur_sigma=(0.2, 1.0),
+        up_probability=0.3, down_probability=0.4, keep_probability=0.3, scale=(0.6, 1.2),
+        gaussian_sigma=(1, 12), poisson_scale=(0.05, 1.0), jpeg_quality=(60, 100)),
+    kernels=REAL_ESRGAN_KERNELS, generalized_beta=(0.5, 2.0), plateau_beta=(1, 1.5),
+    enlarge_modes=("bicubic",), eight_bit=False, keep_hq_probability=0.01)
 
-# ---- plans: what was drawn
+GRAMSR = Recipe(
+    first=Ranges(
+        blur_probability=1.0, blur_sigma=(0.2, 3.0),
+        up_probability=0.2, down_probability=0.7, keep_probability=0.1, scale=(0.3, 1.5),
+        gaussian_sigma=(1, 15), poisson_scale=(0.05, 2.0), jpeg_quality=(60, 95)),
+    second=Ranges(
+        blur_probability=0.5, blur_sigma=(0.2, 1.5),
+        up_probability=0.3, down_probability=0.4, keep_probability=0.3, scale=(0.6, 1.2),
+        gaussian_sigma=(1, 12), poisson_scale=(0.05, 1.0), jpeg_quality=(60, 100)),
+    kernels=REAL_ESRGAN_KERNELS, generalized_beta=(0.5, 4.0), plateau_beta=(1, 2),
+    branches_per="image")
+
+VOSR = Recipe(      # Real-ESRGAN's own numbers
+    first=Ranges(
+        blur_probability=1.0, blur_sigma=(0.2, 3.0),
+        up_probability=0.2, down_probability=0.7, keep_probability=0.1, scale=(0.15, 1.5),
+        gaussian_sigma=(1, 30), poisson_scale=(0.05, 3.0), jpeg_quality=(30, 95)),
+    second=Ranges(
+        blur_probability=0.8, blur_sigma=(0.2, 1.5),
+        up_probability=0.3, down_probability=0.4, keep_probability=0.3, scale=(0.3, 1.2),
+        gaussian_sigma=(1, 25), poisson_scale=(0.05, 2.5), jpeg_quality=(30, 95)),
+    kernels=REAL_ESRGAN_KERNELS, generalized_beta=(0.5, 4.0), plateau_beta=(1, 2),
+    kernels_per="batch")
+
+WIDE = Recipe(      # ours: mostly one degradation, from none to much of it, to train degradation estimators
+    first=Ranges(
+        blur_probability=1.0, blur_sigma=(0.2, 8.0),
+        up_probability=0.1, down_probability=0.2, keep_probability=0.7, scale=(0.5, 1.5),
+        gaussian_sigma=(0, 60), poisson_scale=(0.0, 5.0), jpeg_quality=(70, 100)),
+    second=Ranges(
+        blur_probability=0.2, blur_sigma=(0.2, 2.0),
+        up_probability=0.1, down_probability=0.2, keep_probability=0.7, scale=(0.7, 1.2),
+        gaussian_sigma=(0, 15), poisson_scale=(0.0, 1.0), jpeg_quality=(80, 100)),
+    kernels=REAL_ESRGAN_KERNELS, generalized_beta=(0.5, 4.0), plateau_beta=(1, 2),
+    branches_per="image")
+
+WEAK = Ranges(
+    blur_probability=0.5, blur_sigma=(0.2, 0.7),
+    up_probability=0.3, down_probability=0.3, keep_probability=0.4, scale=(0.92, 1.08),
+    gaussian_sigma=(0, 4), poisson_scale=(0.0, 0.15), jpeg_quality=(85, 100))
+CLEAN = Recipe(     # ours: half of the images are only shrunk, the others weakly degraded, as good photos are
+    first=WEAK, second=WEAK,
+    kernels={("gaussian", "isotropic"): 1.0}, generalized_beta=(1, 1), plateau_beta=(1, 1),
+    sinc_probability=0.0, final_sinc_probability=0.0, branches_per="image",
+    exact_resize=True, antialias=True, only_shrink_probability=0.5)
+
+RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE, "clean": CLEAN}
+
+
+# ---- plans: what does happen
+
+@dataclass(frozen=True)
+class Kernel:
+    """A blur kernel of size x size pixels; what its shape has no use for may be left out."""
+    shape: str              # "gaussian", "generalized", "plateau", "sinc", or "identity", which changes nothing
+    size: int               # odd
+    sigma_x: float = None   # widths along the kernel's two axes, pixels; isotropic: both are equal
+    sigma_y: float = None
+    theta: float = 0.0      # angle between the kernel's axes and the image's, radians
+    beta: float = 1.0       # exponent of "generalized" and "plateau"
+    cutoff: float = None    # of "sinc": the highest frequency that passes, radians per pixel
+
+
+IDENTITY = Kernel("identity", 1)
+
 
 @dataclass
 class StagePlan:
-    """One round of blur, resize, noise, JPEG."""
-    blur: bool
-    kernels: list  # arguments of `kernel`, per picture or one for all
-    scale: float
-    mode: str
-    noise: str  # "gaussian" or "poisson"
-    strength: list  # per picture: sigma of 255, or Poisson factor
-    gray: list  # per picture
-    jpeg: list  # quality, per picture
-    seed: int = 0  # of the noise fields
+    """One stage. Lists have one element per image."""
+    blur: bool              # whether to blur at all
+    kernels: list           # of Kernel; a single one is for all images
+    resize_scale: float     # per side, from HQ's size in the first stage and from LQ's in the second
+    resize_mode: str        # one of MODES
+    noise_type: str         # "gaussian" or "poisson"
+    noise_strength: list    # sigma in levels of 255, or factor on Poisson noise
+    noise_gray: list        # True: the same in red, green and blue
+    jpeg_quality: list      # above 0, at most 100
+    noise_seed: int = 0
 
 
 @dataclass
 class Plan:
+    """All that happens to a batch of images."""
     first: StagePlan
     second: StagePlan
-    sinc: list  # kernels, like those of a stage
-    jpeg_first: bool  # second JPEG before the last resize and sinc, else after them
-    mode: str  # of the last resize
-    enlarge: str  # mode
-    eight_bit: bool
-    clean: bool = False
-    device: str = "cpu"  # where noise fields are drawn
+    sinc_kernels: list      # of Kernel, "sinc" or "identity"; a single one is for all images
+    jpeg_before_sinc: bool  # the second stage's JPEG: before the last resize and the sinc filter, or after them
+    final_mode: str         # of the resize to LQ's size
+    enlarge_mode: str       # of the resize from lq to lq_up
+    eight_bit: bool         # as in Recipe, like the next four
+    keep_hq: bool = False
+    exact_resize: bool = False
+    antialias: bool = False
+    only_shrink: bool = False
+    device: str = "cpu"     # where noise is drawn; on a GPU the same seed gives other noise
 
+
+# A seed gives the same images as long as the draws below keep their order. New draws go to the end of `draw_plan`.
 
 def draw_kernel(rng, recipe, sigma):
-    """-> arguments of `kernel`"""
-    type, size = rng.choices([*KINDS], KINDS.values())[0], rng.choice(SIZES)
-    if rng.random() < SINC:
-        return {"type": "sinc", "size": size, "cutoff": rng.uniform(math.pi / (3 if size < 13 else 5), math.pi)}
-    k = {"type": type, "size": size, "sigma_x": rng.uniform(*sigma)}
-    if "aniso" in type:
-        k |= {"sigma_y": rng.uniform(*sigma), "theta": rng.uniform(-math.pi, math.pi)}
-    if "_" in type:
-        lo, hi = recipe.generalized_beta if "generalized" in type else recipe.plateau_beta
-        k["beta"] = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)  # plateau: half are exactly 1
-    return k
+    """Draw a Kernel for one of the stages.  sigma: (lowest, highest), pixels"""
+    kinds, probabilities = list(recipe.kernels.keys()), list(recipe.kernels.values())
+    shape, symmetry = rng.choices(kinds, probabilities)[0]
+    size = rng.choice(KERNEL_SIZES)
+    if rng.random() < recipe.sinc_probability:
+        lowest_cutoff = math.pi / 3 if size < 13 else math.pi / 5
+        return Kernel("sinc", size, cutoff=rng.uniform(lowest_cutoff, math.pi))
+
+    sigma_x = rng.uniform(*sigma)
+    if symmetry == "isotropic":
+        sigma_y, theta = sigma_x, 0.0
+    else:
+        sigma_y, theta = rng.uniform(*sigma), rng.uniform(-math.pi, math.pi)
+
+    beta = 1.0
+    beta_ranges = {"generalized": recipe.generalized_beta, "plateau": recipe.plateau_beta}
+    if shape in beta_ranges:
+        lowest, highest = beta_ranges[shape]
+        if rng.random() < 0.5:
+            beta = rng.uniform(lowest, 1)   # "plateau" starts at 1, so half of these kernels have exactly 1
+        else:
+            beta = rng.uniform(1, highest)
+    return Kernel(shape, size, sigma_x, sigma_y, theta, beta)
 
 
 def draw_stage(rng, recipe, ranges, n):
-    (lo, hi), direction = ranges.scale, rng.choices(("up", "down", "keep"), ranges.resize)[0]
-    type, span = ("gaussian", ranges.noise) if rng.random() < GAUSSIAN else ("poisson", ranges.poisson)
+    """Draw a StagePlan for n images."""
+    probabilities = [ranges.up_probability, ranges.down_probability, ranges.keep_probability]
+    direction = rng.choices(["up", "down", "keep"], probabilities)[0]
+    noise_type = "gaussian" if rng.random() < recipe.gaussian_probability else "poisson"
+    strength = ranges.gaussian_sigma if noise_type == "gaussian" else ranges.poisson_scale
+    has_blur = rng.random() < ranges.blur_probability
+    n_kernels = n if recipe.kernels_per == "image" else 1
+    kernels = [draw_kernel(rng, recipe, ranges.blur_sigma) for _ in range(n_kernels)]
+    lowest, highest = ranges.scale
+    scales = {"up": rng.uniform(1, highest), "down": rng.uniform(lowest, 1), "keep": 1.0}
     return StagePlan(
-        blur=rng.random() < ranges.blur,
-        kernels=[draw_kernel(rng, recipe, ranges.sigma) for _ in range(n if recipe.kernels_per == "image" else 1)],
-        scale={"up": rng.uniform(1, hi), "down": rng.uniform(lo, 1), "keep": 1.0}[direction], mode=rng.choice(MODES),
-        noise=type, strength=[rng.uniform(*span) for _ in range(n)], gray=[rng.random() < GRAY for _ in range(n)],
-        jpeg=[rng.uniform(*ranges.jpeg) for _ in range(n)], seed=rng.getrandbits(63))
+        blur=has_blur,
+        kernels=kernels,
+        resize_scale=scales[direction],
+        resize_mode=rng.choice(MODES),
+        noise_type=noise_type,
+        noise_strength=[rng.uniform(*strength) for _ in range(n)],
+        noise_gray=[rng.random() < recipe.gray_noise_probability for _ in range(n)],
+        jpeg_quality=[rng.uniform(*ranges.jpeg_quality) for _ in range(n)],
+        noise_seed=rng.getrandbits(63))
 
 
 def draw_plan(recipe, n, generator):
-    """A plan for n pictures, from one number of the generator, on whose device noise will be drawn."""
-    rng = random.Random(torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item())
-    first, second = (draw_stage(rng, recipe, ranges, n) for ranges in (recipe.first, recipe.second))
-    sincs = [{"type": "sinc", "size": rng.choice(SIZES), "cutoff": rng.uniform(math.pi / 3, math.pi)}
-             for _ in first.kernels]
+    """Draw a Plan for n images. It uses one number of the generator, on whose device noise will be drawn."""
+    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
+    rng = random.Random(seed)
+    first = draw_stage(rng, recipe, recipe.first, n)
+    second = draw_stage(rng, recipe, recipe.second, n)
+    sincs = [Kernel("sinc", rng.choice(KERNEL_SIZES), cutoff=rng.uniform(math.pi / 3, math.pi)) for _ in first.kernels]
     return Plan(
-        first, second, sinc=[k if rng.random() < FINAL_SINC else PULSE for k in sincs],
-        jpeg_first=rng.random() >= 0.5, mode=rng.choice(MODES), enlarge=rng.choice(recipe.enlarge),
-        eight_bit=recipe.eight_bit, clean=rng.random() < recipe.clean, device=generator.device)
+        first=first,
+        second=second,
+        sinc_kernels=[sinc if rng.random() < recipe.final_sinc_probability else IDENTITY for sinc in sincs],
+        jpeg_before_sinc=rng.random() >= 0.5,
+        final_mode=rng.choice(MODES),
+        enlarge_mode=rng.choice(recipe.enlarge_modes),
+        eight_bit=recipe.eight_bit,
+        keep_hq=rng.random() < recipe.keep_hq_probability,
+        exact_resize=recipe.exact_resize,
+        antialias=recipe.antialias,
+        only_shrink=rng.random() < recipe.only_shrink_probability,
+        device=generator.device)
 
 
-# ---- what is done
+# ---- blur
 
-def kernel(type, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=math.pi):
-    """One blur kernel -> (size, size) float64, sum 1. Raises ValueError.
+def kernel_weights(kernel):
+    """The weights of a Kernel, sections 3.1 and 3.3 -> (size, size) float64, sum 1. Raises ValueError."""
+    offset = torch.arange(kernel.size, dtype=torch.float64) - kernel.size // 2
+    y, x = torch.meshgrid(offset, offset, indexing="ij")    # how far below and right of the centre each weight is
+    if kernel.shape == "identity":
+        weights = ((x == 0) & (y == 0)).double()
+    elif kernel.shape == "sinc":
+        weights = sinc(torch.hypot(x, y), kernel.cutoff)
+    elif kernel.shape == "gaussian":
+        weights = torch.exp(-0.5 * squared_distance(kernel, x, y))
+    elif kernel.shape == "generalized":
+        weights = torch.exp(-0.5 * squared_distance(kernel, x, y) ** kernel.beta)
+    elif kernel.shape == "plateau":
+        weights = 1 / (1 + squared_distance(kernel, x, y) ** kernel.beta)
+    else:
+        raise ValueError(f"unknown blur kernel {kernel.shape!r}; "
+                         "choose from gaussian, generalized, plateau, sinc, identity")
+    return weights / weights.sum()
 
-    type: pulse, sinc or one of KINDS; sigmas in pixels; x runs along columns, y along rows; cutoff in radians per pixel
-    """
-    if type not in ("pulse", "sinc", *KINDS):
-        raise ValueError(f"unknown blur kernel {type!r}; choose from pulse, sinc, {', '.join(KINDS)}")
-    if type == "pulse":
-        return F.pad(torch.ones(1, 1, dtype=torch.float64), (size // 2,) * 4)
-    offset = torch.arange(size, dtype=torch.float64) - size // 2
-    y, x = torch.meshgrid(offset, offset, indexing="ij")
-    if type == "sinc":
-        r = torch.hypot(x, y)
-        w = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
-        w[size // 2, size // 2] = cutoff**2 / (4 * math.pi)
-        return w / w.sum()
-    if "aniso" not in type:
-        sigma_y, theta = sigma_x, 0.0
-    cos, sin = math.cos(theta), math.sin(theta)
-    q = ((cos * x + sin * y) / sigma_x) ** 2 + ((cos * y - sin * x) / sigma_y) ** 2  # in the ellipse's own axes
-    w = 1 / (1 + q**beta) if "plateau" in type else torch.exp(-0.5 * (q**beta if "generalized" in type else q))
-    return w / w.sum()
+
+def squared_distance(kernel, x, y):
+    """Of each weight from the centre, along the kernel's axes, in sigmas: the C^T Sigma^-1 C of section 3.1."""
+    cos, sin = math.cos(kernel.theta), math.sin(kernel.theta)
+    along_x = (cos * x + sin * y) / kernel.sigma_x
+    along_y = (cos * y - sin * x) / kernel.sigma_y
+    return along_x**2 + along_y**2
+
+
+def sinc(r, cutoff):
+    """A low-pass filter with a sharp cutoff, which rings.  r: distance of each weight from the centre, pixels"""
+    weights = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
+    limit = cutoff**2 / (4 * math.pi)   # at the centre, where the line above is 0 / 0
+    return weights.masked_fill(r == 0, limit)
 
 
 def stack_kernels(kernels):
-    """Kernels -> (n, size, size) float32, padded with zeros to the size of the largest."""
-    size = max(k["size"] for k in kernels)
-    return torch.stack([F.pad(kernel(**k), ((size - k["size"]) // 2,) * 4) for k in kernels]).float()
+    """Kernels -> (n, size, size) float32, padded with zeros to the size of the largest. Raises ValueError."""
+    size = max(kernel.size for kernel in kernels)
+    padded = [F.pad(kernel_weights(kernel), [(size - kernel.size) // 2] * 4) for kernel in kernels]
+    return torch.stack(padded).float()
 
 
 def blur(x, kernels):
-    """Filter x (B, 3, H, W), mirrored at the edges, with kernels (B or 1, k, k), which are not flipped. No clamp."""
-    (B, C, H, W), n = x.shape, kernels.shape[-1] // 2
-    # official: fails on sides of 10 or fewer
-    x = F.pad(x, (n,) * 4, mode="reflect") if min(H, W) > n else imaging.mirror_pad(x, n, n, n, n)
-    weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(C, 0)[:, None]  # (B*C, 1, k, k)
-    return F.conv2d(x.reshape(1, B * C, *x.shape[2:]), weight, groups=B * C).view(B, C, H, W)
+    """Filter each image, mirrored at its edges. The result may leave [0, 1], as sinc kernels have negative weights.
+
+    x: (B, 3, H, W); kernels: (B or 1, size, size) -> like x
+    """
+    B, C, H, W = x.shape
+    margin = kernels.shape[-1] // 2
+    if min(H, W) > margin:
+        padded = F.pad(x, [margin] * 4, mode="reflect")
+    else:
+        # official: fails on such small images
+        padded = imaging.mirror_pad(x, margin, margin, margin, margin)
+    # one convolution for all images: each channel is a group of its own
+    channels = padded.reshape(1, B * C, *padded.shape[2:])
+    weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(C, 0)[:, None]       # (B*C, 1, size, size)
+    return F.conv2d(channels, weight, groups=B * C).view(B, C, H, W)
 
 
-def resize(x, mode, scale=None, size=None):
-    """With a scale, bilinear and bicubic step by exactly 1/scale, with a size by in/out. No clamp."""
-    return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=None if mode == "area" else False)
+# ---- resize
+
+def resize(x, mode, size=None, scale=None, antialias=False):
+    """Resize to a size (height, width) or by a factor. The result of "bicubic" may leave [0, 1].
+
+    x: (B, 3, H, W); mode: one of MODES; antialias: with a filter as wide as the shrinking, like Pillow
+    """
+    if mode == "area":      # the mean of all pixels that a new one covers, so it cannot alias
+        return F.interpolate(x, size=size, scale_factor=scale, mode=mode)
+    return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=False, antialias=antialias)
 
 
-class Fields:
-    """Noise fields from a seed, the same for any device if drawn on the CPU."""
+def first_resize(x, plan):
+    """The resize of the first stage, as the authors do it or, with exact_resize, without their shift.
+
+    They resize by a factor. The new size is rounded down, but bilinear and bicubic samples still lie exactly 1/scale
+    apart, so the last ones do not reach the right and lower edge. The next resize stretches this cropped image to the
+    full size, which moves all content right and down. Resized by size, the samples span the whole image.
+    """
+    first = plan.first
+    if plan.exact_resize:
+        return resize(x, first.resize_mode, size=scaled(x.shape[2:], first.resize_scale))
+    return resize(x, first.resize_mode, scale=first.resize_scale)
+
+
+def scaled(size, scale):
+    """(height, width) times a factor, rounded down to whole pixels."""
+    return [max(1, int(side * scale)) for side in size]
+
+
+# ---- noise
+
+class NoiseSource:
+    """Random numbers from a seed. Drawn on the CPU, they are the same for images on any device."""
     def __init__(self, seed, device="cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -206,148 +383,237 @@ class Fields:
         return torch.poisson(rate.to(self.generator.device), generator=self.generator)
 
 
-def poisson_field(x, fields):
-    """x (B, C, H, W) in [0, 1] -> Poisson noise of mean 0; how many 8-bit values a picture has scales its photons."""
-    x = imaging.round8(x)
-    seen = torch.zeros(len(x), 256, device=x.device).scatter_(1, (x * 255).round().long().flatten(1), 1.0).sum(1)
-    vals = torch.exp2(torch.ceil(torch.log2(seen))).view(-1, 1, 1, 1)  # official: 1 for a flat picture: strong noise
-    return fields.poisson(x * vals).to(x) / vals - x
+def gaussian_noise(x, gray, source):
+    """Gaussian noise of sigma 1/255.  x: (B, 3, H, W); gray: the same in all channels -> like x, if gray (H, W)"""
+    # official: one (H, W) field serves all gray images of a batch
+    shape = x.shape[2:] if gray else x.shape
+    return source.normal(shape).to(x) / 255
 
 
-def noise_field(x, type, gray, fields):
-    """Noise of strength 1 for x (B, 3, H, W): gaussian (sigma 1/255) or poisson; gray (B,): alike in all channels."""
-    if type not in ("gaussian", "poisson"):
-        raise ValueError(f"unknown noise {type!r}; choose from gaussian, poisson")
+def poisson_noise(x, gray, source):
+    """Noise of a camera that counts photons, of mean 0; more in brighter places, and more the fewer photons there are.
 
-    def field(gray):
-        if type == "gaussian":  # official: one (H, W) field serves all gray pictures of a batch
-            return fields.normal(x.shape[2:] if gray else x.shape).to(x) / 255
+    A white pixel has as many photons as the image has different 8-bit values, rounded up to a power of 2.
+    x: (B, 3, H, W) in [0, 1]; gray: the same in all channels -> like x, if gray (B, 1, H, W)
+    """
+    if gray:
         luma = x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
-        return poisson_field((x * luma).sum(1, keepdim=True) if gray else x, fields)
-
-    gray_field = field(True) if any(gray) else x.new_zeros(())
-    return torch.where(torch.as_tensor(gray, device=x.device).view(-1, 1, 1, 1), gray_field, field(False))
-
-
-def add_noise(x, type, strength, gray, fields):
-    """x (B, 3, H, W), of any range -> in [0, 1]. strength (B,): sigma of 255, or factor on Poisson noise."""
-    return (x + x.new_tensor(strength).view(-1, 1, 1, 1) * noise_field(x, type, gray, fields)).clamp(0, 1)
+        x = (x * luma).sum(1, keepdim=True)
+    x = imaging.round8(x)
+    values = (x * 255).round().long().flatten(1)
+    occurs = torch.zeros(len(x), 256, device=x.device).scatter_(1, values, 1.0)
+    # official: 1 photon for an image of one value, which is very strong noise
+    photons = torch.exp2(torch.ceil(torch.log2(occurs.sum(1)))).view(-1, 1, 1, 1)
+    return source.poisson(x * photons).to(x) / photons - x
 
 
-YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
-LUMA_STEPS = torch.tensor([  # official: the transpose of the standard's table
+NOISES = {"gaussian": gaussian_noise, "poisson": poisson_noise}
+
+
+def unit_noise(x, noise_type, gray, source):
+    """Noise of strength 1, of some images gray and of others coloured. Raises ValueError.
+
+    x: (B, 3, H, W) in [0, 1]; noise_type: one of NOISES; gray: (B,) bools; source: a NoiseSource -> like x
+    """
+    if noise_type not in NOISES:
+        raise ValueError(f"unknown noise {noise_type!r}; choose from {', '.join(NOISES)}")
+    noise = NOISES[noise_type]
+    if not any(gray):
+        return noise(x, False, source)
+    gray_noise = noise(x, True, source)
+    colour_noise = noise(x, False, source)
+    is_gray = torch.tensor(gray, device=x.device).view(-1, 1, 1, 1)
+    return torch.where(is_gray, gray_noise, colour_noise)
+
+
+def add_noise(x, noise_type, strength, gray, source):
+    """Add noise and clamp.
+
+    x: (B, 3, H, W); noise_type, gray, source: of `unit_noise`; strength: (B,), see StagePlan -> like x, in [0, 1]
+    """
+    strength = x.new_tensor(strength).view(-1, 1, 1, 1)
+    return (x + strength * unit_noise(x, noise_type, gray, source)).clamp(0, 1)
+
+
+# ---- JPEG, as computed by DiffJPEG (github.com/mlomnitz/DiffJPEG), which Real-ESRGAN uses: there is no file
+
+RGB_TO_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+YCBCR_TO_RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
+LUMA_STEPS = torch.tensor([     # official: the transpose of the standard's table
     [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95],
     [16, 19, 24, 29, 56, 64, 87, 98], [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100],
     [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99]])
 CHROMA_STEPS = torch.full((8, 8), 99)
 CHROMA_STEPS[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
-DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2  # (frequency, pixel)
+# the cosine transform of 8 pixels, (frequency, pixel); its transpose is its inverse
+DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2
 DCT[0] /= math.sqrt(2)
 
 
 @cache
-def tables(device, dtype):
-    """The constants of JPEG on a device, where each is sent once."""
-    return [table.to(device, dtype) for table in (YCBCR, RGB, LUMA_STEPS, CHROMA_STEPS, DCT)]
+def jpeg_tables(device, dtype):
+    """The five tables above on a device; cached, so that they are sent there once."""
+    return [table.to(device, dtype) for table in (RGB_TO_YCBCR, YCBCR_TO_RGB, LUMA_STEPS, CHROMA_STEPS, DCT)]
 
 
-def quantise(x, table, factor, D):
-    """DCT D of every 8 x 8 block of x (B, C, H, W), rounded to steps table * factor (B,), and back."""
+def quantise(x, table, factor, dct):
+    """Round the frequencies of each 8 x 8 block to multiples of table * factor: here JPEG loses detail.
+
+    x: (B, C, H, W), H and W multiples of 8; table: (8, 8), for quality 50; factor: (B,); dct: (8, 8) -> like x
+    """
     B, C, H, W = x.shape
-    step = table[:, None] * factor.view(B, 1, 1, 1, 1, 1)
-    f = (D @ x.reshape(B, C, H // 8, 8, W)).view(B, C, H // 8, 8, W // 8, 8) @ D.T
-    f = (f / step).round() * step
-    return (D.T @ (f @ D).view(B, C, H // 8, 8, W)).view(B, C, H, W)
+    step = table[:, None] * factor.view(B, 1, 1, 1, 1, 1)                               # (B, 1, 1, 8, 1, 8)
+    vertical = dct @ x.reshape(B, C, H // 8, 8, W)                                      # along columns of pixels
+    frequencies = vertical.view(B, C, H // 8, 8, W // 8, 8) @ dct.T                     # and along rows
+    frequencies = (frequencies / step).round() * step
+    vertical = (frequencies @ dct).view(B, C, H // 8, 8, W)                             # the way back
+    return (dct.T @ vertical).view(B, C, H, W)
 
 
 def jpeg(x, quality):
-    """JPEG without the file: x (B, 3, H, W) in [0, 1], quality (B,), real in (0, 100] -> [0, 1], not rounded."""
+    """What is left after compression.  x: (B, 3, H, W) in [0, 1]; quality: (B,), in (0, 100] -> like x, not 8-bit"""
     H, W = x.shape[2:]
-    ycbcr, rgb, luma_steps, chroma_steps, D = tables(x.device, x.dtype)
-    q = torch.as_tensor(quality, device=x.device).to(x)
+    to_ycbcr, to_rgb, luma_table, chroma_table, dct = jpeg_tables(x.device, x.dtype)
+    quality = torch.as_tensor(quality, device=x.device).to(x)
+    factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     # official: steps are neither rounded nor held in 1..255; at quality 100 they vanish and the division fails
-    factor = (torch.where(q < 50, 5000 / q, 200 - 2 * q) / 100).clamp(min=1e-5)
-    x = F.pad(x * 255, (0, -W % 16, 0, -H % 16))  # official: black padding, which darkens the last blocks
-    ycc = (ycbcr @ x.flatten(2)).view_as(x)
-    luma = quantise(ycc[:, :1] - 128, luma_steps, factor, D) + 128
-    chroma = quantise(F.avg_pool2d(ycc[:, 1:], 2), chroma_steps, factor, D)  # 4:2:0, around 0 as it is
-    ycc = torch.cat([luma, F.interpolate(chroma, scale_factor=2)], 1)
-    return ((rgb @ ycc.flatten(2)).view_as(x).clamp(0, 255) / 255)[..., :H, :W].contiguous()
+    factor = factor.clamp(min=1e-5)
+
+    # official: black padding, which darkens the last blocks
+    padded = F.pad(x * 255, (0, -W % 16, 0, -H % 16))
+    ycbcr = (to_ycbcr @ padded.flatten(2)).view_as(padded)      # chroma around 0, not 128
+    luma = quantise(ycbcr[:, :1] - 128, luma_table, factor, dct) + 128
+    halved = F.avg_pool2d(ycbcr[:, 1:], 2)                      # 4:2:0, a chroma value for 2 x 2 pixels
+    chroma = F.interpolate(quantise(halved, chroma_table, factor, dct), scale_factor=2)
+    ycbcr = torch.cat([luma, chroma], dim=1)
+    rgb = (to_rgb @ ycbcr.flatten(2)).view_as(padded).clamp(0, 255) / 255
+    return rgb[..., :H, :W].contiguous()
 
 
-def apply(plan, hq, scale=4, fields=None, steps=None):
-    """Degrade hq (B, 3, H, W) in [0, 1] as the plan says -> lq (B, 3, H/scale, W/scale), lq_up like hq.
+# ---- the whole
 
-    fields: source of noise, by default the plan's seeds; steps: a list that receives every (name, intermediate picture)
+def degrade_twice(plan, hq, scale, step, noise_source=None):
+    """The second-order model, section 3.2.  step(name, x) records x and returns it; the rest as in `apply`
+
+    -> (B, 3, H/scale, W/scale), not clamped
     """
-    (H, W), first, second, steps = hq.shape[2:], plan.first, plan.second, [] if steps is None else steps
-
-    def step(name, x):
-        steps.append((name, x))
-        return x
+    H, W = hq.shape[2:]
+    first, second = plan.first, plan.second
 
     def noisy(x, stage):
-        return add_noise(x, stage.noise, stage.strength, stage.gray, fields or Fields(stage.seed, plan.device))
+        source = noise_source or NoiseSource(stage.noise_seed, plan.device)
+        return add_noise(x, stage.noise_type, stage.noise_strength, stage.noise_gray, source)
 
-    x = step("blur", blur(hq, stack_kernels(first.kernels)))
-    x = step("resize", resize(x, first.mode, scale=first.scale))
+    # first stage: blur, resize, noise, JPEG
+    x = hq
+    if first.blur:
+        x = step("blur", blur(x, stack_kernels(first.kernels)))
+    x = step("resize", first_resize(x, plan))
     x = step("noise", noisy(x, first))
-    x = step("jpeg", jpeg(x, first.jpeg))
+    x = step("jpeg", jpeg(x, first.jpeg_quality))
+
+    # second stage: blur, resize to about LQ's size, noise
     if second.blur:
         x = step("blur", blur(x, stack_kernels(second.kernels)))
-    x = step("resize", resize(x, second.mode, size=[max(1, int(side / scale * second.scale)) for side in (H, W)]))
+    size = scaled((H / scale, W / scale), second.resize_scale)
+    x = step("resize", resize(x, second.resize_mode, size, antialias=plan.antialias))
     x = step("noise", noisy(x, second))
-    if plan.jpeg_first:
-        x = step("jpeg", jpeg(x, second.jpeg))
-    x = step("resize", resize(x, plan.mode, size=(H // scale, W // scale)))
-    x = step("blur", blur(x, stack_kernels(plan.sinc)))
-    if not plan.jpeg_first:
-        x = step("jpeg", jpeg(x.clamp(0, 1), second.jpeg))
+
+    # at the end: resize to LQ's size and sinc filter, with JPEG before or after
+    lq_size = (H // scale, W // scale)
+    if plan.jpeg_before_sinc:
+        x = step("jpeg", jpeg(x, second.jpeg_quality))
+        x = step("resize", resize(x, plan.final_mode, lq_size))
+        x = step("blur", blur(x, stack_kernels(plan.sinc_kernels)))
+    else:
+        x = step("resize", resize(x, plan.final_mode, lq_size))
+        x = step("blur", blur(x, stack_kernels(plan.sinc_kernels)))
+        x = step("jpeg", jpeg(x.clamp(0, 1), second.jpeg_quality))
+    return x
+
+
+def apply(plan, hq, scale=4, noise_source=None, steps=None):
+    """Degrade images as a plan says. Raises ValueError for an unknown kernel or noise.
+
+    hq: (B, 3, H, W) in [0, 1]; scale: how many times smaller LQ is per side; noise_source: a NoiseSource for all noise,
+    by default one of each stage's seed; steps: a list that receives (name, result) of every operation
+    -> lq (B, 3, H/scale, W/scale) and lq_up (B, 3, H, W), both in [0, 1]
+    """
+    H, W = hq.shape[2:]
+
+    def step(name, x):
+        if steps is not None:
+            steps.append((name, x))
+        return x
+
+    if plan.only_shrink:
+        x = step("resize", resize(hq, plan.final_mode, (H // scale, W // scale), antialias=True))
+    else:
+        x = degrade_twice(plan, hq, scale, step, noise_source)
 
     lq = x.clamp(0, 1)
-    # official: S3Diff clamps before, the others after
-    lq_up = step("resize", resize(x if plan.eight_bit else lq, plan.enlarge, size=(H, W)))
-    lq_up = imaging.round8(lq_up) if plan.eight_bit else lq_up.clamp(0, 1)
-    return lq, hq if plan.clean else lq_up  # official: beside a clean lq_up, S3Diff's estimator sees the degraded lq
-
-
-@torch.no_grad()
-def severity(plan, hq, lq):
-    """How much a plan blurs and how noisy it is, as far as lq shows it: what a degradation estimator is to say.
-
-    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), what `apply` made of it -> (B, 2) in [0, 1]
-    blur: the contrast that grain as fine as lq can show loses, beyond shrinking; noise: the deviation in lq over 0.1
-    """
-    n, scale = len(hq), hq.shape[2] // lq.shape[2]
-
-    def made(x, **changes):
-        first, second = (replace(stage, strength=[0.0] * n, **changes) for stage in (plan.first, plan.second))
-        return apply(replace(plan, first=first, second=second), x, scale)[0]
-
-    noise = (lq - made(hq)).std((1, 2, 3)) / 0.1
-    grain = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(hq)
-    grain = 0.5 + 0.1 * resize(grain, "bicubic", scale=scale)     # finer grain would tell of aliasing, not of blur
-    kept = made(grain, jpeg=[100.0] * n).std((1, 2, 3)) / F.avg_pool2d(grain, scale).std((1, 2, 3))
-    return torch.stack([1 - kept, noise], dim=1).clamp(0, 1)
+    # official: S3Diff clamps before it enlarges, the others after
+    if plan.eight_bit:
+        lq_up = imaging.round8(step("resize", resize(x, plan.enlarge_mode, (H, W))))
+    else:
+        lq_up = step("resize", resize(lq, plan.enlarge_mode, (H, W))).clamp(0, 1)
+    if plan.keep_hq:        # official: beside this lq_up, S3Diff's estimator sees the degraded lq
+        lq_up = hq
+    return lq, lq_up
 
 
 @torch.no_grad()
 def degrade(hq, recipe, generator, scale=4):
-    """Draw a plan and apply it: hq (B, 3, H, W) in [0, 1] -> lq (B, 3, H/scale, W/scale), lq_up like hq."""
+    """Draw a plan and apply it.  hq: (B, 3, H, W) in [0, 1] -> lq (B, 3, H/scale, W/scale), lq_up (B, 3, H, W)"""
     if recipe.branches_per == "image" and len(hq) > 1:
-        lq, lq_up = zip(*(degrade(one, recipe, generator, scale) for one in hq.split(1)))
+        pairs = [degrade(one, recipe, generator, scale) for one in hq.split(1)]
+        lq, lq_up = zip(*pairs)
         return torch.cat(lq), torch.cat(lq_up)
     plan = draw_plan(recipe, len(hq), generator)
-    plan.device = hq.device if hq.is_cuda else plan.device  # noise drawn elsewhere takes longer than a step
+    if hq.is_cuda:
+        plan.device = hq.device     # to draw noise on the CPU and send it takes longer than a training step
     return apply(plan, hq, scale)
+
+
+# ---- how severe it was
+
+@torch.no_grad()
+def severity(plan, hq, lq):
+    """How blurred and how noisy a plan has made lq: what a degradation estimator is trained to say. Ours.
+
+    hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), which `apply` made of it -> (B, 2) in [0, 1]: blur, noise
+
+    The plan is known, so both can be measured: apply it again, with something left out.
+    Noise: apply it without noise. The score is the standard deviation of the difference to lq, divided by 0.1.
+    Blur: apply it to a texture, without noise and JPEG, and see how much contrast is left. Shrinking takes some
+    contrast as well, so compare with the texture averaged over scale x scale pixels, which is shrinking without blur.
+    The score is 0 if no contrast is lost against that, and 1 if all is.
+    """
+    B, scale = len(hq), hq.shape[2] // lq.shape[2]
+    quiet = change_both_stages(plan, noise_strength=[0.0] * B)
+    quiet_lq, _ = apply(quiet, hq, scale)
+    noise_score = (lq - quiet_lq).std((1, 2, 3)) / 0.1
+
+    # a texture as fine as lq can show: finer, it would alias, which is not blur
+    texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(hq)
+    texture = 0.5 + 0.1 * resize(texture, "bicubic", scale=scale)
+    only_blur = change_both_stages(quiet, jpeg_quality=[100.0] * B)
+    degraded, _ = apply(only_blur, texture, scale)
+    contrast_left = degraded.std((1, 2, 3)) / F.avg_pool2d(texture, scale).std((1, 2, 3))
+    blur_score = 1 - contrast_left
+    return torch.stack([blur_score, noise_score], dim=1).clamp(0, 1)
+
+
+def change_both_stages(plan, **changes):
+    """The plan with these fields changed in both of its stages."""
+    return replace(plan, first=replace(plan.first, **changes), second=replace(plan.second, **changes))
 
 
 # ---- the command
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Degrade a folder of pictures to pairs, OUT_DIR/lq and OUT_DIR/hq.")
-    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="clean pictures: a folder, or one")
+    parser = argparse.ArgumentParser(description="Degrade a folder of images to pairs, OUT_DIR/lq and OUT_DIR/hq.")
+    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="high-quality images: a folder, or one")
     parser.add_argument("out_dir", type=folder, metavar="OUT_DIR", help="where lq/ and hq/ go")
     parser.add_argument("--recipe", choices=RECIPES, default="vosr", help="whose settings (default vosr)")
     parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is so much smaller (4)")
@@ -357,7 +623,10 @@ def parse_args(argv=None):
 
 
 def pair(path, name, args):
-    """lq, hq (1, 3, H, W) in [0, 1] of a picture; its name gives the seed. Raises PictureError."""
+    """Read an image and degrade it -> lq, hq (1, 3, H, W) in [0, 1]. Raises PictureError.
+
+    name: of the results; it and --seed make the image's own seed, so its pair does not depend on other files
+    """
     scale = args.scale
     hq, _ = imaging.read_picture(path, note=tqdm.write)
     H, W = hq.shape[2:]
@@ -366,7 +635,8 @@ def pair(path, name, args):
     hq = hq[..., : H // scale * scale, : W // scale * scale]
     digest = hashlib.sha256(f"{args.seed} {name.as_posix()}".encode(errors="surrogateescape")).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return degrade(hq, RECIPES[args.recipe], generator, scale)[0], hq
+    lq, _ = degrade(hq, RECIPES[args.recipe], generator, scale)
+    return lq, hq
 
 
 def main():
@@ -378,8 +648,9 @@ def main():
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
         sys.exit(printable(f"degrade.py: {args.out_dir}: lies inside {args.hr_dir}, so the next run would degrade it; "
                            "choose a folder outside"))
-    sys.exit(write_pairs("degrade.py", names, args.out_dir, args.skip_existing,
-                         lambda path, name: pair(path, name, args)))
+    status = write_pairs("degrade.py", names, args.out_dir, args.skip_existing,
+                         lambda path, name: pair(path, name, args))
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from degrade import PULSE, S3DIFF, Plan, StagePlan, add_noise, apply, blur, jpeg, kernel, resize, stack_kernels
+from degrade import (IDENTITY, S3DIFF, Kernel, Plan, StagePlan, add_noise, apply, blur, jpeg, kernel_weights, resize,
+                     stack_kernels)
 from models.support.metrics import YIQ, psnr, psnr_y, ssim_y
 
 
@@ -33,11 +34,31 @@ def tolerance(key):
     return 0.0, 1e-3 if "psnr" in key else 1e-4
 
 
+SHAPES = {  # the golden file's type of a kernel: our shape, fields it must have beside its size
+    "iso": ("gaussian", {"sigma_x"}),
+    "aniso": ("gaussian", {"sigma_x", "sigma_y", "theta"}),
+    "generalized_iso": ("generalized", {"sigma_x", "beta"}),
+    "generalized_aniso": ("generalized", {"sigma_x", "sigma_y", "theta", "beta"}),
+    "plateau_iso": ("plateau", {"sigma_x", "beta"}),
+    "plateau_aniso": ("plateau", {"sigma_x", "sigma_y", "theta", "beta"}),
+    "sinc": ("sinc", {"cutoff"}),
+}
+
+
+def kernel(type, size, **fields):
+    """A kernel as the golden file writes it down -> Kernel"""
+    shape, needed = SHAPES[type]
+    assert set(fields) == needed, f"{type} with {sorted(fields)}"
+    if "sigma_x" in fields:
+        fields.setdefault("sigma_y", fields["sigma_x"])  # isotropic
+    return Kernel(shape, size, **fields)
+
+
 def kernels(case, get):
     outputs = {}
     for key in case["outputs"]:  # iso_a_21_times_k2, sinc_a_11_padded_to_21_times_441
         type, row, size, padded = re.match(r"(\w+?)_([^_]+)_(\d+)(?:_padded_to_(\d+))?_times", key).groups()
-        k = kernel(type, int(size), **case["config"][row][type])
+        k = kernel_weights(kernel(type, int(size), **case["config"][row][type]))
         pad = (int(padded or size) - int(size)) // 2
         outputs[key] = F.pad(k, (pad,) * 4) * int(padded or size) ** 2
     return outputs
@@ -45,7 +66,7 @@ def kernels(case, get):
 
 def filter2d(case, get):
     image = tensor(case, get, "image")
-    k = stack_kernels(list(get("kernels").values()))
+    k = stack_kernels([kernel(**k) for k in get("kernels").values()])
     asymmetric = tensor(case, get, "asymmetric_kernels")
     return {"per_image": blur(image, k), "shared_first_kernel": blur(image, k[:1]), "asymmetric": blur(image, asymmetric)}
 
@@ -53,7 +74,7 @@ def filter2d(case, get):
 def usm_sharp(case, get):
     """None of the three systems sharpens; the case still exercises `blur` with a large kernel."""
     c, image = case["config"], tensor(case, get, "image")
-    k = stack_kernels([{"type": "iso", "size": c["kernel_size"], "sigma_x": c["sigma"]}])
+    k = stack_kernels([kernel("iso", c["kernel_size"], sigma_x=c["sigma"])])
     low = blur(image, k)
     soft = blur(((image - low).abs() * 255 > c["threshold"]).float(), k)
     sharp = (image + c["weight"] * (image - low)).clamp(0, 1)
@@ -76,7 +97,7 @@ def resizes(case, get):
 
 
 class GivenFields:
-    """Stands in for degrade.Fields: hands out given normal fields in order; Poisson counts are rate + sqrt(rate) * field."""
+    """Stands in for degrade.NoiseSource: hands out given normal fields in order; Poisson counts are rate + sqrt(rate) * field."""
 
     def __init__(self, fields):
         self.fields = iter(fields)
@@ -104,8 +125,15 @@ def noise(case, get):
 def stage(plan, i, kernels):
     """Stage i of a plan as config.plan writes it down."""
     move, noise = plan[f"resize{i}"], plan[f"noise{i}"]
-    strength = noise["sigma" if noise["type"] == "gaussian" else "scale"]
-    return StagePlan(i == 1 or plan["blur2"], kernels, move.get("scale", 1.0), move["mode"], noise["type"], strength, noise["gray"], plan[f"jpeg{i}"])
+    return StagePlan(
+        blur=i == 1 or plan["blur2"],
+        kernels=kernels,
+        resize_scale=move.get("scale", 1.0),
+        resize_mode=move["mode"],
+        noise_type=noise["type"],
+        noise_strength=noise["sigma" if noise["type"] == "gaussian" else "scale"],
+        noise_gray=noise["gray"],
+        jpeg_quality=plan[f"jpeg{i}"])
 
 
 def pipeline(case, get):
@@ -113,8 +141,8 @@ def pipeline(case, get):
     c, plan = case["config"], case["config"]["plan"]
     s3diff = c["system"] == "S3Diff"
     images = [plan[key] for key in sorted(plan, key=lambda key: (len(key), key)) if re.fullmatch(r"image\d+", key)] or [plan]  # who has own kernels
-    k1, k2 = ([image[key] for image in images] for key in ("kernel1", "kernel2"))
-    sinc = [PULSE if isinstance(image["final_sinc"], str) else {"type": "sinc", **image["final_sinc"]} for image in images]
+    k1, k2 = ([kernel(**image[key]) for image in images] for key in ("kernel1", "kernel2"))
+    sinc = [IDENTITY if image["final_sinc"] == "none (unit pulse)" else kernel("sinc", **image["final_sinc"]) for image in images]
 
     hq = tensor(case, get, "gt" if "gt" in case["inputs"] else "gt_before_flip")
     flip = [image.get("flip", False) for image in images] * (len(hq) // len(images))
@@ -122,17 +150,22 @@ def pipeline(case, get):
     draws = {draw["label"]: draw for draw in get("draws")}
     salt = case["inputs"]["draws"].get("salt", case["fill"]["salt"])
     fields = GivenFields(fill.normal(d["name"], d["shape"], d.get("salt", salt)) for d in draws.values() if d.get("kind") == "normal")
-    clean = draws.get("no_degradation.coin", {"value": 1})["value"] < S3DIFF.clean
+    keep_hq = draws.get("no_degradation.coin", {"value": 1})["value"] < S3DIFF.keep_hq_probability
 
+    plan = Plan(
+        first=stage(plan, 1, k1),
+        second=stage(plan, 2, k2),
+        sinc_kernels=sinc,
+        jpeg_before_sinc=plan["final_order"].startswith("jpeg"),
+        final_mode=plan["resize3_mode"],
+        enlarge_mode=plan.get("resize_back_mode", "bicubic"),
+        eight_bit=not s3diff,
+        keep_hq=keep_hq)
     steps = []
-    lq, lq_up = apply(
-        Plan(stage(plan, 1, k1), stage(plan, 2, k2), sinc, plan["final_order"].startswith("jpeg"), plan["resize3_mode"],
-             plan.get("resize_back_mode", "bicubic"), eight_bit=not s3diff, clean=clean),
-        hq, c["scale"], fields, steps,
-    )  # fmt: skip
+    lq, lq_up = apply(plan, hq, c["scale"], fields, steps)
     outputs = {f"step{i:02}_{name}": x for i, (name, x) in enumerate(steps, 1)}
     for name, k in (("kernel1", k1), ("kernel2", k2), ("final_sinc", sinc)):
-        k = stack_kernels([*k, PULSE | {"size": 21}])[:-1] * 441
+        k = stack_kernels([*k, Kernel("identity", 21)])[:-1] * 441
         outputs[f"{name}_times_441"] = k if s3diff else k[0]
     if s3diff:
         return outputs | {"gt": 2 * hq - 1, "lr": lq, "lr_upsampled": (2 * lq_up - 1).clamp(-1, 1)}

@@ -107,8 +107,13 @@ def teaser():
 def told(plan, stage, name, size):
     """A caption of one step of a plan."""
     kernel = stage.kernels[0]
-    words = {"blur": f"blur: {kernel['type'].replace('_', ' ')}", "resize": f"resize: {stage.mode}",
-             "noise": f"noise: {stage.noise} {stage.strength[0]:.1f}", "jpeg": f"JPEG, quality {stage.jpeg[0]:.0f}"}
+    kind = kernel.shape
+    if kind != "sinc":
+        symmetry = "iso" if kernel.sigma_x == kernel.sigma_y else "aniso"
+        kind = symmetry if kind == "gaussian" else f"{kind} {symmetry}"
+    words = {"blur": f"blur: {kind}", "resize": f"resize: {stage.resize_mode}",
+             "noise": f"noise: {stage.noise_type} {stage.noise_strength[0]:.1f}",
+             "jpeg": f"JPEG, quality {stage.jpeg_quality[0]:.0f}"}
     return f"{words[name]}\n{size[1]} x {size[0]}"
 
 
@@ -124,8 +129,8 @@ def degradation(seed=84):
     last = len(steps) - 1
     sinc = max(n for n, (name, _) in enumerate(steps) if name == "blur")
     captions[sinc] = f"ringing: sinc filter\n{steps[sinc][1].shape[-1]} x {steps[sinc][1].shape[-2]}"
-    captions[sinc - 1] = f"resize: {plan.mode}\na quarter, 64 x 64"
-    captions[last] = f"enlarged: {plan.enlarge}\nto 256 x 256 again"
+    captions[sinc - 1] = f"resize: {plan.final_mode}\na quarter, 64 x 64"
+    captions[last] = f"enlarged: {plan.enlarge_mode}\nto 256 x 256 again"
     pictures, captions = [hq, *(x for _, x in steps)], ["a good photo\n256 x 256", *captions]
     return sheet([pictures[:6], pictures[6:]], [captions[:6], captions[6:]])
 

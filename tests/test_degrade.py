@@ -1,6 +1,7 @@
 """The degradation and the command.    python -m pytest tests/test_degrade.py"""
 
 import json
+import math
 import os
 import random
 import signal
@@ -21,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import degrade as module  # noqa: E402
-from degrade import (GRAMSR, KINDS, PULSE, RECIPES, S3DIFF, SIZES, VOSR, Fields, apply, blur, degrade,  # noqa: E402
-                     draw_kernel, draw_plan, jpeg, kernel, noise_field, severity, stack_kernels)
+from degrade import (CLEAN, GRAMSR, IDENTITY, KERNEL_SIZES, MODES, REAL_ESRGAN_KERNELS, RECIPES, S3DIFF,  # noqa: E402
+                     VOSR, WEAK, Kernel, NoiseSource, apply, blur, degrade, draw_kernel, draw_plan, jpeg,
+                     kernel_weights, resize, severity, stack_kernels, unit_noise)
 
 STORED = json.loads((ROOT / "tests" / "golden" / "degrade.json").read_text())
 
@@ -54,42 +56,74 @@ def test_recipes_are_the_published_settings():
     for name, recipe in (("S3Diff", S3DIFF), ("VOSR", VOSR), ("GramSR", GRAMSR)):
         s = {key: value[name] for key, value in STORED["settings"].items()}
         for word, stage, i in (("first", recipe.first, 1), ("second", recipe.second, 2)):
-            assert list(stage.resize) == s[f"{word} stage: resize up/down/keep"]
+            odds = [stage.up_probability, stage.down_probability, stage.keep_probability]
+            assert odds == s[f"{word} stage: resize up/down/keep"] and sum(odds) == pytest.approx(1)
             assert list(stage.scale) == s[f"{word} stage: resize range"]
-            assert list(stage.noise) == s[f"{word} stage: gaussian sigma{' (of 255)' if i == 1 else ''}"]
-            assert list(stage.poisson) == s[f"{word} stage: poisson scale"]
-            assert list(stage.jpeg) == s[f"{word} stage: JPEG quality"]
-            ranges = [list(stage.sigma), list(recipe.generalized_beta), list(recipe.plateau_beta)]
+            assert list(stage.gaussian_sigma) == s[f"{word} stage: gaussian sigma{' (of 255)' if i == 1 else ''}"]
+            assert list(stage.poisson_scale) == s[f"{word} stage: poisson scale"]
+            assert list(stage.jpeg_quality) == s[f"{word} stage: JPEG quality"]
+            ranges = [list(stage.blur_sigma), list(recipe.generalized_beta), list(recipe.plateau_beta)]
             assert ranges == s[f"kernel {i}: sigma, generalized beta, plateau beta"]
-        assert recipe.first.blur == 1 and recipe.second.blur == s["second blur probability"]
-        assert recipe.clean == s["no-degradation probability"]
-        assert list(SIZES) == s["kernel sizes (each of three kernels)"]
+        assert recipe.first.blur_probability == 1
+        assert recipe.second.blur_probability == s["second blur probability"]
+        assert recipe.keep_hq_probability == s["no-degradation probability"]
+        assert list(KERNEL_SIZES) == s["kernel sizes (each of three kernels)"]
         kinds = "kernel types iso, aniso, generalized_iso, generalized_aniso, plateau_iso, plateau_aniso"
-        assert list(KINDS.values()) == s[kinds]
-        assert module.SINC == s["sinc probability, kernels 1 and 2"]
-        assert module.FINAL_SINC == s["final sinc probability"]
-        assert module.GAUSSIAN == s["first stage: gaussian noise probability"]
-        assert module.GRAY == s["gray noise probability (both stages)"]
+        assert list(recipe.kernels.values()) == s[kinds]
+        assert recipe.sinc_probability == s["sinc probability, kernels 1 and 2"]
+        assert recipe.final_sinc_probability == s["final sinc probability"]
+        assert recipe.gaussian_probability == s["first stage: gaussian noise probability"]
+        assert recipe.gray_noise_probability == s["gray noise probability (both stages)"]
+        ours = recipe.exact_resize, recipe.antialias, recipe.only_shrink_probability
+        assert ours == (False, False, 0)
+    assert list(REAL_ESRGAN_KERNELS) == [(shape, symmetry) for shape in ("gaussian", "generalized", "plateau")
+                                         for symmetry in ("isotropic", "anisotropic")]
 
 
 def test_plans_stay_in_their_ranges_and_follow_the_odds():
     plans = [draw_plan(VOSR, 3, generator(i)) for i in range(600)]
     for plan in plans:
-        assert len(plan.first.kernels) == len(plan.sinc) == 1 and len(plan.first.jpeg) == 3
-        assert all(30 <= q <= 95 for q in plan.first.jpeg + plan.second.jpeg)
-        assert 0.15 <= plan.first.scale <= 1.5 and 0.3 <= plan.second.scale <= 1.2
-        lo, hi = VOSR.first.noise if plan.first.noise == "gaussian" else VOSR.first.poisson
-        assert all(lo <= s <= hi for s in plan.first.strength)
+        first, second = plan.first, plan.second
+        assert len(first.kernels) == len(plan.sinc_kernels) == 1 and len(first.jpeg_quality) == 3
+        assert all(30 <= q <= 95 for q in first.jpeg_quality + second.jpeg_quality)
+        assert 0.15 <= first.resize_scale <= 1.5 and 0.3 <= second.resize_scale <= 1.2
+        lo, hi = VOSR.first.gaussian_sigma if first.noise_type == "gaussian" else VOSR.first.poisson_scale
+        assert all(lo <= s <= hi for s in first.noise_strength)
     odds = {
+        1.0: [plan.first.blur for plan in plans],
         0.8: [plan.second.blur for plan in plans],
-        0.7: [plan.first.scale < 1 for plan in plans],
-        0.5: [plan.jpeg_first for plan in plans],
-        0.4: [gray for plan in plans for gray in plan.first.gray],
-        0.1: [plan.first.kernels[0]["type"] == "sinc" for plan in plans],
+        0.7: [plan.first.resize_scale < 1 for plan in plans],
+        0.5: [plan.jpeg_before_sinc for plan in plans],
+        0.4: [gray for plan in plans for gray in plan.first.noise_gray],
+        0.1: [plan.first.kernels[0].shape == "sinc" for plan in plans],
+        0.0: [plan.only_shrink or plan.exact_resize or plan.keep_hq for plan in plans],
     }
     for p, draws in odds.items():
-        assert abs(np.mean(draws) - p) < 0.08
+        assert abs(np.mean(draws) - p) < (0.08 if 0 < p < 1 else 1e-9)
     assert len(draw_plan(S3DIFF, 3, generator()).first.kernels) == 3
+
+
+def test_ours_draws_last():
+    """What the official recipes draw does not depend on the fields that are ours."""
+    ours = replace(VOSR, exact_resize=True, antialias=True, only_shrink_probability=1.0)
+    plan, changed = (draw_plan(recipe, 2, generator(7)) for recipe in (VOSR, ours))
+    assert changed.only_shrink and changed.exact_resize and changed.antialias
+    assert replace(changed, only_shrink=False, exact_resize=False, antialias=False) == plan
+
+
+def test_kernels_follow_the_odds():
+    rng = random.Random(0)
+    kernels = [draw_kernel(rng, VOSR, VOSR.first.blur_sigma) for _ in range(4000)]
+    blurs = [kernel for kernel in kernels if kernel.shape != "sinc"]
+    for (shape, symmetry), p in REAL_ESRGAN_KERNELS.items():
+        isotropic = symmetry == "isotropic"
+        drawn = [k.shape == shape and (k.sigma_x == k.sigma_y) == isotropic for k in blurs]
+        assert abs(np.mean(drawn) - p) < 0.025
+    assert all(kernel.beta == 1 for kernel in blurs if kernel.shape == "gaussian")
+    assert all(0.5 <= kernel.beta <= 4 for kernel in blurs if kernel.shape == "generalized")
+    plateau = [kernel.beta for kernel in blurs if kernel.shape == "plateau"]
+    assert max(plateau) <= 2 and abs(np.mean([beta == 1 for beta in plateau]) - 0.5) < 0.08
+    assert all(math.pi / (3 if k.size < 13 else 5) <= k.cutoff <= math.pi for k in kernels if k.shape == "sinc")
 
 
 # -----------------------------------------------------------------------------
@@ -97,34 +131,55 @@ def test_plans_stay_in_their_ranges_and_follow_the_odds():
 
 def test_kernels_sum_to_one_and_keep_a_flat_picture():
     rng = random.Random(0)
-    kernels = [draw_kernel(rng, VOSR, VOSR.first.sigma) for _ in range(60)] + [module.PULSE]
-    assert {k["type"] for k in kernels} >= {"iso", "aniso", "sinc", "pulse"}
+    kernels = [draw_kernel(rng, VOSR, VOSR.first.blur_sigma) for _ in range(60)] + [IDENTITY]
+    assert {k.shape for k in kernels} >= {"gaussian", "generalized", "plateau", "sinc", "identity"}
     for k in kernels:
-        w = kernel(**k)
-        assert w.shape == (k["size"],) * 2 and abs(w.sum() - 1) < 1e-9 and w.isfinite().all()
+        w = kernel_weights(k)
+        assert w.shape == (k.size, k.size) and abs(w.sum() - 1) < 1e-9 and w.isfinite().all()
         assert torch.allclose(blur(torch.full((1, 3, 30, 24), 0.3), w.float()[None]), torch.tensor(0.3), atol=1e-6)
 
 
-@pytest.mark.parametrize("type", ["gaussian", "Iso", "aniso_generalized", ""])
-def test_an_unknown_kernel_is_named(type):
+def test_isotropic_kernels_are_round_and_theta_turns_the_others():
+    isotropic = kernel_weights(Kernel("gaussian", 21, 2.0, 2.0))
+    assert torch.allclose(isotropic, isotropic.T)
+    long_x = kernel_weights(Kernel("gaussian", 21, sigma_x=3.0, sigma_y=1.0))
+    assert long_x[10, 14] > 2 * long_x[14, 10]      # [row, column]: x runs along columns
+    turned = kernel_weights(Kernel("gaussian", 21, sigma_x=3.0, sigma_y=1.0, theta=math.pi / 2))
+    assert torch.allclose(turned, long_x.T)
+
+
+@pytest.mark.parametrize("shape", ["iso", "Gaussian", "motion", ""])
+def test_an_unknown_kernel_is_named(shape):
     """It was a Gaussian once, in silence."""
-    with pytest.raises(ValueError, match=f"^unknown blur kernel '{type}'; choose from pulse, sinc, iso, aniso, .*plateau_aniso$"):
-        stack_kernels([PULSE, {"type": type, "size": 7, "sigma_x": 1.0}])
+    message = f"^unknown blur kernel '{shape}'; choose from gaussian, generalized, plateau, sinc, identity$"
+    with pytest.raises(ValueError, match=message):
+        stack_kernels([IDENTITY, Kernel(shape, 7, 1.0, 1.0)])
 
 
 def test_unknown_noise_is_an_error():
     with pytest.raises(ValueError, match="^unknown noise 'salt'; choose from gaussian, poisson$"):
-        noise_field(torch.rand(1, 3, 4, 4), "salt", [False], Fields(0))
+        unit_noise(torch.rand(1, 3, 4, 4), "salt", [False], NoiseSource(0))
 
 
 def test_blur_of_the_true_size_is_the_padded_one():
-    k, x = [{"type": "aniso", "size": 7, "sigma_x": 2.0, "sigma_y": 0.7, "theta": 0.5}], pictures()
-    assert torch.allclose(blur(x, stack_kernels(k)), blur(x, stack_kernels([*k, PULSE | {"size": 21}])[:1]), atol=1e-6)
-    assert torch.equal(blur(x, stack_kernels([module.PULSE])), x)
+    k, x = Kernel("gaussian", 7, sigma_x=2.0, sigma_y=0.7, theta=0.5), pictures()
+    padded = stack_kernels([k, Kernel("identity", 21)])[:1]
+    assert padded.shape == (1, 21, 21) and torch.allclose(blur(x, stack_kernels([k])), blur(x, padded), atol=1e-6)
+    assert torch.equal(blur(x, stack_kernels([IDENTITY])), x)
 
 
 def test_blur_serves_pictures_smaller_than_the_kernel():
-    assert blur(pictures(1, 3, 1), stack_kernels([{"type": "iso", "size": 21, "sigma_x": 2.0}])).shape == (1, 3, 3, 1)
+    assert blur(pictures(1, 3, 1), stack_kernels([Kernel("gaussian", 21, 2.0, 2.0)])).shape == (1, 3, 3, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shrinking_with_antialiasing_is_pillows(mode):
+    x = pictures(1)
+    ours = resize(x, mode, size=(16, 20), antialias=True)
+    filters = {"area": Image.Resampling.BOX, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    for channel, small in zip(x[0], ours[0]):
+        pillow = np.asarray(Image.fromarray(channel.numpy()).resize((20, 16), filters[mode]))
+        assert np.abs(small.numpy() - pillow).max() < 1e-5
 
 
 def test_jpeg_improves_with_quality_and_leaves_flat_pictures():
@@ -147,7 +202,7 @@ def test_noise_has_the_official_statistics():
     }
     for name, expected in STORED["cases"]["noise"]["statistics_of_the_true_samplers"].items():
         x, type, strength, gray = cases[name]
-        noise = strength * noise_field(x, type, [gray], Fields(0))
+        noise = strength * unit_noise(x, type, [gray], NoiseSource(0))
         assert abs(noise.mean()) < expected["mean_tolerance"]
         assert abs(noise.std() - expected["expected_std"]) < expected["std_tolerance"]
         assert torch.equal(noise[:, :1].expand_as(noise), noise.expand(1, 3, 256, 256)) == gray
@@ -186,9 +241,75 @@ def test_branches_per_image_draw_each_picture_anew():
 
 def test_clean_replacement_leaves_lq_degraded():
     hq = pictures(1)
-    plan = draw_plan(replace(S3DIFF, clean=1.0), 1, generator())
+    plan = draw_plan(replace(S3DIFF, keep_hq_probability=1.0), 1, generator())
     lq, lq_up = apply(plan, hq)
-    assert torch.equal(lq_up, hq) and not torch.equal(lq, hq[..., ::4, ::4])
+    assert torch.equal(lq_up, hq) and torch.equal(lq, apply(replace(plan, keep_hq=False), hq)[0])
+    assert not torch.equal(lq, hq[..., ::4, ::4])
+
+
+def centroid(x):
+    """(B, 3, H, W), 0 outside a blob -> row, column of its centre of mass, of the whole width and height"""
+    mass = x.sum((0, 1))
+    rows, columns = ((torch.arange(n) + 0.5) / n for n in mass.shape)
+    return torch.stack([(mass.sum(1) * rows).sum(), (mass.sum(0) * columns).sum()]) / mass.sum()
+
+
+def shifts(recipe):
+    """How far the centre of a symmetric blob moves right and down, in LQ pixels, for fifty plans without noise."""
+    side = 64
+    offset = torch.arange(side) - (side - 1) / 2
+    blob = torch.exp(-0.5 * (offset[:, None] ** 2 + offset**2) / 6.0**2).expand(1, 3, side, side)
+    moved = []
+    for seed in range(50):
+        plan = draw_plan(recipe, 1, generator(seed))
+        plan.first.noise_strength = plan.second.noise_strength = [0.0]
+        plan.first.jpeg_quality = plan.second.jpeg_quality = [100.0]
+        lq, _ = apply(plan, blob)
+        moved.append((centroid(lq) - 0.5) * side / 4)
+    return torch.stack(moved)
+
+
+def test_the_first_resize_shifts_officially_and_not_if_exact():
+    assert centroid(torch.ones(1, 3, 6, 8)).tolist() == [0.5, 0.5]
+    official, exact = shifts(VOSR), shifts(replace(VOSR, exact_resize=True))
+    assert official.mean() > 0.05 and official.max() > 0.2
+    assert exact.abs().max() < 0.01
+
+
+def test_clean_is_half_shrunk_and_half_weak():
+    plans = [draw_plan(CLEAN, 1, generator(i)) for i in range(400)]
+    assert abs(np.mean([plan.only_shrink for plan in plans]) - 0.5) < 0.08
+    assert all(plan.exact_resize and plan.antialias and plan.sinc_kernels == [IDENTITY] for plan in plans)
+    for stage in [stage for plan in plans for stage in (plan.first, plan.second)]:
+        kernel, = stage.kernels
+        assert kernel.shape == "gaussian" and 0.2 <= kernel.sigma_x == kernel.sigma_y <= 0.7
+        assert 0.92 <= stage.resize_scale <= 1.08 and 85 <= stage.jpeg_quality[0] <= 100
+        assert 0 <= stage.noise_strength[0] <= (4 if stage.noise_type == "gaussian" else 0.15)
+    assert {stage.resize_scale == 1 for stage in (plan.first for plan in plans)} == {True, False}
+    assert abs(np.mean([plan.first.blur for plan in plans]) - WEAK.blur_probability) < 0.08
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_shrink_does_nothing_else(mode):
+    hq, steps = pictures(2), []
+    plan = replace(draw_plan(CLEAN, 2, generator()), only_shrink=True, final_mode=mode)
+    lq, lq_up = apply(plan, hq, steps=steps)
+    assert [name for name, _ in steps] == ["resize", "resize"]      # HQ to LQ, LQ to lq_up
+    assert torch.equal(lq, resize(hq, mode, size=(16, 20), antialias=True).clamp(0, 1))
+    blurred, noisy = severity(plan, hq, lq).T
+    assert noisy.max() == 0 and blurred.max() < (0.2 if mode == "bilinear" else 0.05)     # its triangle is wider
+
+
+def test_clean_degrades_less_than_any_other_recipe():
+    hq = pictures(2)
+    shrunk = resize(hq, "area", size=(16, 20))
+
+    def error(recipe):
+        lq = torch.stack([degrade(hq, recipe, generator(seed))[0] for seed in range(30)])
+        return (lq - shrunk).square().mean()
+
+    errors = {name: error(recipe).item() for name, recipe in RECIPES.items()}
+    assert errors["clean"] == min(errors.values()) and errors["clean"] < errors["s3diff"] / 2
 
 
 
@@ -246,16 +367,17 @@ def test_command_on_one_picture(tmp_path, monkeypatch, capsys, name, status, wor
 def test_severity_knows_the_plan():
     """More blur: more blur, and nothing else. More noise: more noise. No damage but shrinking: neither."""
     hq, g = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
-    plan = draw_plan(replace(S3DIFF, first=replace(S3DIFF.first, resize=(0, 0, 1)),
-                             second=replace(S3DIFF.second, resize=(0, 0, 1), blur=0)), 2, g)
+    no_resize = {"up_probability": 0, "down_probability": 0, "keep_probability": 1}
+    first, second = replace(S3DIFF.first, **no_resize), replace(S3DIFF.second, **no_resize, blur_probability=0)
+    plan = draw_plan(replace(S3DIFF, first=first, second=second), 2, g)
 
     def told(sigma, strength):
         """Two pictures, the second twice as bad as the first."""
-        kernels = [{"type": "iso", "size": 21, "sigma_x": sigma * k} for k in (1, 2)]
-        first = replace(plan.first, kernels=kernels, noise="gaussian", strength=[strength, 2 * strength],
-                        gray=[False] * 2, jpeg=[95] * 2)
-        changed = replace(plan, first=first, second=replace(plan.second, strength=[0, 0], jpeg=[95] * 2),
-                          sinc=[PULSE] * 2, mode="area")
+        kernels = [Kernel("gaussian", 21, sigma * k, sigma * k) for k in (1, 2)]
+        first = replace(plan.first, kernels=kernels, noise_type="gaussian", noise_strength=[strength, 2 * strength],
+                        noise_gray=[False] * 2, jpeg_quality=[95] * 2)
+        second = replace(plan.second, noise_strength=[0, 0], jpeg_quality=[95] * 2)
+        changed = replace(plan, first=first, second=second, sinc_kernels=[IDENTITY] * 2, final_mode="area")
         return severity(changed, hq, apply(changed, hq)[0])
 
     blurred, noisy, none = told(2.0, 0), told(0.1, 10), told(0.1, 0)
