@@ -5,13 +5,21 @@
     python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
 
-Writes OUT/<name>.png for every picture, OUT/sheet.png to compare by eye, metrics.csv and metrics.json of what can be
-measured. Several models have a folder each in OUT.
+Writes OUT/<name>.png for every image, OUT/sheet.png to compare the first eight by eye, metrics.csv and metrics.json of
+what can be measured. Several models have a folder each in OUT. One image at a time is held in memory.
+
+In a notebook:
+
+    from sample import load
+    nano = load("vosr-tiny")
+    nano("photo.jpg").save("big.png")       # also takes a Pillow image, an array (H, W, 3) uint8, a tensor in [0, 1]
 """
 
 import argparse
+import json
 import shlex
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +34,13 @@ from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff
 from models.support.arguments import SEED, Stop, between, command, existing, folder, no_memory, positive
-from models.support.evaluation import (average, find_metrics, find_references, measure, read_reference, record_of,
-                                       report, row_of, write_metrics, write_text)
+from models.support.evaluation import (append_row, average, find_metrics, find_references, measure, read_reference,
+                                       record_of, row_of, write_metrics, write_text)
+from models.support.evaluation import report as as_text
 from models.support.files import PictureError, claim, find_pictures, output_paths, printable
 from models.support.graphs import replay
-from models.support.imaging import (GREY, chroma, contact_sheet, middle, read_picture, resize, round8, save_png,
-                                    write_picture)
+from models.support.imaging import (GREY, as_input, as_output, chroma, contact_sheet, middle, read_made, read_picture,
+                                    resize, round8, save_png, write_picture)
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
 from models.support.weights import EMBEDDED, WeightError, list_weights, noted, read_config
@@ -61,7 +70,8 @@ KNOBS = {   # of the models: type, meaning. What is not given is a model's own s
 }
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
 Job = namedtuple("Job", "path name targets references")     # name: below the given folder; targets: one a model
-SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first pictures, pixel by pixel
+SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first images, pixel by pixel
+GONE = "argument --crisp: grain and drawn edges are gone, they cost fidelity and restored nothing; leave it out"
 
 
 def parse_args(argv):
@@ -81,6 +91,7 @@ def parse_args(argv):
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     for name, (kind, meaning) in KNOBS.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
+    p.add_argument("--crisp", help=argparse.SUPPRESS)
     p.add_argument("--paper", action="store_true", help="S3Diff: guidance, prompt and enlargement of the paper")
     p.add_argument("--color", choices=["adain", "wavelet", "none"], help="how to restore the input's colours")
     p.add_argument("--sweep", action="store_true", help="also a sheet OUT/sweep/<name>.png with the main knobs turned")
@@ -90,6 +101,8 @@ def parse_args(argv):
     p.add_argument("--niqe", type=existing, metavar="FILE", help="niqe_pris_params.npz (default: in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     args = p.parse_args(argv)
+    if args.crisp is not None:
+        p.error(GONE)
     if not args.pictures:
         args.pictures, args.model = [EXAMPLE], args.model or "all"
         args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
@@ -118,6 +131,23 @@ def find_system(name):
     return SYSTEMS[system]
 
 
+def load(name="vosr-tiny", device="auto", dtype="auto"):
+    """A model as a function of an image.
+
+    name, device, dtype: as on the command line -> nano(image, scale=4, seed=0, **knobs of the model's `upscale`)
+    image: a path, a Pillow image, an array (H, W, 3) uint8, or a tensor (1, 3, H, W) in [0, 1]; the result is of the
+    same kind, a Pillow image for a path. Raises OSError, ValueError.
+    """
+    device = usable_device(device)
+    model = find_system(name).from_pretrained(name, device=device, dtype=choose_dtype(dtype, device, "float16"))
+
+    def nano(image, scale=4, seed=0, **knobs):
+        return as_output(model.upscale(as_input(image), scale=scale, seed=seed, **knobs).cpu(), image)
+
+    nano.model = model
+    return nano
+
+
 def to_compile(model):
     return [network for name, network in model.named_modules() if name in COMPILED]
 
@@ -127,16 +157,31 @@ def knobs_of(model, args):
     return {k: v for k, v in args.knobs.items() if k in signature(model.upscale).parameters}
 
 
+def settings_of(name, model, args):
+    """What a result depends on beside the image, as text that is kept in its file."""
+    return json.dumps({"model": name, "scale": args.scale, "seed": args.seed} | knobs_of(model, args))
+
+
+def kept_result(name, model, target, lq, args):
+    """The result of an earlier run with the same settings, where it is to be kept; else None."""
+    if not (args.skip_existing and exists(target)):
+        return None
+    with suppress(PictureError):
+        if read_made(target) == settings_of(name, model, args):
+            sr, _ = read_picture(target)
+            if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]):
+                return sr
+    return None
+
+
 def upscale(name, model, path, target, lq, args):
-    """Upscale one picture, with a line on what was estimated, or read the result of an earlier run that is to be kept.
+    """Upscale one image, with a line on what was estimated, or read the result of an earlier run that is to be kept.
 
     lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), seconds, None = was there. Raises PictureError.
     """
-    with suppress(PictureError):
-        if args.skip_existing and exists(target):
-            sr, _ = read_picture(target)
-            if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]):
-                return sr, None
+    kept = kept_result(name, model, target, lq, args)
+    if kept is not None:
+        return kept, None
     start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
@@ -152,29 +197,33 @@ def upscale(name, model, path, target, lq, args):
     return sr.cpu(), time.perf_counter() - start
 
 
-def finish(job, lq, alpha, results, args):
-    """Write the results of one picture, unless they were there, and measure them. Raises PictureError.
+def finish(job, lq, alpha, results, args, on_sheet):
+    """Write the results of one image, unless they were there, and measure them. Raises PictureError.
 
     lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of `upscale`, of each model
-    -> rows of metrics.csv, [low quality, bicubic, ours ..., reference if any], figure of the page, lines to print
+    on_sheet: whether the sheet shows it -> rows of metrics.csv, [low quality, bicubic, ours ..., reference if any] or
+    None, figure of the page or None, lines to print
     """
     size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
     bicubic, grey = resize(lq, size), chroma(lq) < GREY
     alpha = None if alpha is None else resize(alpha, size)
     files = [round8(sr) for sr, _ in results]       # what they will hold is measured and shown
-    for target, sr, (_, seconds) in zip(job.targets, files, results):
+    for target, sr, (_, seconds), made in zip(job.targets, files, results, args.settings):
         if seconds is not None:
-            write_picture(target, sr[:, :1] if grey else sr, alpha)
+            write_picture(target, sr[:, :1] if grey else sr, alpha, made)
     hq, why = read_reference(job.name, job.references, size) if args.ref else (None, "")
     found, failed = measure(files, bicubic, hq, args.metrics, why, job.path)
     for top, target, figures, (_, seconds) in zip(args.folders, job.targets, found, results):
         made = f"{lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}"
         lines.append(f"{name}: {printable(target)} is kept" if seconds is None else f"{name}: {made}, {seconds:.2f} s")
-        lines += [f"{name}: {report(figures)}"] * bool(figures)
+        lines += [f"{name}: {as_text(figures)}"] * bool(figures)
         rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, figures, args.absent | failed))
     shown = [x for x in (bicubic, *files, hq) if x is not None]
     figure = figure_of(rows, shown, args.names, args.shown) if args.page else None
-    return rows, [middle(lq, round(SHEET_CROP / args.scale)), *(middle(x, SHEET_CROP) for x in shown)], figure, lines
+    crops = None
+    if on_sheet:        # copies, or the whole images would stay in memory
+        crops = [middle(lq, round(SHEET_CROP / args.scale)).clone(), *(middle(x, SHEET_CROP).clone() for x in shown)]
+    return rows, crops, figure, lines
 
 
 def sweep(model, lq, job, path, args):
@@ -231,27 +280,68 @@ def load(args):
         if args.compile and args.device.type == "cuda":
             torch.cuda.set_device(args.device)
             replay(model)
+    args.settings = [settings_of(name, model, args) for name, model in models.items()]
     args.names = ["bicubic", *(Path(realpath(name)).name for name in names), *["reference"] * bool(args.ref)]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
     return models
 
 
-def upscale_all(models, jobs, args, failures):
-    """Upscale one picture after the other; each is written and measured while the next is computed.
+class Report:
+    """What stays of finished images: rows of metrics, the crops of the sheet, and on disk the figures of the page."""
 
-    -> [what `finish` returns], was it stopped by Ctrl-C?
+    def __init__(self, args, n):
+        self.args, self.n, self.start, self.computed = args, n, time.monotonic(), 0
+        self.rows, self.crops, self.figures = [], [], tempfile.TemporaryFile("w+", encoding="utf-8")
+        self.tables = [top for top in args.folders if args.measuring and self.is_ours(top / "metrics.csv")]
+
+    def is_ours(self, path):
+        with suppress(PictureError):        # said at the end, in `summarise`
+            claim(path, self.args.out, self.args.inputs)
+            return True
+        return False
+
+    def add(self, rows, crops, figure, lines):
+        """What `finish` returned: its rows go into metrics.csv at once."""
+        for top, row in zip(self.args.folders, rows):
+            if top in self.tables:
+                append_row(top, row, first=not self.rows)
+        self.rows.append(rows)
+        if crops:
+            self.crops.append(crops)
+        if figure:
+            self.figures.write(figure)
+        if any(row["seconds"] is not None for row in rows):
+            self.computed += 1
+        if self.n > 1:
+            lines[-1] += f"  [{self.progress()}]"
+        print(*lines, sep="\n")
+
+    def progress(self):
+        """3 of 300, about 12 min left"""
+        left = (time.monotonic() - self.start) / max(self.computed, 1) * (self.n - len(self.rows))
+        said = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+        return f"{len(self.rows)} of {self.n}" + (f", about {said} left" if len(self.rows) < self.n else "")
+
+    def page(self):
+        self.figures.seek(0)
+        return self.figures.read()
+
+
+def upscale_all(models, jobs, report, args, failures):
+    """Upscale one image after the other; each is written and measured while the next is computed.
+
+    -> was it stopped by Ctrl-C?
     """
-    done, stop, stopped, waiting = [], Stop(), False, []
+    stop, stopped, waiting = Stop(), False, []
 
     def collect():
         path, finished = waiting.pop(0)
         with failures.at(path):
-            done.append(finished.result())
-            print(*done[-1][-1], sep="\n")
+            report.add(*finished.result())
 
     with ThreadPoolExecutor(1) as writer:
-        for job in jobs:
+        for number, job in enumerate(jobs):
             try:
                 if stop:
                     raise KeyboardInterrupt
@@ -265,36 +355,36 @@ def upscale_all(models, jobs, args, failures):
                             results.append(upscale(name, model, job.path, target, lq, args))
                             if args.sweep and results[-1][1] is not None:
                                 sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
-                    waiting.append((job.path, writer.submit(finish, job, lq, alpha, results, args)))
-            except KeyboardInterrupt:       # the picture at hand is dropped
+                    on_sheet = number < SHEET_ROWS
+                    waiting.append((job.path, writer.submit(finish, job, lq, alpha, results, args, on_sheet)))
+            except KeyboardInterrupt:       # the image at hand is dropped
                 stopped = True
                 break
             if len(waiting) > 1:
                 collect()
         while waiting:
             collect()
-    return done, stopped
+    return stopped
 
 
-def summarise(done, args, failures):
+def summarise(report, args, failures):
     """Write the sheet, the metrics and the page; print averages and how they were measured."""
-    rows, shown, figures, _ = zip(*done)
     with failures.at(path := args.out / "sheet.png"):
         claim(path, args.out, args.inputs)
         captions = []
-        for of_models in rows[:SHEET_ROWS]:
+        for of_models in report.rows[: len(report.crops)]:
             seconds = ["" if row["seconds"] is None else f", {row['seconds']:.1f} s" for row in of_models]
             captions.append(["low quality", "bicubic", *(n + s for n, s in zip(args.names[1:], seconds)), "original"])
-        save_png(contact_sheet(shown[:SHEET_ROWS], captions), path)
+        save_png(contact_sheet(report.crops, captions), path)
         print(printable(f"before and after: {path}"))
     if not args.measuring and not args.page:
         return
-    records = [record_of(list(of_model), args.command, args.flags, args.absent, args.files) for of_model in zip(*rows)]
+    records = [record_of(list(rows), args.command, args.flags, args.absent, args.files) for rows in zip(*report.rows)]
     for name, top, record in zip(args.names[1:], args.folders, records):
         with failures.at(top):
             if args.measuring:
                 said = f"{name}  " if len(records) > 1 else ""
-                print(f"average  {said}{report(average(record['pictures'])) or 'of nothing'}")
+                print(f"average  {said}{as_text(average(record['pictures'])) or 'of nothing'}")
                 for file in ("metrics.csv", "metrics.json"):
                     claim(top / file, args.out, args.inputs)
                 write_metrics(record, top)
@@ -303,7 +393,7 @@ def summarise(done, args, failures):
     with failures.at(path := args.out / "page.html"):
         if args.page:
             claim(path, args.out, args.inputs)
-            write_text(path, page_of(figures, args.names, records))
+            write_text(path, page_of(report.page(), len(report.rows), args.names, records))
             print(printable(f"to look at: {path}"))
 
 
@@ -328,13 +418,14 @@ def main(argv=None):
     jobs = [Job(*job) for job in zip(names, names.values(), targets, references)]
     args.inputs = set(map(realpath, [*names, *sum(references, ())]))     # Path.resolve fails at loops of links
     args.shown = len(jobs) * len(args.names)
-    done, stopped = upscale_all(models, jobs, args, failures)
-    if done:
-        summarise(done, args, failures)
+    report = Report(args, len(jobs))
+    stopped = upscale_all(models, jobs, report, args, failures)
+    if report.rows:
+        summarise(report, args, failures)
     if failures:
-        print(f"done {len(done)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
+        print(f"done {len(report.rows)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
     if stopped:
-        print(f"stopped after {len(done)} of {len(jobs)}; add --skip-existing to go on", file=sys.stderr)
+        print(f"stopped after {len(report.rows)} of {len(jobs)}; add --skip-existing to go on", file=sys.stderr)
     return 130 if stopped else 1 if failures else 0
 
 

@@ -22,7 +22,7 @@ from models.gram import normalised
 from models.lora import ALPHA, LoRA, add_lora
 from models.support.authors import last_step, with_step
 from models.support.files import whole_file
-from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.imaging import blend_tiles, check_image, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
@@ -180,6 +180,7 @@ class GramSR(nn.Module):
         color: adain, wavelet or none
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """
+        check_image(lq)
         H, W = (round(side * scale) for side in lq.shape[-2:])
         # official: whatever its shape, a picture is squeezed to 512 x 512
         lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight.device, non_blocking=True)

@@ -21,7 +21,7 @@ from models.clip import text_features
 from models.denet import DegradationEstimator
 from models.lora import Modulation, add_lora
 from models.support.authors import read_s3diff, s3diff_layout
-from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
+from models.support.imaging import blend_tiles, check_image, color_fix, pad_to_multiple, tile_boxes
 from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
@@ -163,6 +163,7 @@ class S3Diff(nn.Module):
         paper: the paper's guidance, prompt and enlargement
         None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
+        check_image(lq)
         H, W = (round(side * scale) for side in lq.shape[-2:])
         lq = lq.to(self.unet.conv_in.weight.device, non_blocking=True)
         t = self.cfg.t if start_step is None else start_step

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
 from models.support.authors import read_light_decoder, release_config
-from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.imaging import blend_tiles, check_image, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, VAEConfig
@@ -142,6 +142,7 @@ class VOSR(nn.Module):
         None, and 0 of tile and overlap: as the checkpoint has it
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
+        check_image(lq)
         if self.blunt and (guidance, weak) != (None, None):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
                               "leave them out")

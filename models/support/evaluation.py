@@ -191,14 +191,31 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
+COLUMNS_OF_TABLE = ["picture", "width", "height", "seconds", *COLUMNS, "not_measured"]
+
+
+def in_table(row):
+    """A row of `row_of` as metrics.csv has it."""
+    return row | {"not_measured": "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())}
+
+
+def append_row(folder, row, first):
+    """Add the row of an image to metrics.csv as soon as it is there; the first one begins the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = "w" if first else "a"
+    with open(folder / "metrics.csv", mode, encoding="utf-8", errors="backslashreplace", newline="") as f:
+        table = csv.DictWriter(f, COLUMNS_OF_TABLE)
+        if first:
+            table.writeheader()
+        table.writerow(in_table(row))
+
+
 def write_metrics(record, folder):
     """metrics.json, and metrics.csv with a line for every picture."""
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, ["picture", "width", "height", "seconds", *COLUMNS, "not_measured"])
+    table = csv.DictWriter(text, COLUMNS_OF_TABLE)
     table.writeheader()
-    for row in record["pictures"]:
-        why = "; ".join(f"{METRICS[m][0]}: {why}" for m, why in row["not_measured"].items())
-        table.writerow(row | {"not_measured": why})
+    table.writerows(map(in_table, record["pictures"]))
     write_text(folder / "metrics.csv", text.getvalue())
     plain = json.dumps(record, default=printable)       # a path, a dtype becomes text, and so does PSNR's infinity
     record = json.loads(plain, parse_constant=lambda x: str(float(x)))

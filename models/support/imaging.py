@@ -21,8 +21,7 @@ from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow would hand some others to programs
 GREY = 1.5 / 255    # less chroma than this is rounding
-MARK = PngInfo()
-MARK.add_text("Software", "nanoSR")     # by which a later run knows what it may overwrite
+MADE = "Settings"   # key of the text in a PNG that says how a result was made
 
 # ---- between tensors and bytes
 
@@ -130,20 +129,75 @@ def bleed(x, alpha, rgb):
     return torch.where(visible, rgb, F.interpolate(around, size, mode="bilinear"))
 
 
-def save_png(img, path):
-    """Write a Pillow image. Raises PictureError."""
+def save_png(img, path, made=""):
+    """Write a Pillow image, marked as ours; made: how, for `read_made`. Raises PictureError."""
+    marks = PngInfo()
+    marks.add_text("Software", "nanoSR")        # by which a later run knows what it may overwrite
+    if made:
+        marks.add_text(MADE, made)
     if Path(path).suffix.lower() != ".png":
         raise PictureError(f"{path}: results are PNG; give it the suffix .png")
     try:
         with whole_file(path) as part:
-            img.save(part, format="PNG", pnginfo=MARK)
+            img.save(part, format="PNG", pnginfo=marks)
     except OSError as e:
         raise PictureError(f"{path}: cannot be written ({e.strerror or e}); choose another place") from None
 
 
-def write_picture(path, rgb, alpha=None):
-    """Write a PNG.  rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None. Raises PictureError."""
-    save_png(to_pil(rgb[0] if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)[0]), path)
+def write_picture(path, rgb, alpha=None, made=""):
+    """Write a PNG.  rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None; made: see `save_png`.
+
+    Raises PictureError.
+    """
+    save_png(to_pil(rgb[0] if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)[0]), path, made)
+
+
+def read_made(path):
+    """How a result was made, as `write_picture` was told; "" where nothing says so. Raises PictureError."""
+    try:
+        with open_image(path) as img:
+            return img.info.get(MADE, "")
+    except Exception as e:
+        raise PictureError(f"{path}: cannot be read ({e})") from None
+
+
+# ---- in notebooks
+
+def check_image(lq):
+    """Raise ValueError, one line, unless lq is what `upscale` takes: a float tensor (B, 3, H, W) in [0, 1]."""
+    wanted = "a float tensor (B, 3, H, W), RGB in [0, 1]"
+    if not isinstance(lq, torch.Tensor):
+        raise ValueError(f"upscale takes {wanted}, not {type(lq).__name__}; sample.load(name) takes other kinds, too")
+    if lq.ndim != 4 or lq.shape[1] != 3 or min(lq.shape) == 0:
+        raise ValueError(f"upscale takes {wanted}, not one of shape {tuple(lq.shape)}")
+    if not lq.is_floating_point():
+        raise ValueError(f"upscale takes {wanted}, not {lq.dtype}; divide by 255")
+    low, high = lq.min().item(), lq.max().item()
+    if not (-0.01 <= low and high <= 1.01):     # NaN is not, either; a resize may overshoot a little
+        raise ValueError(f"upscale takes {wanted}, not one from {low:.3g} to {high:.3g}")
+
+
+def as_input(image):
+    """A path, a Pillow image, an array (H, W, 3) or (H, W) uint8, or a tensor -> tensor (1, 3, H, W) in [0, 1].
+
+    Raises PictureError, ValueError.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_picture(image)[0]
+    if isinstance(image, Image.Image):
+        return decode(image)[0]
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+            raise ValueError(f"an array must be (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
+        return from_uint8(image).expand(1, 3, -1, -1).contiguous()
+    return image
+
+
+def as_output(sr, image):
+    """sr: (1, 3, H, W) in [0, 1] -> the same in the kind of `image`, of which it was made."""
+    if isinstance(image, torch.Tensor):
+        return sr
+    return to_uint8(sr[0]) if isinstance(image, np.ndarray) else to_pil(sr[0])
 
 
 # ---- sizes

@@ -85,17 +85,21 @@ def figure_of(rows, versions, names, pictures):
 """
 
 
-def page_of(figures, names, records):
-    """The page.  figures: of `figure_of`; names: of the versions; records: of `record_of`, of each model -> HTML"""
+def page_of(figures, number, names, records):
+    """The page.
+
+    figures: of `figure_of`, one after the other; number: how many; names: of the versions
+    records: of `record_of`, of each model -> HTML
+    """
     record, models = records[0], names[1 : len(records) + 1]
     pairs = sorted(combinations(range(len(names)), 2), key=lambda pair: pair[1] - pair[0])
     choices = "".join(f'<label><input type="radio" name="pair" value="[{a}, {b}]"{" checked" * (b == a + 1 == 1)}>'
                       f"{text(names[a])} | {text(names[b])}</label> " for a, b in pairs)
     means = [average(each["pictures"]) for each in records]
-    averages = f"<p>Averages:</p>{table(means, names[: len(records) + 1])}" if len(figures) > 1 and means[0] else ""
+    averages = f"<p>Averages:</p>{table(means, names[: len(records) + 1])}" if number > 1 and means[0] else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = "\n".join(f"{sha}  {text(name)}" for name, sha in record["weights"].items())
-    parts = {"title": text(", ".join(models)), "number": str(len(figures)), "averages": averages, "choices": choices,
-             "figures": "".join(figures), "command": text(record["command"]), "protocol": text(record["protocol"]),
+    parts = {"title": text(", ".join(models)), "number": str(number), "averages": averages, "choices": choices,
+             "figures": figures, "command": text(record["command"]), "protocol": text(record["protocol"]),
              "versions": text(versions), "hashes": hashes or "none"}
     return re.sub(r"{{(\w+)}}", lambda name: parts[name[1]], TEMPLATE.read_text(encoding="utf-8"))
