@@ -4,6 +4,7 @@
     python sample.py photo.jpg holiday/ --out big    files and folders
     python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
+    python sample.py --model s3diff --fetch          all files that a model needs, fetched and checked
 
 Writes OUT/<name>.png for every picture, OUT/sheet.png to compare by eye, metrics.csv and metrics.json of what can be
 measured. Several models have a folder each in OUT.
@@ -34,7 +35,7 @@ from models.support.imaging import (GREY, chroma, contact_sheet, middle, read_pi
                                     write_picture)
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
-from models.support.weights import EMBEDDED, WeightError, list_weights, noted, read_config
+from models.support.weights import EMBEDDED, WeightError, fetch_all, files_read, list_weights, read_config
 from models.vosr import VOSR
 from training import choose_dtype, compile_all, usable_device
 
@@ -88,6 +89,8 @@ def parse_args(argv):
     p.add_argument("--ref", type=existing, metavar="DIR", help="references: a folder with the same names, or a picture")
     p.add_argument("--niqe", type=existing, metavar="FILE", help="niqe_pris_params.npz (default: in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
+    p.add_argument("--fetch", action="store_true", help="fetch and check all public files that --model needs, and end; "
+                   "--model also takes metrics, train_vosr, train_s3diff, train_gramsr here")
     args = p.parse_args(argv)
     if not args.pictures:
         args.pictures, args.model = [EXAMPLE], args.model or "all"
@@ -207,11 +210,11 @@ def load(args):
     names = [args.model]
     if args.model == "all":
         names = [name for name, file in EMBEDDED.items() if file.is_file()]
-    noted.clear()
+    files_read.clear()
     models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
                                                     LPIPS.from_pretrained)
-    args.measuring, args.files = bool(args.ref or args.metrics), [*noted, *files]
+    args.measuring, args.files = bool(args.ref or args.metrics), [*files_read, *files]
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     for model in models.values():
@@ -305,6 +308,11 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list_weights:
         return list_weights()
+    if args.fetch:
+        try:
+            return fetch_all(args.model, args.dtype)
+        except WeightError as e:
+            sys.exit(f"sample.py: {printable(e)}")
     args.flags = {name: value for name, value in vars(args).items() if name != "knobs"}
     args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
     failures, names = Failures(), {}
