@@ -1,7 +1,8 @@
 """Weight files: the table of public ones, fetching them, strict reading, safe writing.
 
 A public file has one name, in code and below our cache folder ($NANOSR_CACHE or ~/.cache/nanosr), where it can also be
-put by hand. VOSR's are the paths of the authors' own release folder.
+put by hand. VOSR's are the paths of the authors' own release folder. NAME.checked records the hash that NAME had, with
+its size and time, so that gigabytes are hashed once.
 """
 
 import json
@@ -22,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from models.support.download import (WeightError, address, download, hub_home, sha256_of,
-                                     without_links)
+from models.support.download import WeightError, address, download, hub_home, sha256_of, without_links
 from models.support.files import whole_file
 
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
