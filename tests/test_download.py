@@ -1,12 +1,9 @@
 """Fetching public files from servers on this machine that do what servers do. Run: python -m pytest tests/test_download.py"""
 
 import hashlib
-import json
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +21,12 @@ from models.gramsr import GramSR, GramSRConfig
 from models.s3diff import S3Diff, S3DiffConfig
 from models.support import weights
 from models.support.download import hub_token
-from models.support.weights import (FILES, PublicFile, WeightError, cache_folder, fetch, fetch_all, list_weights, locate,
+from models.support.weights import (FILES, PublicFile, WeightError, cache_folder, fetch, locate,
                                     read_record)
 from models.unet import UNetConfig
-from models.vae import VAEConfig
 from models.vit import DINOv3Config
 from models.vosr import PUBLIC, SIZES, VOSR
-from release import CLIP, FOLDERS, contents, write_release
+from release import CLIP, FOLDERS, write_release
 from server import PAGE, Scripted, World, fetch_log, stand_ins
 
 DATA = bytes(range(256)) * 1500     # 384,000 bytes: several chunks

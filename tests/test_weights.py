@@ -15,7 +15,7 @@ from test_hostile import SYSTEMS
 import sample
 from models.gramsr import GramSRConfig
 from models.s3diff import S3DiffConfig
-from models.support.weights import (EMBEDDED, FILES, PRIOR, WeightError, cache_folder, hash_in_words, list_weights, locate,
+from models.support.weights import (EMBEDDED, FILES, PRIOR, WeightError, cache_folder, list_weights, locate,
                                     read_config, read_system, read_tensors, save_model, save_release, save_tensors)
 from models.vosr import VOSRConfig
 
