@@ -4,6 +4,7 @@
     python sample.py photo.jpg holiday/ --out big    files and folders
     python sample.py lq/ --ref hq/ --page            PSNR, SSIM, LPIPS against these; a page to look at
     python sample.py --list-weights                  which public weight files exist, and which are here
+    python sample.py --model s3diff --fetch          all files that a model needs, fetched and checked
 
 Writes OUT/<name>.png for every image, OUT/sheet.png to compare the first eight by eye, metrics.csv and metrics.json of
 what can be measured. Several models have a folder each in OUT. One image at a time is held in memory.
@@ -43,14 +44,14 @@ from models.support.imaging import (GREY, as_input, as_output, chroma, contact_s
                                     resize, round8, save_png, write_picture)
 from models.support.page import figure_of, page_of
 from models.support.strips import plain
-from models.support.weights import EMBEDDED, WeightError, list_weights, noted, read_config
+from models.support.weights import EMBEDDED, WeightError, fetch_all, files_read, list_weights, read_system
 from models.tiny import TinyGramSR, TinyS3Diff, TinyVOSR
 from models.vosr import VOSR
 from training import choose_dtype, compile_all, usable_device
 
 EXAMPLE = Path(__file__).resolve().parent / "assets" / "example.png"
-SYSTEMS = {"vosr": VOSR, "s3diff": S3Diff, "gramsr": GramSR,
-           "vosr-tiny": TinyVOSR, "s3diff-tiny": TinyS3Diff, "gramsr-tiny": TinyGramSR}
+# by the name that model files carry, the class's in small letters
+SYSTEMS = {system.__name__.lower(): system for system in (VOSR, S3Diff, GramSR, TinyVOSR, TinyS3Diff, TinyGramSR)}
 STRENGTH = between(-100, 100)
 KNOBS = {   # of the models: type, meaning. What is not given is a model's own setting, what it does not have an error
     "guidance": (STRENGTH, "1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper"),
@@ -100,6 +101,8 @@ def parse_args(argv):
     p.add_argument("--ref", type=existing, metavar="DIR", help="references: a folder with the same names, or a picture")
     p.add_argument("--niqe", type=existing, metavar="FILE", help="niqe_pris_params.npz (default: in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
+    p.add_argument("--fetch", action="store_true", help="fetch and check all public files that --model needs, and end; "
+                   "--model also takes metrics, train_vosr, train_s3diff, train_gramsr here")
     args = p.parse_args(argv)
     if args.crisp is not None:
         p.error(GONE)
@@ -116,18 +119,19 @@ def parse_args(argv):
 
 
 def find_system(name):
-    """The system that --model means, by its name or by its files. Raises ValueError."""
+    """The system (a class) that --model means, by its name or by its files. Raises ValueError."""
     path = Path(name)
+    if name in EMBEDDED:
+        return SYSTEMS["tiny" + name.removesuffix("-tiny")]
     if not path.exists():
-        return SYSTEMS.get(name) or SYSTEMS.get(name.split("-")[0], VOSR)       # who says that there is no such model
-    config = read_config(path / "model.safetensors" if path.is_dir() else path)
-    system = "vosr"
-    if "r_unet" in config or path.suffix == ".pkl" or (path / "s3diff.pkl").is_file():
-        system = "s3diff"
-    elif "ranks" in config or path.is_dir() and any(path.glob("model_*.pkl")):
-        system = "gramsr"
-    if "whitening" in config.get("vae", {}):
-        system += "-tiny"
+        return SYSTEMS.get(name.split("-")[0], VOSR)        # who says that there is no such model
+    if path.suffix == ".pkl" or (path / "s3diff.pkl").is_file():
+        return S3Diff
+    if path.is_dir() and any(path.glob("model_*.pkl")):
+        return GramSR
+    system = read_system(path / "model.safetensors" if path.is_dir() else path) or "vosr"
+    if system not in SYSTEMS:
+        raise ValueError(f"{path}: is a model of {system}, which sample.py does not know; add it to SYSTEMS there")
     return SYSTEMS[system]
 
 
@@ -262,11 +266,11 @@ def load(args):
     names = [args.model]
     if args.model == "all":
         names = [name for name, file in EMBEDDED.items() if file.is_file()]
-    noted.clear()
+    files_read.clear()
     models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
                                                     LPIPS.from_pretrained)
-    args.measuring, args.files = bool(args.ref or args.metrics), [*noted, *files]
+    args.measuring, args.files = bool(args.ref or args.metrics), [*files_read, *files]
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     for model in models.values():
@@ -401,6 +405,11 @@ def main(argv=None):
     args = parse_args(argv)
     if args.list_weights:
         return list_weights()
+    if args.fetch:
+        try:
+            return fetch_all(args.model, args.dtype)
+        except WeightError as e:
+            sys.exit(f"sample.py: {printable(e)}")
     args.flags = {name: value for name, value in vars(args).items() if name != "knobs"}
     args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
     failures, names = Failures(), {}

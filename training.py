@@ -249,10 +249,11 @@ def save_checkpoint(folder, step, keep, **state):
         old.unlink()
 
 
-def load_checkpoint(folder, must_match, moved=False):
+def load_checkpoint(folder, must_match, moved=False, must_hold=()):
     """The newest whole checkpoint, or None if there is none at all; damaged ones are named and passed over.
 
-    must_match: settings that may not differ from the interrupted run's, except paths if they moved. Raises Quit.
+    must_match: settings that may not differ from the interrupted run's, except paths if they moved
+    must_hold: names of what a whole one holds beside step and settings. Raises Quit.
     """
     found = checkpoints(folder)
     for path in found:
@@ -260,6 +261,8 @@ def load_checkpoint(folder, must_match, moved=False):
             if sha256_of(path)[:16] != path.stem.rpartition("-")[2]:
                 raise ValueError("it is not what was written")
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if lacking := {"step", "settings", *must_hold} - state.keys():
+                raise ValueError(f"it holds no {min(lacking)}")
             break
         except Exception as e:      # a damaged file makes torch raise nearly anything
             print(f"{path}: skipped, damaged ({str(e).splitlines()[0]})", file=sys.stderr)
@@ -308,7 +311,7 @@ def resume(run, settings):
     settings: names of arguments that must then be the same; run.state: {name: module, optimizer or scaler} to be kept
     """
     run.settings = {k: getattr(run.args, k) for k in settings} | {"batch_size": run.recipe.batch_size}
-    checkpoint = load_checkpoint(run.out, run.settings, run.args.moved)
+    checkpoint = load_checkpoint(run.out, run.settings, run.args.moved, ["photos", *run.state])
     if checkpoint:
         run.step, run.photos = checkpoint["step"], checkpoint["photos"]
         run.origin = f"resumed from {run.out} at step {run.step}"

@@ -16,11 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from models.support.authors import read_vocabulary
 from models.support.files import whole_file
-from models.support.weights import cache_folder, load_strictly, nearby, read_file, read_tensors
+from models.support.weights import cache_folder, find_or_fetch, load_strictly, read_file, read_tensors, save_tensors
 from models.vit import MLP
 
 
@@ -180,22 +179,27 @@ class TextEncoder(nn.Module):
 # ---- texts to features
 
 @torch.no_grad()
-def text_features(texts, folder=None):
+def text_features(texts, folder=None, dtype=torch.float32):
     """Features of texts by SD-Turbo's encoder; they are kept beside it, which is read for new texts only.
 
-    texts: list of str; folder: where sd-turbo lies; what is missing is fetched -> (n, 77, 1024). Raises WeightError.
+    texts: list of str; folder: where sd-turbo lies; what is missing is fetched
+    dtype: float16 may take the encoder's file in float16 -> (n, 77, 1024). Raises WeightError.
     """
     folder = folder if folder and (folder / "sd-turbo").is_dir() else None
     store = (folder or cache_folder()) / "sd-turbo" / "text_features.safetensors"
     known = read_file(store) if store.is_file() else {}
+    if dtype == torch.float16:          # of features that are not exact float32 never hears
+        store = store.with_name("text_features.fp16.safetensors")
+        known = (read_file(store) if store.is_file() else {}) | known
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if new:
-        tokenizer = Tokenizer(*(nearby(f"sd-turbo/tokenizer/{name}", folder) for name in ("vocab.json", "merges.txt")))
-        path = nearby("sd-turbo/text_encoder/model.safetensors", folder)
+        vocab, merges = (find_or_fetch(f"sd-turbo/tokenizer/{name}", folder) for name in ("vocab.json", "merges.txt"))
+        tokenizer = Tokenizer(vocab, merges)
+        path = find_or_fetch("sd-turbo/text_encoder/model.safetensors", folder, dtype)
         with torch.device("meta"):
             encoder = TextEncoder()
         load_strictly(encoder, read_tensors(path), path)
         known |= {text: encoder.float()(tokenizer([text]))[0] for text in new}
         with suppress(OSError, SafetensorError), whole_file(store) as part:  # read-only: next time the same again
-            save_file(known, part)
+            save_tensors(part, known)
     return torch.stack([known[text] for text in texts])

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
 
 from models.gram import normalised
 from models.lora import ALPHA, LoRA, add_lora
@@ -25,7 +24,7 @@ from models.support.files import whole_file
 from models.support.imaging import blend_tiles, check_image, color_fix, pad_to_multiple, resize, tile_boxes
 from models.support.precision import in_half
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
-                                    read_tensors)
+                                    read_tensors, save_tensors)
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import DINOv3, DINOv3Config
@@ -261,5 +260,8 @@ class GramSR(nn.Module):
             if content:
                 names.append(with_step(RELEASE[key], step))
                 with whole_file(path := Path(folder, names[-1]), f"{path}.part") as part:
-                    (save_file if key == "texture" else torch.save)(content, part)
+                    if key == "texture":
+                        save_tensors(part, content)
+                    else:
+                        torch.save(content, part)
         return names

@@ -73,7 +73,7 @@ class S3Diff(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.folder = cfg, None
+        self.cfg, self.folder, self.dtype = cfg, None, torch.float32     # where texts are read, and how
         self.unet, self.denet = UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths)
         self.vae = self.autoencoder(cfg.vae)
         self.blocks = {"unet": len(self.unet.blocks), "vae": self.vae.blocks}
@@ -191,7 +191,7 @@ class S3Diff(nn.Module):
 
     def describe(self, text):
         """Features of a text.  -> (77, D). Raises WeightError."""
-        return text_features([text], self.folder)[0]
+        return text_features([text], self.folder, self.dtype)[0]
 
     # ---- files: plumbing
 
@@ -204,11 +204,11 @@ class S3Diff(nn.Module):
         path = Path(name)
         pkl = path / "s3diff.pkl" if path.is_dir() else path
         if name == "s3diff":
-            model = cls.from_release(fetch("s3diff.pkl"))
+            model = cls.from_release(fetch("s3diff.pkl"), dtype=dtype)
         elif weights := find_ours(name):
             model = load_ours(cls, cls.Config, weights)
         elif pkl.is_file():
-            model = cls.from_release(pkl, pkl.parent)
+            model = cls.from_release(pkl, pkl.parent, dtype)
         else:
             raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, "
                                     "or a folder with it or with model.safetensors")
@@ -218,20 +218,23 @@ class S3Diff(nn.Module):
         return model.to(device).eval()
 
     @classmethod
-    def with_prior(cls, cfg, folder=None, source="S3DiffConfig"):
+    def with_prior(cls, cfg, folder=None, source="S3DiffConfig", dtype=torch.float32):
         """`load_public`: SD-Turbo and the estimator around a config of file source. Raises WeightError."""
-        model = load_public(cls, cfg, SD_TURBO | {"denet": "de_net.pth"}, folder, source)
-        model.folder, model.prompts = folder, text_features([GOOD, BAD], folder)
+        model = load_public(cls, cfg, SD_TURBO | {"denet": "de_net.pth"}, folder, source, dtype)
+        model.folder, model.dtype, model.prompts = folder, dtype, text_features([GOOD, BAD], folder, dtype)
         return model
 
     @classmethod
-    def from_release(cls, pkl, folder=None):
-        """The authors' file or ours; public networks from folder or fetched. Raises WeightError."""
+    def from_release(cls, pkl, folder=None, dtype=torch.float32):
+        """The authors' file or ours; public networks from folder or fetched (dtype: see `load_public`).
+
+        Raises WeightError.
+        """
         file = read_tensors(pkl)
         with laid_out_as("s3diff.pkl", pkl):
             settings, trained = read_s3diff(file)
             cfg = S3DiffConfig(**settings)
-        model = cls.with_prior(cfg, folder, pkl)
+        model = cls.with_prior(cfg, folder, pkl, dtype)
         load_strictly(model, {k: v for k, v in model.state_dict().items() if not is_trained(k)} | trained, pkl)
         return model
 

@@ -24,8 +24,8 @@ from models.support.precision import in_half
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
-from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_weights, load_ours,
-                                    load_strictly, nearby, on_paper, read_config, read_tensors)
+from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_or_fetch, find_weights,
+                                    load_ours, load_strictly, on_meta_device, read_config, read_tensors)
 
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE}
 TILES_AT_ONCE = 4
@@ -188,7 +188,7 @@ class VOSR(nn.Module):
         cfg = release_config(SIZES, size, DiTConfig, tensors, weights, args)
         # official: wavelet colours since 2026, adain before; the multi-step script still has adain
         cfg = replace(cfg, color="wavelet")
-        with on_paper(weights, "VOSR"):
+        with on_meta_device(weights, "VOSR"):
             DiT(checked(cfg.dit))  # before gigabytes are fetched for it
         model = cls.with_frozen(cfg, args and args.parent.parent)
         load_strictly(model.dit, tensors, weights, may_miss=("freqs_cos", "freqs_sin"))
@@ -207,12 +207,12 @@ class VOSR(nn.Module):
             model = cls(cfg)
         qwen = isinstance(cfg.vae, QwenVAEConfig)
         folder = "Qwen-Image-vae-2d" if qwen else "stable-diffusion-2-1-base/vae"
-        vae_file = nearby(f"{folder}/diffusion_pytorch_model.safetensors", release)
+        vae_file = find_or_fetch(f"{folder}/diffusion_pytorch_model.safetensors", release)
         vae = read_tensors(vae_file)
         if cfg.light_decoder is not None:
             load_strictly(model.light_decoder, light, light_file)
             vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
         load_strictly(model.vae, vae, vae_file)
-        vit_file = nearby(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth", release)
+        vit_file = find_or_fetch(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth", release)
         load_strictly(model.vit, read_tensors(vit_file), vit_file)
         return model

@@ -181,6 +181,6 @@ def test_equal_pictures_make_valid_json(tmp_path):
 def test_weights_that_are_read_are_noted(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     weights.save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors")
-    weights.noted.clear()
+    weights.files_read.clear()
     weights.read_tensors(tmp_path / "a.pth"), weights.read_tensors(tmp_path / "b.safetensors")
-    assert weights.noted == [tmp_path / "a.pth", tmp_path / "b.safetensors"]
+    assert weights.files_read == [tmp_path / "a.pth", tmp_path / "b.safetensors"]

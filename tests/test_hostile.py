@@ -41,7 +41,7 @@ from models.s3diff import S3Diff
 from models.vae import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import VOSR, VOSRConfig
-from models.support.weights import MOST, read_tensors, save_model
+from models.support.weights import MAX_PARAMETERS, read_tensors, save_model
 
 GB = 2**30
 KINDS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
@@ -423,7 +423,7 @@ def refusal(load, path):
             load(str(path))
     finally:
         hook.remove()
-    assert len(made) <= 2 * MOST and sum(made) < 10**7, "layers cost time, numbers memory; a small file has 2.5 million"
+    assert len(made) <= 2 * MAX_PARAMETERS and sum(made) < 10**7, "layers cost time, numbers memory; a small file has 2.5 million"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
     assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600, str(e.value)
     return str(e.value)

@@ -216,7 +216,7 @@ def test_prompts(monkeypatch):
     """A text replaces the good or the bad one. Which texts are read, in which folder, and what the paper's way of writing it is."""
     model, lq, asked = make(), photo(8, 8), []
 
-    def features(texts, folder):
+    def features(texts, folder, dtype=torch.float32):
         asked.extend((text, folder) for text in texts)
         return torch.stack([torch.randn(77, 1024, generator=torch.Generator().manual_seed(zlib.crc32(text.encode()))) for text in texts])
 
@@ -247,7 +247,7 @@ def test_prompts(monkeypatch):
 def test_paper(monkeypatch):
     """Guidance 1.1 and the bicubic enlargement of training; what is given explicitly still holds."""
     model, lq, seen = make(), photo(9, 8), []
-    monkeypatch.setattr(models.s3diff, "text_features", lambda texts, folder: model.prompts[:1])       # so that the prompt is not the difference
+    monkeypatch.setattr(models.s3diff, "text_features", lambda *_: model.prompts[:1])       # so that the prompt is not the difference
     monkeypatch.setattr(model, "guided", lambda z, t, prompts, C, guidance: seen.append(guidance) or S3Diff.guided(model, z, t, prompts, C, guidance))
     ours, paper = model.upscale(lq, color="none"), model.upscale(lq, color="none", paper=True)
     model.upscale(lq, paper=True, guidance=1.3)
@@ -573,7 +573,7 @@ def test_features_of_a_read_only_folder(texts):
 
 def test_features_where_our_cache_does_not_exist(texts, monkeypatch):
     """All files lie in huggingface_hub's cache: ours has no folder sd-turbo yet."""
-    monkeypatch.setattr(models.clip, "nearby", lambda name, folder: texts / name)
+    monkeypatch.setattr(models.clip, "find_or_fetch", lambda name, folder, *dtype: texts / name)
     first = text_features(["art"])
     without_encoder(texts)
     assert torch.equal(text_features(["art"]), first), "kept nowhere"

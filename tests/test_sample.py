@@ -53,7 +53,7 @@ class Bicubic:
 def run(tmp_path, monkeypatch, capsys):
     """run("a.png", "--scale", "2") -> exit status, lines on stdout, lines on stderr; inside an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("vosr", "vosr-tiny"):
+    for name in ("vosr", "tinyvosr"):
         monkeypatch.setitem(sample.SYSTEMS, name, Bicubic)
     for name in ("NANOSR_CACHE", "HF_HOME", "HF_HUB_CACHE"):    # no public file is at hand
         monkeypatch.setenv(name, str(tmp_path / "cache"))
@@ -375,7 +375,7 @@ def test_compile(run, monkeypatch):
             self.dit, self.other = torch.nn.Identity(), torch.nn.Identity()
             self.dit.compile, self.other.compile = lambda: seen.append("dit"), lambda: seen.append("other")
 
-    monkeypatch.setitem(sample.SYSTEMS, "vosr-tiny", Modules)
+    monkeypatch.setitem(sample.SYSTEMS, "tinyvosr", Modules)
     monkeypatch.setattr(torch, "compile", lambda function: function)       # what the trial compiles
     picture("a.png")
     assert run("a.png")[0] == 0 and seen == []
@@ -402,7 +402,7 @@ class Dark(Bicubic):
 
 def embed(monkeypatch):
     """All three tiny models are there, as stand-ins."""
-    monkeypatch.setitem(sample.SYSTEMS, "s3diff-tiny", Dark), monkeypatch.setitem(sample.SYSTEMS, "gramsr-tiny", Bicubic)
+    monkeypatch.setitem(sample.SYSTEMS, "tinys3diff", Dark), monkeypatch.setitem(sample.SYSTEMS, "tinygramsr", Bicubic)
     monkeypatch.setattr(sample, "EMBEDDED", dict.fromkeys(EMBEDDED, Path(__file__)))
 
 

@@ -120,6 +120,17 @@ def test_a_damaged_checkpoint_is_passed_over(monkeypatch, photos, half, straight
     assert same(straight, flat(newest(half)))
 
 
+@pytest.mark.parametrize("content", [{}, {"step": 7, "settings": {}, "photos": None}, [7]])
+def test_a_checkpoint_without_its_parts_is_passed_over(monkeypatch, photos, half, capsys, content):  # noqa: F811
+    """Made by hand, with a name that fits it."""
+    bad = training.checkpoints(half)[0]
+    torch.save(content, bad)
+    bad = bad.rename(bad.with_name(f"checkpoint-00000007-{training.sha256_of(bad)[:16]}.pt"))
+    vosr(monkeypatch, photos, half)
+    said = capsys.readouterr()
+    assert f"{bad}: skipped, damaged" in said.err and "at step 6" in said.out
+
+
 def test_all_checkpoints_damaged(monkeypatch, photos, half):  # noqa: F811
     """Nothing is begun anew over what a user may still rescue."""
     for path in training.checkpoints(half):

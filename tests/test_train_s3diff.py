@@ -253,7 +253,7 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
     for module in ("models.s3diff", "models.support.weights", "models.lpips", "train_s3diff"):
         monkeypatch.setattr(f"{module}.fetch", lambda name: tmp_path / name, raising=False)
     monkeypatch.setattr("models.s3diff.text_features",
-                        lambda texts, folder: torch.arange(len(texts)).float().view(-1, 1, 1).expand(-1, 77, 8))
+                        lambda texts, folder, dtype: torch.arange(len(texts)).float().view(-1, 1, 1).expand(-1, 77, 8))
     monkeypatch.setitem(train_s3diff.VITS, "dino_vitb16", small_dino)
     monkeypatch.setattr(models.s3diff, "S3DiffConfig", partial(S3DiffConfig, unet=SMALL.unet, vae=SMALL.vae))
     monkeypatch.setitem(train_s3diff.PRESETS, "sd-turbo", (SMALL, {"adapters": replace(RECIPE, steps=2)}))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from inspect import signature
 from statistics import fmean
 
-from models.support.weights import WeightError, nearby, on_paper, read_json, read_tensors
+from models.support.weights import WeightError, find_or_fetch, on_meta_device, read_json, read_tensors
 
 ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
         "mlp_ratio": 4}         # of args.json: what the transformer of dit.py can be
@@ -30,8 +30,8 @@ def read_vocabulary(vocab, merges, single):
 
 def dit_config(cls, tensors, path, settings):
     """The DiTConfig (cls) of a transformer, read off its tensors; settings: of args.json. Raises ValueError."""
-    shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
+        shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         D, C_in, p, _ = shape["x_embedder.proj.weight"]
         said = settings.get("resolution")       # where the rotary tables do not say the size
         side = int(said) // 8 if said in range(16, 4097, 16) else cls.input_size
@@ -67,7 +67,7 @@ def release_config(sizes, size, dit_cls, tensors, weights, args):
                           "are no public combination")
     cfg = replace(sizes[size], dit=dit, weak=weak_of(settings, sizes[size].weak, args))
     if custom:
-        cfg = replace(cfg, **believe(cfg, settings, args))
+        cfg = replace(cfg, **settings_of_args(cfg, settings, args))
     if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time
         cfg = replace(cfg, steps=1, guidance=1.0)
     return cfg
@@ -75,9 +75,9 @@ def release_config(sizes, size, dit_cls, tensors, weights, args):
 
 def read_light_decoder(cls, release):
     """VOSR's light decoder, in a release or fetched -> arguments of its class, tensors, path. Raises WeightError."""
-    path = nearby("sd21_lwdecoder.pth", release)
+    path = find_or_fetch("sd21_lwdecoder.pth", release)
     content = read_tensors(path)
-    with on_paper(path, "a light decoder"):
+    with on_meta_device(path, "a light decoder"):
         config = content.get("config", {})
         settings = {k: config[k] for k in signature(cls).parameters if k in config}
         cls(**settings)
@@ -93,7 +93,7 @@ def weak_of(settings, otherwise, path):
         raise WeightError(f"{path}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
 
 
-def believe(cfg, settings, path):
+def settings_of_args(cfg, settings, path):
     """What args.json, file path of somebody's own training, says beyond the tensors -> {field of VOSRConfig: value}
 
     Raises WeightError, which names the setting that cannot be followed.

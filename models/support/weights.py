@@ -1,13 +1,16 @@
 """Weight files: the table of public ones, fetching them, strict reading, safe writing.
 
 A public file has one name, in code and below our cache folder ($NANOSR_CACHE or ~/.cache/nanosr), where it can also be
-put by hand. VOSR's are the paths of the authors' own release folder.
+put by hand. VOSR's are the paths of the authors' own release folder. NAME.checked records the hash that NAME had, with
+its size and time, so that gigabytes are hashed once.
 """
 
 import json
 import mmap
 import os
 import re
+import stat
+import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -20,14 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from models.support.download import WeightError, address, download
+from models.support.download import WeightError, address, download, hub_home, sha256_of, without_links
 from models.support.files import whole_file
 
 WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
-MOST, LARGEST = 5_000, 1_000_000    # tensors of a network (ours have up to 2,700), a number in a config
+MAX_PARAMETERS = 5_000      # of a network, in tensors; ours have up to 2,700
+MAX_NUMBER = 1_000_000      # in a config
 MODELS = Path(__file__).parents[1]
 PRIOR = MODELS / "prior_tiny.safetensors"       # around which the tiny S3Diff and GramSR learn
+OLD_SYSTEMS = {"s3diff": "r_unet", "gramsr": "ranks", "vosr": "dit"}     # and a setting that no other has
 EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
 
 
@@ -40,12 +45,13 @@ class PublicFile:
 
     name: str                   # also its path below our cache folder
     sources: tuple              # in this order: "owner/repository:path" at Hugging Face, or URLs
-    users: str
+    users: tuple                # names that --model takes, and training scripts
     licence: str                # of the weights, as their authors state it
-    size: int | None = None
-    sha256: str | None = None
+    size: int | None = None     # bytes
+    about: int | None = None    # bytes of its tensors, where nobody published its size
+    sha256: str | None = None   # None: nobody published one, and the first file that comes is what later ones should be
     gated: bool = False         # the hub wants an account that has accepted the licence
-    note: str = ""              # where to look for what has no source
+    note: str = ""
 
 
 TABLE = MODELS.parent / "assets" / "weights.json"
@@ -58,12 +64,11 @@ def cache_folder():
 
 def hub_folder():
     """Where huggingface_hub keeps what it downloaded."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser().absolute()
+    return Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser().absolute()
 
 
 def locate(name):
-    """A public file on this disk -> Path or None. What has another size is not it."""
+    """A public file on this disk, recognised by its size -> Path or None"""
     file, paths = FILES[name], []
     for repository, _, path in (source.partition(":") for source in file.sources if "://" not in source):
         folder = hub_folder() / f"models--{repository.replace('/', '--')}"
@@ -73,52 +78,158 @@ def locate(name):
     return next((path for path in paths if path.is_file() and file.size in (None, path.stat().st_size)), None)
 
 
-def list_weights():
-    """Print the table: where each file is, or would come from."""
-    found = {name: locate(name) for name in FILES}
-    for name, file in FILES.items():
-        mark, size = "x" if found[name] else " ", f"{file.size:,} bytes" if file.size else ""
-        print(f"[{mark}] {name:66} {size:>19}  {file.users:22} {file.licence}{', gated' * file.gated}")
-        print(f"    {found[name] or next(map(address, file.sources), f'by hand only: {file.note}')}")
-    print(f"{sum(map(bool, found.values()))} of {len(FILES)} present in {hub_folder()} or {cache_folder()}; "
-          "vosr-tiny needs none of them")
+def state_of(path):
+    """What changes with a file's contents, and need not be read from them."""
+    return {"path": str(path), "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+
+
+def read_record(name):
+    """What `check` recorded of a public file: its state, sha256 -> dict, {} if nothing"""
+    with suppress(WeightError):
+        return read_json(cache_folder() / f"{name}.checked")
+    return {}
+
+
+def is_checked(file, path):
+    """Whether the hash of this very file is recorded, and right."""
+    record = read_record(file.name)
+    return state_of(path).items() <= record.items() and file.sha256 in (None, record.get("sha256"))
+
+
+def check(file, path, sha256):
+    """Compare a public file's hash with the published one, or with what was here before, and record it.
+
+    Raises WeightError, OSError.
+    """
+    if file.sha256 not in (None, sha256):
+        raise WeightError(f"{path}: is not the public file, whose SHA-256 is {file.sha256}, not {sha256}; delete it")
+    before = read_record(file.name).get("sha256", sha256)
+    if before != sha256:
+        print(f"{path}: is another file than the one that was here before (SHA-256 {sha256}, then {before})")
+    record = cache_folder() / f"{file.name}.checked"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with open(record, "w", encoding="utf-8", opener=without_links) as f:
+        json.dump(state_of(path) | {"sha256": sha256}, f)
+
+
+@contextmanager
+def locked_cache():
+    """Of several processes one is in here, the others wait. Raises OSError."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with open(cache_folder() / ".lock", "a", opener=without_links) as lock:
+        with suppress(ImportError, OSError):    # Windows, or a file system without locks
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fetch(name, sleep=time.sleep):
-    """A public file, from this disk or else downloaded -> Path. Raises WeightError: where to put it by hand."""
-    if path := locate(name):
+    """A public file, from this disk or else downloaded, checked once -> Path. Raises WeightError: what to do."""
+    file, path = FILES[name], locate(name)
+    if path and is_checked(file, path):
         return path
-    file, target, failures = FILES[name], cache_folder() / name, []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(cache_folder() / ".lock", "w") as lock:
-            with suppress(ImportError, OSError):    # Windows, or a file system without locks
-                import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX)    # of the ranks of a run one downloads, the others wait
-            if path := locate(name):
-                return path
-            if target.exists():
-                raise WeightError(f"{target}: is not the public file, which has {file.size} bytes; delete it")
-            for source in file.sources:
-                try:
-                    return download(source, target, file, sleep)
-                except WeightError as e:
-                    failures.append(f"{address(source)}: {e}")
+        with locked_cache():
+            path = locate(name)
+            if not path:
+                return download_any(file, cache_folder() / name, sleep)
+            if not is_checked(file, path):
+                check(file, path, sha256_of(path))
     except OSError as e:
-        raise WeightError(f"{name}: cannot be stored: {e}; make room, or name another folder in NANOSR_CACHE") from None
-    why = "; ".join(failures) or f"by hand only: {file.note}"
-    raise WeightError(f"{name}: cannot be downloaded ({why}); put it at {target} yourself")
+        if not path:
+            raise WeightError(f"{name}: cannot be stored: {e}; "
+                              "make room, or name another folder in NANOSR_CACHE") from None
+    return path     # also where nothing can be recorded: in a cache that others filled
 
 
-def nearby(name, folder):
-    """A public file from folder (or None), where it has the same name, or else by `fetch`."""
-    path = folder and folder / name
-    return path if path and path.is_file() else fetch(name)
+def download_any(file, target, sleep):
+    """A public file from the first source that has it -> target. Raises WeightError, OSError."""
+    if target.exists():
+        raise WeightError(f"{target}: is not the public file, which has {file.size} bytes; delete it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for source in file.sources:
+        try:
+            sha256 = download(source, target, file, sleep)
+        except WeightError as e:
+            failures.append(f"{address(source)}: {e}")
+            continue
+        terms = f"{file.licence}, wherever it comes from" if file.gated else file.licence
+        print(f"{file.name}: {target.stat().st_size:,} bytes from {address(source)}; licence: {terms}")
+        check(file, target, sha256)
+        return target
+    by_hand = f"put it at {target} yourself"
+    if file.note:
+        by_hand += f" ({file.note})"
+    raise WeightError(f"{file.name}: cannot be downloaded ({'; '.join(failures)}); {by_hand}")
+
+
+def variant(name, dtype):
+    """A public file's name, or that of its float16 variant where dtype is float16 and the full one is not here."""
+    half = name.replace(".safetensors", ".fp16.safetensors")
+    return half if dtype == torch.float16 and half in FILES and not locate(name) else name
+
+
+def find_or_fetch(name, folder, dtype=torch.float32):
+    """A public file from folder (or None), where it has the same name, or else by `fetch`; dtype: see `variant`."""
+    for path in (folder / name, folder / variant(name, dtype)) if folder else ():
+        if path.is_file():
+            return path
+    return fetch(variant(name, dtype))
+
+
+def list_weights():
+    """Print the table: where each file is, and where it comes from."""
+    found = {name: locate(name) for name in FILES}
+    for name, file in FILES.items():
+        mark = "x" if found[name] else " "
+        print(f"[{mark}] {name}: {size_in_words(file)}, for {', '.join(file.users)}; licence: {file.licence}")
+        if found[name]:
+            print(f"      here: {found[name]}, {hash_in_words(file, found[name])}")
+        for source in file.sources:
+            gate = " (for accounts that have accepted the licence)" if file.gated and "://" not in source else ""
+            print(f"      from {address(source)}{gate}")
+        if file.note:
+            print(f"      {file.note}")
+    print(f"{sum(map(bool, found.values()))} of {len(FILES)} present in {hub_folder()} or {cache_folder()}; "
+          "vosr-tiny, s3diff-tiny and gramsr-tiny need none")
+
+
+def size_in_words(file):
+    if file.size:
+        return f"{file.size:,} bytes"
+    return f"about {file.about / 1e6:,.0f} MB" if file.about else "a few kB"
+
+
+def hash_in_words(file, path):
+    """How far the hash of a file that is here was checked."""
+    if not is_checked(file, path):
+        return "not checked yet"
+    return "SHA-256 as published" if file.sha256 else f"SHA-256 {read_record(file.name)['sha256']}, none is published"
+
+
+def fetch_all(user, dtype=torch.float32):
+    """`fetch` what a model or a training script needs, a line for each file -> exit status. Raises WeightError."""
+    names = [name for name, file in FILES.items() if user in file.users and ".fp16." not in name]
+    if not names:
+        users = sorted({user for file in FILES.values() for user in file.users})
+        raise WeightError(f"--fetch: {user} needs no public file, or is none of {', '.join(users)}")
+    paths = {}
+    for name in (variant(name, dtype) for name in names):
+        try:
+            paths[name] = fetch(name)
+        except WeightError as e:
+            print(e, file=sys.stderr)
+            continue
+        print(f"{paths[name]}: {paths[name].stat().st_size:,} bytes, {hash_in_words(FILES[name], paths[name])}")
+    total = sum(path.stat().st_size for path in paths.values())
+    print(f"{user}: {len(paths)} of {len(names)} files are here, {total:,} bytes")
+    return int(len(paths) < len(names))
 
 
 # ---- files of any origin
 
-noted = []      # every weight file that was read; sample.py names them in its tables
+files_read = []     # every weight file; sample.py names them in its tables
 
 
 def read_json(path):
@@ -133,7 +244,7 @@ def read_json(path):
 
 
 def is_plain(x):
-    """Whether no tensor in x is expanded from a few numbers, or sparse."""
+    """Whether no tensor in x is expanded from a few values, or sparse."""
     if isinstance(x, torch.Tensor):
         dense = x.layout == torch.strided and not x.is_meta
         return dense and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
@@ -155,7 +266,7 @@ def read_file(path):
     """A .safetensors file, or a pickle of torch that would run no code -> dict. Raises WeightError."""
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
-    noted.append(path)
+    files_read.append(path)
     try:
         tensors = load_file(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
     except Exception as e:      # torch raises nearly anything at a wrong file
@@ -209,12 +320,33 @@ def find_args(path):
 # ---- our own models
 
 
+def save_tensors(path, tensors, metadata=None):
+    """A .safetensors file with the mode of any new file, and the same bytes for the same contents."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata)
+    path.chmod(mode)        # the library's is 0600
+    if not metadata:
+        return
+    with open(path, "r+b") as f:        # the library's order of metadata is random
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        f.seek(8)
+        f.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
+
+
 def save_model(path, cfg, tensors, note=""):
-    """Write a model's tensors in float16 with its cfg (a dataclass) and a note."""
+    """Write a model's tensors in float16 with its cfg (a dataclass), a note, and the name of its system.
+
+    The name is that of cfg's class: VOSRConfig's is vosr.
+    """
     # not the rotary tables: they follow from the config, and float16 would spoil them
     tensors = {k: v.half().contiguous() for k, v in tensors.items() if "freqs_" not in k}
+    system = type(cfg).__name__.removesuffix("Config").lower()
+    metadata = {"system": system, "config": json.dumps(asdict(cfg)), "note": note}
     with whole_file(path, f"{path}.part") as part:
-        save_file(tensors, part, metadata={"config": json.dumps(asdict(cfg)), "note": note})
+        save_tensors(part, tensors, metadata)
 
 
 def save_release(folder, tensors, settings):
@@ -223,17 +355,34 @@ def save_release(folder, tensors, settings):
     with whole_file(Path(folder, "args.json")) as part:
         part.write_text(json.dumps(settings, indent=2))
     with whole_file(target, f"{target}.part") as part:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+        save_tensors(part, {k: v.contiguous() for k, v in tensors.items()})
+
+
+def read_metadata(path):
+    """What `save_model` wrote into a file beside tensors -> dict of str, {} of any other file"""
+    with suppress(OSError, SafetensorError):
+        if path.is_file():
+            with safe_open(path, framework="pt") as f:
+                return f.metadata() or {}
+    return {}
 
 
 def read_config(path):
     """The config that `save_model` wrote into a file -> dict, {} of any other file"""
-    with suppress(OSError, SafetensorError, ValueError, RecursionError):
-        if path.is_file():
-            with safe_open(path, framework="pt") as f:
-                config = json.loads((f.metadata() or {}).get("config", "{}"))
-            return config if isinstance(config, dict) else {}
+    with suppress(ValueError, RecursionError):
+        config = json.loads(read_metadata(path).get("config", "{}"))
+        return config if isinstance(config, dict) else {}
     return {}
+
+
+def read_system(path):
+    """The name of the system whose model `save_model` wrote -> vosr, s3diff, gramsr, ...; None of any other file"""
+    if system := read_metadata(path).get("system"):
+        return system
+    settings = read_config(path)        # of files from before the name was written
+    system = next((name for name, setting in OLD_SYSTEMS.items() if setting in settings), None)
+    is_tiny = "whitening" in settings.get("vae", {})
+    return f"tiny{system}" if system and is_tiny else system
 
 
 def find_ours(name):
@@ -254,21 +403,22 @@ def load_ours(system, settings, path):
     config, tensors = read_config(path), read_tensors(path)
     if path in (EMBEDDED["s3diff-tiny"], EMBEDDED["gramsr-tiny"]):
         tensors = read_foundation() | tensors
-    with on_paper(path, system.__name__):
+    with on_meta_device(path, system.__name__):
         model = system(checked(settings.from_dict(config)))
     load_strictly(model, tensors, path, may_miss=("freqs_cos", "freqs_sin"))
     return model
 
 
-def load_public(system, cfg, networks, folder, source):
-    """The system (a class) around public networks; what learns around them has no numbers, on the meta device.
+def load_public(system, cfg, networks, folder, source, dtype=torch.float32):
+    """The system (a class) around public networks; what learns around them has no values, on the meta device.
 
-    networks: {attribute: public file, in folder or else fetched}; source: the file cfg is from. Raises WeightError.
+    networks: {attribute: public file, in folder or else fetched}; source: the file cfg is from
+    dtype: float16 takes files in float16 where that saves a download. Raises WeightError.
     """
-    with on_paper(source, system.__name__):     # before gigabytes are fetched
+    with on_meta_device(source, system.__name__):     # before gigabytes are fetched
         model = system(checked(cfg))
     for name, file in networks.items():
-        network, path = getattr(model, name), nearby(file, folder)
+        network, path = getattr(model, name), find_or_fetch(file, folder, dtype)
         load_strictly(network, read_tensors(path), path, [k for k in network.state_dict() if "lora_" in k])
     return model
 
@@ -283,8 +433,8 @@ def laid_out_as(name, path):
         raise WeightError(f"{path}: is not laid out as {name} ({wrong}); get it again") from None
 
 
-class Unfilled(torch.overrides.TorchFunctionMode):
-    """In here tensors stay as they are: torch imports its compiler, for seconds, to fill one that has no numbers."""
+class SkipInit(torch.overrides.TorchFunctionMode):
+    """In here tensors stay as they are: torch imports its compiler, for seconds, to fill one that has no values."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -294,20 +444,20 @@ class Unfilled(torch.overrides.TorchFunctionMode):
 
 
 @contextmanager
-def on_paper(path, system):
-    """In here networks are built as a file says, without numbers and with MOST parameters. Raises WeightError.
+def on_meta_device(path, system):
+    """In here networks are built as a file says, without values, of MAX_PARAMETERS tensors at most. Raises WeightError.
 
     So a layer of 10^9 channels costs nothing, and fits no tensors afterwards; 10^9 layers would take days.
     """
     made = count(1)
 
     def limit(*_):
-        if next(made) > MOST:
-            raise ValueError(f"it asks for more than {MOST} parameters")
+        if next(made) > MAX_PARAMETERS:
+            raise ValueError(f"it asks for more than {MAX_PARAMETERS} parameters")
 
     hook = register_module_parameter_registration_hook(limit)
     try:
-        with torch.device("meta"), Unfilled():
+        with torch.device("meta"), SkipInit():
             yield
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
@@ -324,7 +474,7 @@ def checked(cfg):
             raise ValueError(f"{f.name} is {value!r:.60}")
         value = checked(value) if is_dataclass(value) else [*value.values()] if isinstance(value, dict) else value
         for x in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(x, (int, float)) and not (0 if isinstance(x, int) else -LARGEST) <= x <= LARGEST:
+            if isinstance(x, (int, float)) and not (0 if isinstance(x, int) else -MAX_NUMBER) <= x <= MAX_NUMBER:
                 raise ValueError(f"{f.name} is {x:.6g}")
     return cfg
 
