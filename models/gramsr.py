@@ -21,8 +21,9 @@ from models.gram import normalised
 from models.lora import ALPHA, LoRA, add_lora
 from models.support.authors import last_step, with_step
 from models.support.files import whole_file
-from models.support.imaging import blend_tiles, check_image, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.imaging import check_image, color_fix, pad_to_multiple, resize
 from models.support.precision import in_half
+from models.support.tiles import tile_boxes, tiled
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors, save_tensors)
 from models.unet import UNet, UNetConfig
@@ -37,7 +38,6 @@ SETS = {name: {f"default_{place}_{name[:3]}": layers for place, layers in PLACES
 RELEASE = {"model": "model_12501.pkl", "texture": "lora_weights_dino_53001.safetensors", "adapter": "adapter_53001.pth"}
 PRIOR = {name: f"stable-diffusion-2-1-base/{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
 PRIOR["vit"] = "dinov3-vitb16-pretrain-lvd1689m/model.safetensors"
-TILES_AT_ONCE = 4
 
 
 @dataclass
@@ -156,17 +156,10 @@ class GramSR(nn.Module):
 
         z: (B, 4, h, w); x: (B, 3, H, W) in [-1, 1]; tile, overlap: pixels; tile 0 = off, which B > 1 needs -> like z
         """
-        (h, w), f = z.shape[-2:], self.vae.factor
+        f = self.vae.factor
         side = tile // self.multiple * self.multiple // f
-        if side == 0 or (h <= side and w <= side):
-            return self.clean(z, self.tokens(x), scales)
-        boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
-
-        def on_tiles(tiles, n):
-            crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes[n]]
-            return self.clean(tiles, self.tokens(torch.cat(crops)), scales)
-
-        return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE)
+        boxes = tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
+        return tiled(lambda z, x: self.clean(z, self.tokens(x), scales), boxes, z, x)
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0,

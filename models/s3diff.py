@@ -21,8 +21,9 @@ from models.clip import text_features
 from models.denet import DegradationEstimator
 from models.lora import Modulation, add_lora
 from models.support.authors import read_s3diff, s3diff_layout
-from models.support.imaging import blend_tiles, check_image, color_fix, pad_to_multiple, tile_boxes
+from models.support.imaging import check_image, color_fix, pad_to_multiple
 from models.support.precision import in_half
+from models.support.tiles import tile_boxes, tiled
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
 from models.unet import UNet, UNetConfig, alphas_cumprod
@@ -35,7 +36,6 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "c
                 "proj_out", "ff.net.2", "ff.net.0.proj")
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"
 ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
-TILES_AT_ONCE = 4
 SD_TURBO = {network: f"sd-turbo/{network}/diffusion_pytorch_model.safetensors" for network in ADAPTER}
 
 
@@ -136,16 +136,12 @@ class S3Diff(nn.Module):
     def predict(self, z, t, prompts, C, guidance, tile, overlap):
         """`guided`, in tiles where z has more cells than one; then B is 1.  tile, overlap: pixels -> like z"""
         f, (h, w) = self.vae.factor, z.shape[-2:]
-        if h * w <= (tile // f) ** 2:
-            return self.guided(z, t, prompts, C, guidance)
         side = min(max(tile // f, 8), h, w)         # the UNet halves it three times
+        if h * w <= (tile // f) ** 2:
+            side = 0
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
-
-        def on_tiles(tiles, _):
-            return self.guided(tiles, t, prompts, C, guidance)
-
         # official: the window's centre lies half a cell too low
-        return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE, down=0.5)
+        return tiled(lambda z: self.guided(z, t, prompts, C, guidance), boxes, z, down=0.5)
 
     @torch.no_grad()
     def estimate(self, lq):
