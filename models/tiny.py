@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch.nn.utils import spectral_norm
 
 from models.discriminator import multilevel_loss
+from models.denet import DegradationEstimator
 from models.dit import DiT, DiTConfig
 from models.gramsr import GramSR, GramSRConfig
-from models.lora import Conv2d, ExactConv2d
+from models.lora import OFF, Conv2d, ExactConv2d, of_block
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, S3DiffConfig
 from models.support.weights import WeightError
-from models.unet import UNetConfig
+from models.unet import UNet, UNetConfig
 from models.vit import DINOv3, DINOv3Config, ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
 
@@ -43,8 +44,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = (Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
-    def forward(self, x):
-        return x + self.conv2(F.silu(self.conv1(x)))
+    def forward(self, x, C=OFF):
+        return x + self.conv2(F.silu(self.conv1(x, C)), C)
 
 
 class Finish(nn.Module):
@@ -61,10 +62,15 @@ class Finish(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, z, x):
+    def forward(self, z, x, C=OFF):
         """z: (B, c, h, w) scaled latent; x: (B, 3, 8h, 8w) -> like x"""
-        h = F.pixel_shuffle(self.up(self.deep(self.conv_in(z))), 4) + self.conv_x(F.pixel_unshuffle(x, 2))
-        return F.pixel_shuffle(self.conv_out(self.fine(h)), 2)
+        h = self.conv_in(z)
+        for block in self.deep:
+            h = block(h, C)
+        h = F.pixel_shuffle(self.up(h), 4) + self.conv_x(F.pixel_unshuffle(x, 2))
+        for block in self.fine:
+            h = block(h, C)
+        return F.pixel_shuffle(self.conv_out(h), 2)
 
 
 def without_crisp(module, state_dict, prefix, *_):
@@ -95,20 +101,20 @@ class TinyVAE(nn.Module):
     def gain(self):
         return (self.cfg.scale * self.std**-self.cfg.whitening).view(1, -1, 1, 1)
 
-    def analyse(self, x, C=None):
+    def analyse(self, x, C=OFF):
         return self.encoder(F.pad(x, (4,) * 4, mode="reflect"), C)
 
     def synthesise(self, y):
         return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.encoder.weight, stride=8, padding=12)
 
-    def encode(self, x, generator=None, C=None):
+    def encode(self, x, generator=None, C=OFF):
         """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) scaled latent; nothing is random here."""
-        return self.analyse(x, C and C[0]) * self.gain()
+        return self.analyse(x, of_block(C, 0)) * self.gain()
 
-    def decode(self, z):
+    def decode(self, z, C=OFF):
         """(B, c, h, w) scaled latent -> (B, 3, 8h, 8w), about [-1, 1]"""
         x = self.synthesise(z / self.gain())
-        return x if self.finish is None else x + self.finish(z, x)
+        return x if self.finish is None else x + self.finish(z, x, C)
 
     def loss(self, x, generator):
         """Nested dropout (1402.0915): any first k channels must do, which sorts them by importance as PCA does.
@@ -272,14 +278,16 @@ class TinyS3Diff(S3Diff):
     """S3Diff around the tiny prior: no text encoder, so prompts are parameters; nothing is added to the LQ latent."""
 
     Config = TinyS3DiffConfig
-    start_noise = 0.0
 
     def __init__(self, cfg):
-        self.tokens = cfg.tokens
         super().__init__(cfg)
+        self.register_buffer("prompts", torch.zeros(2, cfg.tokens, cfg.unet.context_dim))   # positive, negative
 
-    def autoencoder(self, cfg):
-        return TinyVAE(cfg)
+    def networks(self, cfg):
+        return UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths), TinyVAE(cfg.vae)
+
+    def noise(self, z, generator=None):
+        return torch.zeros_like(z)
 
     def describe(self, text):
         raise WeightError("this model never saw a text, so its prompts cannot be changed")
@@ -314,8 +322,8 @@ class TinyGramSR(GramSR):
         super().__init__(cfg)
         self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))    # good, bad
 
-    def autoencoder(self, cfg):
-        return TinyVAE(cfg)
+    def networks(self, cfg):
+        return UNet(cfg.unet), TinyVAE(cfg.vae), DINOv3(cfg.vit)
 
     def csd_conditions(self, context):
         good, bad = (prompt.expand(len(context), -1, -1) for prompt in self.prompts.split(1))

@@ -4,7 +4,7 @@ Papers:  Latent Diffusion, 2112.10752 (the KL autoencoder, f = 8); VOSR, 2604.03
 Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion; sd21_lwdecoder.pth of VOSR.
 Left out: training losses, LDM's own key names.
 
-Large pictures are computed exactly, in strips (strips.py). C: the matrices of an encoder layer's adapters (lora.py).
+Large pictures are computed exactly, in strips (strips.py). C: which adapters are on, and their matrices (lora.py).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.lora import Conv2d, ExactConv2d, Linear
+from models.lora import OFF, Conv2d, ExactConv2d, Linear, of_block
 from models.support import precision
 from models.support.strips import Checkpointing, attention, fixed, in_strips, norm_silu_conv
 
@@ -49,7 +49,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, C=None):
+    def forward(self, x, C=OFF):
         h = norm_silu_conv(self.norm1, partial(self.conv1, C=C), x)
         h = norm_silu_conv(self.norm2, partial(self.conv2, C=C), h, into=h)
         return in_strips(lambda h, x: h + (self.conv_shortcut(x, C) if self.conv_shortcut else x), h, x, into=h)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
-    def forward(self, x, C=None):
+    def forward(self, x, C=OFF):
         h = fixed(self.group_norm, x)(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
         q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         h = self.to_out[0](attention(q, k, v).squeeze(1), C)
@@ -89,7 +89,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
-    def forward(self, x, C=None):
+    def forward(self, x, C=OFF):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, C), C), C)
 
 
@@ -100,7 +100,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x, C=None):
+    def forward(self, x, C=OFF):
         # trap: padded at the right and bottom only
         return in_strips(lambda x: self.conv(F.pad(x, (0, 1, 0, 1)), C), x, rate=0.5)
 
@@ -112,8 +112,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
-        return in_strips(lambda x: self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), x, rate=2)
+    def forward(self, x, C=OFF):
+        return in_strips(lambda x: self.conv(F.interpolate(x, scale_factor=2, mode="nearest"), C), x, rate=2)
 
 
 class Level(nn.Module):
@@ -136,7 +136,7 @@ class Level(nn.Module):
 class Encoder(Checkpointing, nn.Module):
     """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8)
 
-    C: for each block id {adapter: (B or 1, r, r)}; blocks are the levels, the middle, conv_in with conv_out
+    C: {adapter: (B or 1, blocks, r, r) or 1}; blocks are the levels, the middle, conv_in with conv_out
     """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
@@ -149,8 +149,8 @@ class Encoder(Checkpointing, nn.Module):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x, C=None):
-        *C_levels, C_mid, C_ends = C or [None] * (len(self.down_blocks) + 2)
+    def forward(self, x, C=OFF):
+        *C_levels, C_mid, C_ends = (of_block(C, i) for i in range(len(self.down_blocks) + 2))
         x = in_strips(partial(self.conv_in, C=C_ends), x)
         for level, C_level in zip(self.down_blocks, C_levels):
             for layer in level:
@@ -159,7 +159,10 @@ class Encoder(Checkpointing, nn.Module):
 
 
 class Decoder(Checkpointing, nn.Module):
-    """The encoder backwards, one more resnet a level.  (B, in_channels, h, w) unscaled -> (B, out_channels, 8h, 8w)"""
+    """The encoder backwards, one more resnet a level.  (B, in_channels, h, w) unscaled -> (B, out_channels, 8h, 8w)
+
+    C: {adapter: 1}, the same for all layers
+    """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
@@ -172,12 +175,12 @@ class Decoder(Checkpointing, nn.Module):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, z):
-        x = self.mid_block(in_strips(self.conv_in, z))
+    def forward(self, z, C=OFF):
+        x = self.mid_block(in_strips(partial(self.conv_in, C=C), z), C)
         for level in self.up_blocks:
             for layer in level:
-                x = self.run(layer, x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+                x = self.run(layer, x, C)
+        return norm_silu_conv(self.conv_norm_out, partial(self.conv_out, C=C), x)
 
 
 # ---- the models
@@ -208,17 +211,17 @@ class VAE(nn.Module):
         self.quant_conv = precision.ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
         self.post_quant_conv = precision.ExactConv2d(c.latent_channels, c.latent_channels, 1)
 
-    def moments(self, x, C=None):
+    def moments(self, x, C=OFF):
         """Mean and deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 4, h, w), unscaled"""
         return mean_and_deviation(self.quant_conv(self.encoder(x, C=C)))
 
-    def encode(self, x, generator=None, C=None):
+    def encode(self, x, generator=None, C=OFF):
         """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
         return draw(*self.moments(x, C), generator) * self.config.scaling_factor
 
-    def decode(self, z):
-        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
-        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
+    def decode(self, z, C=OFF):
+        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped; C: of `Decoder`"""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor), C)
 
 
 class LightDecoder(Decoder):  # VOSR's, for SD's latents
