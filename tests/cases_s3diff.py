@@ -82,7 +82,7 @@ def degradation_embedding(case, get):
     fill_trained([(f"modulation.{name}", p) for name, p in model.named_parameters()], case["fill"]["salt"])
     out = {}
     for network in ("vae", "unet"):
-        C = out[f"{network}_matrices"] = model.matrices(network, *tensors(get, "scores"))
+        C = out[f"{network}_matrices"] = model.matrices(network, *tensors(get, "scores")).mT     # officially transposed
         out |= {f"{network}_block{i}": C[:, i] for i in range(C.shape[1])}
     return out
 
@@ -95,7 +95,10 @@ def lora(case, get):
     layer.add_adapter("default", c["r"], c["lora_alpha"])
     fill_module(torch.nn.ModuleDict({"layer": layer}), case["fill"]["salt"])
     x, C = tensors(get, "x", "C")
-    return {"base": layer(x, {}), "y": layer(x, {"default": C})}
+    with torch.enable_grad():       # the plain way, and the fast one
+        y = layer(x, {"default": C.mT})
+    torch.testing.assert_close(layer(x, {"default": C.mT}), y, atol=1e-4, rtol=1e-4)
+    return {"base": layer(x), "y": y.detach()}
 
 
 @torch.no_grad()

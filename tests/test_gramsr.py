@@ -15,6 +15,7 @@ from models.support import weights
 from models.support.precision import in_half
 from models.gram import CSD_TIMES, features, gram, loss_csd, loss_gram
 from models.gramsr import PRIOR, SETS, GramSR, GramSRConfig
+from models.lora import adapted_layers
 from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
 from models.vit import PRESETS, DINOv3, DINOv3Config
@@ -90,7 +91,7 @@ def test_the_three_files_equal_the_public_ones(full_size):
     assert shapes(full_size.adapter.state_dict()) == manifest("gramsr_adapter")["tensors"]
     for place, layers in public["module_lists"].items():
         for short in ("pix", "sem"):
-            assert set(full_size.layers[f"default_{place}_{short}"]) == set(layers)
+            assert set(adapted_layers(full_size.unet, f"default_{place}_{short}")) == set(layers)
     assert sum(p.numel() for p in full_size.lora("pixel", "semantic").values()) == 8_111_424
 
 
@@ -115,8 +116,7 @@ def test_scales_are_two_two_and_one(full_size):
 def separate(model, z, context):
     """eps with the first one, two, three LoRA sets on, each in a pass of its own."""
     for n in range(1, len(model.cfg.ranks) + 1):
-        on = {adapter: torch.eye(model.cfg.ranks[name])[None] for name in list(SETS)[:n] for adapter in SETS[name]}
-        yield model.unet(z, 1, context, [on] * len(model.unet.blocks))
+        yield model.residual(z, context, *list(SETS)[:n])
 
 
 @pytest.mark.parametrize("B", [1, 2])
@@ -134,7 +134,8 @@ def test_guided_sum_equals_separate_passes(model, calls, scales, passes, B):
 
 def test_all_ones_are_the_plain_unet(model, calls):
     z, context = inputs(model, 2)
-    assert torch.equal(model.predict(z, context), model.unet(z, 1, context))
+    everything = {adapter: 1 for adapters in SETS.values() for adapter in adapters}
+    assert torch.equal(model.predict(z, context), model.unet(z, 1, context, everything))
     lq = picture(16, 12)
     calls.clear()
     assert torch.equal(model.upscale(lq), model.upscale(lq, pixel=1.0, semantic=1.0, texture=1.0)) and calls == [1, 1]
