@@ -1,8 +1,11 @@
-"""VOSR's diffusion transformer: predicts the velocity of a latent picture from the low-quality one.
+"""VOSR's diffusion transformer: predicts the velocity of an image's latent, given the low-quality image.
 
 Paper:   VOSR, arXiv 2604.03225; the backbone is LightningDiT (arXiv 2501.01423) with cross-attention added.
 Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR.
 Left out: options that no public checkpoint uses. Ours: any rectangle.
+
+What a token meets in a block: self-attention (where things are: rotary positions), cross-attention to the visual tokens
+of the low-quality image (what it shows), an MLP. The time scales, shifts and gates the first and the last.
 """
 
 import math
@@ -64,7 +67,8 @@ def rope_table(rows, cols, head_dim):
 
 def rotate(x, turns):
     """Turn channel pairs (a, b) of x: (B, nh, N, hd), as complex numbers a + ib, by turns: (N, hd/2) -> float32."""
-    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, nh, N, hd/2)
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 class RMSNorm(nn.Module):
@@ -99,14 +103,16 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, x, rope):
+        """x: (B, N, D); rope: (N, hd/2) turns -> (B, N, D)"""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, N, hd)
-        q, k = (rotate(x, rope).type_as(v) for x in (self.q_norm(q), self.k_norm(k)))
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        q = rotate(self.q_norm(q), rope).type_as(v)
+        k = rotate(self.k_norm(k), rope).type_as(v)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Tokens look at the visual ones; no rotary."""
+    """Tokens look at the visual ones, which have no positions here."""
 
     def __init__(self, D, nh):
         super().__init__()
@@ -121,27 +127,21 @@ class CrossAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, N, D) -> (B, nh, N, hd)
 
-    def forward(self, x, ctx, no_ctx, cache=None):
-        """x: (B, N, D) -> (B, N, D)
+    def keys_values(self, ctx):
+        """ctx: (B, M, D) -> k, v, each (B, nh, M, hd)"""
+        v = self.heads(self.v_linear(ctx))
+        k = self.k_norm(self.heads(self.k_linear(ctx))).type_as(v)
+        return k, v
 
-        ctx: (n, M, D) context of the first n pictures; no_ctx: (D,) what every context token of the others is
-        cache: a dict, filled by the first call; later ones read keys and values there and need no ctx
-        """
-        if cache:
-            k, v = cache["k"], cache["v"]
-        else:
-            v = self.heads(self.v_linear(ctx))
-            k = self.k_norm(self.heads(self.k_linear(ctx))).type_as(v)
-        if cache is not None:
-            cache.update(k=k, v=v)
-        n = len(k)
-        q = self.q_norm(self.heads(self.q_linear(x[:n]))).type_as(v)
-        y = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        if n == len(x):
-            return y
-        # Among equal keys softmax has no choice, and any average of equal values is that value.
-        constant = self.proj(self.v_linear(no_ctx))
-        return torch.cat([y, constant.expand(len(x) - n, x.shape[1], -1)])
+    def attend(self, x, k, v):
+        q = self.q_norm(self.heads(self.q_linear(x))).type_as(v)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x, ctx):
+        """x: (B, N, D); ctx: (B, M, D) -> (B, N, D)"""
+        k, v = self.keys_values(ctx)
+        return self.attend(x, k, v)
 
 
 class SwiGLU(nn.Module):
@@ -166,11 +166,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(D, int(2 / 3 * int(D * cfg.mlp_ratio)))
         self.scale_shift_table = nn.Parameter(torch.empty(6, D))
 
-    def forward(self, x, ctx, no_ctx, c0, rope, cache=None):
-        """x: (B, N, D); c0: (B, 6, D) shared by all blocks; ctx, no_ctx, cache: see CrossAttention -> (B, N, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + c0).unbind(1)
+    def forward(self, x, ctx, c0, rope):
+        """x: (B, N, D); ctx: (B, M, D); c0: (B, 6, D), shared by all blocks; rope: (N, hd/2) -> (B, N, D)"""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + c0).unbind(1)  # each (B, D)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
-        x = x + self.cross_attn(x, ctx, no_ctx, cache)  # official: no norm before it, no gate after it
+        x = x + self.cross_attn(x, ctx)  # official: no norm before it, no gate after it
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
@@ -208,7 +208,7 @@ class DiT(Checkpointing, nn.Module):
         self.r_embedder = TimeEmbedder(D) if cfg.auxiliary_time_cond else None
         self.feat_rope = Rope(self.side, D // cfg.num_heads)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.layer_norm = nn.LayerNorm(cfg.z_dims)
+        self.layer_norm = nn.LayerNorm(cfg.z_dims)  # of visual tokens
         self.mlp_ca = MLP(cfg.z_dims, cfg.encdim_ratio * D, D, gelu="tanh")
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(D, cfg.patch_size**2 * cfg.out_channels)
@@ -234,12 +234,14 @@ class DiT(Checkpointing, nn.Module):
     def rope(self, h, w, device):
         """Turns of h x w tokens -> (h*w, hd/2) complex."""
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
-        if not h == w == self.side or cos.dtype != torch.float32:  # .to(bfloat16) has rounded them
+        trained_size = h == w == self.side
+        if not trained_size or cos.dtype != torch.float32:  # .to(bfloat16) has rounded them
             # official: squares only; one factor for both axes keeps a rectangle's aspect
             scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
-            rows, cols = (torch.arange(n, device=device).float() * scale for n in (h, w))
+            rows = torch.arange(h, device=device).float() * scale
+            cols = torch.arange(w, device=device).float() * scale
             cos, sin = rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)
-        return torch.complex(cos[:, ::2], sin[:, ::2])
+        return torch.complex(cos[:, ::2], sin[:, ::2])  # both of a pair turn by the same angle
 
     def unpatchify(self, x, h, w):
         """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token holds (row, column, channel)."""
@@ -247,24 +249,25 @@ class DiT(Checkpointing, nn.Module):
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, p, -1))  # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def forward(self, z_t, z_lq, feat, t, r=None, cache=None):
-        """Velocity of the flow, or its average from t down to r.
+    def forward(self, z_t, z_lq, feat, t, r=None):
+        """Velocity of the flow at t, or with auxiliary_time_cond its average from t down to r.
 
-        z_t, z_lq: (B, C, h, w) noisy latent and LQ latent; h, w multiples of the patch size
-        feat: (n, M, z_dims) visual tokens of the first n LQ pictures; the others have none, and zeros are none too
-        t, r: (B,) in [0, 1], 1 = noise, 0 = clean; r only with auxiliary_time_cond
-        cache: a dict, empty at first: while feat stays the same, cross-attention computes keys and values once
-        -> (B, C, h, w) velocity eps - hq
+        z_t, z_lq: (B, C, h, w) noisy latent and LQ latent; h, w multiples of the patch size p
+        feat: (B, M, z_dims) visual tokens of the LQ image, zeros for none
+        t, r: (B,) in [0, 1], 1 = noise, 0 = clean
+        -> (B, C, h, w) velocity eps - z_hq
         """
         p = self.cfg.patch_size
-        h, w = z_t.shape[-2] // p, z_t.shape[-1] // p
-        x = self.x_embedder(torch.cat([z_lq, z_t], dim=1))  # (B, N, D), LQ first
-        c = self.t_embedder(t)
+        h, w = z_t.shape[-2] // p, z_t.shape[-1] // p  # tokens
+
+        x = self.x_embedder(torch.cat([z_lq, z_t], dim=1))  # (B, h*w, D), LQ first
+        ctx = self.mlp_ca(self.layer_norm(feat))  # (B, M, D)
+        c = self.t_embedder(t)  # (B, D)
         if self.r_embedder:
             c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)  # exactly c(t) where r = t
-        c0 = self.t_block(c).unflatten(-1, (6, -1))
-        ctx = None if cache else self.mlp_ca(self.layer_norm(feat))  # (n, M, D)
-        no_ctx, rope = self.mlp_ca(self.layer_norm.bias), self.rope(h, w, x.device)  # what tokens of zeros become
-        for i, block in enumerate(self.blocks):
-            x = self.run(block, x, ctx, no_ctx, c0, rope, None if cache is None else cache.setdefault(i, {}))
+        c0 = self.t_block(c).unflatten(-1, (6, -1))  # (B, 6, D)
+        rope = self.rope(h, w, x.device)
+
+        for block in self.blocks:
+            x = self.run(block, x, ctx, c0, rope)
         return self.unpatchify(self.final_layer(x, c), h, w)

@@ -3,8 +3,14 @@
 Paper:   VOSR, arXiv 2604.03225; flow matching after 2209.03003, shortcut models 2410.12557.
 Left out: the official code's cosine time schedule, which nothing uses.
 
-Letters: z_t = (1 - t) z_hq + t eps is the state, t = 1 noise, t = 0 clean; v its velocity eps - z_hq at t; u the
-average velocity from t down to r; z_weak = w z_lq the weak condition. Everything random is an argument.
+Letters:
+    z_hq, z_lq  latents of the high-quality and of the enlarged low-quality image; feat: visual tokens of the latter
+    eps         standard normal noise
+    z_t         the state (1 - t) z_hq + t eps: noise at t = 1, clean at t = 0
+    v           velocity at t, the derivative of the state: eps - z_hq, of which a network learns the mean
+    u           average velocity from t down to r, so that z_r = z_t - (t - r) u; v where r = t
+    z_weak      w z_lq, the weak condition; the branch that sees it has no visual tokens
+    omega       strength of guidance, in `guided` called guidance
 """
 
 from dataclasses import dataclass
@@ -16,25 +22,28 @@ import torch.nn.functional as F
 # ---- the velocity and the sampler
 
 
-def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None, cache=None):
-    """Velocities under z_lq with feat and under z_weak without, in one batch -> v_cond, v_weak"""
-    z_t, t, r = z_t.repeat(2, 1, 1, 1), t.repeat(2), r if r is None else r.repeat(2)
-    return dit(z_t, torch.cat([z_lq, z_weak]), feat, t, r, cache).chunk(2)
+def two_branches(dit, z_t, z_lq, z_weak, feat, t, r=None):
+    """Velocities under z_lq with feat and under z_weak without, in one batch of twice the size -> v_cond, v_weak"""
+    z_t, t = z_t.repeat(2, 1, 1, 1), t.repeat(2)
+    if r is not None:
+        r = r.repeat(2)
+    none = torch.zeros_like(feat)
+    return dit(z_t, torch.cat([z_lq, z_weak]), torch.cat([feat, none]), t, r).chunk(2)
 
 
-def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1.0), cache=None):
+def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1.0)):
     """Restoration-oriented guidance: the reference is a WEAK condition, not an absent one.
 
     z_t, z_lq: (B, C, h, w); feat: (B, M, z_dims); t, r: numbers in [0, 1], r is read by one-step models only
     guidance: 1 = conditional only, one pass; 0 = weak only. Against habit smaller is more generative, larger more
-    faithful; weak: w; interval: of t where guidance counts; cache: DiT's -> (B, C, h, w) velocity
+    faithful; weak: w; interval: of t where guidance counts -> (B, C, h, w) velocity
     """
     if not interval[0] <= t <= interval[1]:
         guidance = 1
-    t, r = (torch.full((len(z_t),), float(x), device=z_t.device) for x in (t, r))
+    t, r = (torch.full((len(z_t),), float(time), device=z_t.device) for time in (t, r))
     if guidance == 1:
-        return dit(z_t, z_lq, feat, t, r, cache)
-    v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r, cache)
+        return dit(z_t, z_lq, feat, t, r)
+    v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r)
     return v_weak + guidance * (v_cond - v_weak)  # Eq. guidance
 
 
@@ -50,130 +59,171 @@ def sample(velocity, eps, steps):
     return z.to(eps.dtype)
 
 
-# ---- losses
+# ---- what is drawn, and the conditions
 
 
 @dataclass
 class Draws:
-    """Everything random in a loss, as drawn."""
+    """Everything random in a loss of B latents."""
 
-    t: torch.Tensor         # (B,) uniform; distillation: (B, 2), t is the larger
-    n: torch.Tensor         # (B,) standard normal: strength of the LQ condition
-    eps: torch.Tensor       # (B, C, h, w) standard normal: the flow's noise
-    m: torch.Tensor         # (B,) uniform: the condition is dropped where m < cfg_ratio
-    xi: torch.Tensor        # (B, C, h, w) standard normal: noise of the LQ condition
-    w: torch.Tensor         # () strength of the weak condition, one number for the batch
-    g: torch.Tensor | None = None   # (B,) Beta(1, 1), which is uniform: r = t (1 - g), distillation only
-
-    @classmethod
-    def flow(cls, z, generator, lognorm=None):
-        """For `loss_flow`. lognorm: mu, sigma of t = sigmoid(sigma N + mu), None = uniform."""
-        t, n, eps, m, xi, u = draw(z, generator)
-        t = t[:, 0]
-        if lognorm is not None:
-            mu, sigma = lognorm
-            t = torch.sigmoid(sigma * torch.special.ndtri(t) + mu)
-        return cls(t, n, eps, m, xi, 0.05 + 0.2 * u[0])
-
-    @classmethod
-    def distill(cls, z, generator):
-        """For `loss_distill`."""
-        t, n, eps, m, xi, g = draw(z, generator)
-        return cls(t, n, eps, m, xi, torch.tensor(0.1, device=z.device), g)
+    t: torch.Tensor     # (B, 2) uniform: flow matching takes the first as t, distillation the larger
+    n: torch.Tensor     # (B,) standard normal: how much noise the LQ condition gets
+    eps: torch.Tensor   # (B, C, h, w) standard normal: noise of the state
+    m: torch.Tensor     # (B,) uniform: the condition is dropped where m < cfg_ratio
+    xi: torch.Tensor    # (B, C, h, w) standard normal: noise of the LQ condition
+    g: torch.Tensor     # (B,) uniform, as is Beta(1, 1): in distillation r = t (1 - g), else the first gives w
 
 
 def draw(z, generator):
-    """The numbers behind both kinds of Draws, for latents z: (B, C, h, w)."""
+    """Draws for latents z: (B, C, h, w)."""
     B = len(z)
-    draws = ((torch.rand, (B, 2)), (torch.randn, (B,)), (torch.randn, z.shape),
-             (torch.rand, (B,)), (torch.randn, z.shape), (torch.rand, (B,)))
-    return [function(shape, generator=generator).to(z.device) for function, shape in draws]
+    t = torch.rand(B, 2, generator=generator)
+    n = torch.randn(B, generator=generator)
+    eps = torch.randn(z.shape, generator=generator)
+    m = torch.rand(B, generator=generator)
+    xi = torch.randn(z.shape, generator=generator)
+    g = torch.rand(B, generator=generator)
+    return Draws(*(x.to(z.device) for x in (t, n, eps, m, xi, g)))
 
 
 def column(x):
-    """(B,) -> (B, 1, 1, 1)."""
+    """(B,) -> (B, 1, 1, 1): one number for each latent."""
     return x[:, None, None, None]
 
 
-def conditions(z_lq, feat, d, cfg_ratio, strength):
+def conditions(z_lq, feat, d, w, cfg_ratio, strength):
     """The LQ condition noised, weak, and mixed: the weak one and no visual tokens where it is dropped.
 
-    z_lq: (B, C, h, w); feat: (B, M, z_dims) -> noised, z_weak, mixed like z_lq, mixed_feat like feat
+    z_lq: (B, C, h, w); feat: (B, M, z_dims); d: Draws; w: number; strength: mean and deviation of a's logit
+    -> noised, z_weak, mixed like z_lq, mixed_feat like feat
     """
-    mu, sigma = strength
-    a = column(torch.sigmoid(sigma * d.n + mu))  # about 0.993
+    mean, deviation = strength
+    a = column(torch.sigmoid(deviation * d.n + mean))  # about 0.993
     noised = a * z_lq + (1 - a**2).sqrt() * d.xi  # Eq. noised condition
-    z_weak = d.w * z_lq  # Eq. weak condition
+    z_weak = w * z_lq  # Eq. weak condition
     dropped = d.m < cfg_ratio
     mixed = torch.where(column(dropped), z_weak, noised)
-    return noised, z_weak, mixed, torch.where(dropped[:, None, None], 0.0, feat)
+    mixed_feat = torch.where(dropped[:, None, None], 0.0, feat)
+    return noised, z_weak, mixed, mixed_feat
 
 
-def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
+# ---- flow matching: a model of many steps
+
+
+def loss_flow(dit, z_hq, z_lq, feat, generator, cfg_ratio=0.1, strength=(5.0, 1.0), lognorm=None, weak=(0.05, 0.25),
+              draws=None):
     """Flow matching under the mixed condition: mean of (v(z_t, t) - (eps - z_hq))^2.
 
-    z_hq, z_lq: (B, C, h, w) scaled latents; feat: (B, M, z_dims); d: Draws.flow(...) -> scalar
+    z_hq, z_lq: (B, C, h, w) scaled latents; feat: (B, M, z_dims); generator: of all that is drawn
+    cfg_ratio: share of the images whose condition is dropped; strength: see `conditions`
+    lognorm: mu, sigma of t = sigmoid(sigma N + mu), None = uniform; weak: range of w, one number for the batch
+    draws: instead of the generator's -> scalar
     """
-    _, _, mixed, feat = conditions(z_lq, feat, d, cfg_ratio, strength)
-    t = column(d.t)
-    z_t = (1 - t) * z_hq + t * d.eps
-    return F.mse_loss(dit(z_t, mixed, feat, d.t).float(), d.eps - z_hq)  # Eq. flow
+    d = draws or draw(z_hq, generator)
+    t = d.t[:, 0]
+    if lognorm is not None:
+        mu, sigma = lognorm
+        t = torch.sigmoid(sigma * torch.special.ndtri(t) + mu)  # ndtri makes a normal number of a uniform one
+    w = weak[0] + (weak[1] - weak[0]) * d.g[0]
+    _, _, mixed, mixed_feat = conditions(z_lq, feat, d, w, cfg_ratio, strength)
+
+    z_t = (1 - column(t)) * z_hq + column(t) * d.eps
+    v = dit(z_t, mixed, mixed_feat, t).float()
+    return F.mse_loss(v, d.eps - z_hq)  # Eq. flow
 
 
+# ---- distillation: a model of one step
+
+
+@torch.no_grad()
 def teach(teacher, z_t, noised, z_weak, feat, t, omega, interval=(0.0, 1.0)):
     """The frozen multi-step teacher's guided velocity; outside the interval of t: (B,) omega is 1."""
     v_cond, v_weak = (v.float() for v in two_branches(teacher, z_t, noised, z_weak, feat, t))
-    omega = column(torch.where((interval[0] <= t) & (t <= interval[1]), omega, 1.0))
+    inside = (interval[0] <= t) & (t <= interval[1])
+    omega = column(torch.where(inside, omega, 1.0))
     return v_weak + omega * (v_cond - v_weak)  # Eq. teacher
 
 
+@torch.no_grad()
 def target_shortcut(u, z_t, t, r):
-    """Two half steps make a whole one: the mean of u on [t, s] and [s, r]."""
+    """Two half steps make a whole one: the mean of u on [t, s] and [s, r], s half way.
+
+    u: the student, (z_t, t, r) -> average velocity; z_t: (B, C, h, w); t, r: (B,) -> like z_t
+    """
     s = (t + r) / 2
     u1 = u(z_t, t, s)
-    u2 = u(z_t - column((t - r) / 2) * u1, s, r)
+    z_s = z_t - column((t - r) / 2) * u1
+    u2 = u(z_s, s, r)
     return (u1 + u2) / 2  # Eq. shortcut
 
 
+@torch.no_grad()
 def correction_rcgm(u, z_t, t, r, u_t, v, delta=0.01, N=2):
-    """Recursive consistency: go a short way delta along the teacher's v, the rest along the student, compare with u_t.
+    """Recursive consistency: what an average velocity has too much.
 
-    u: the student, (z_t, t, r) -> velocity; z_t, u_t, v: (B, C, h, w) state, u(z_t, t, r), the teacher's velocity at t
-    t, r: (B,) -> like u_t: what it has too much, over delta; 0 when it is the average velocity of the teacher's flow
+    By definition (t - r) u(z_t, t, r) is the way that the flow goes from t to r, the integral of its velocity. Cut the
+    way at t_m = t - delta, a short step after t. On the short part the velocity hardly changes, and the teacher knows
+    it: delta v. The long part, from t_m to r, the student walks by itself in N steps; call that way F. So of the true
+    average velocity
+
+        (t - r) u(z_t, t, r) = delta v + F,     or     ((t - r) u(z_t, t, r) - F) / delta - v = 0,
+
+    and of any other the left side is the correction: the velocity on the short step, as implied by the student's two
+    ways to r, less the teacher's. In the limit of a small delta it is the derivative of (t - r) u along the flow, less
+    v. Nothing is learned from F itself (no gradient), only that u agrees with it.
+
+    u: the student, (z_t, t, r) -> average velocity; z_t, u_t, v: (B, C, h, w) state, u(z_t, t, r), the teacher's
+    velocity at t; t, r: (B,); delta: of time; N: steps of the long part -> like u_t, not clamped (see `loss_distill`)
     """
+    # the short step, by the teacher; not beyond r
     t_m = torch.maximum(t - delta, r)
     z = z_t - column(t - t_m) * v
+
+    # the long part, by the student
     step = (t_m - r) / N
-    way = torch.zeros_like(z)  # F: the way from t_m to r
+    way = torch.zeros_like(z)  # F
     for k in range(N):
         u_k = u(z, t_m - k * step, t_m - (k + 1) * step)
-        z, way = z - column(step) * u_k, way + column(step) * u_k
-    d = column((t - r).clamp(min=1e-6))
-    near = column(t < r + delta + 1e-6)  # then t_m = r and F = 0: u_t shall be v
-    return torch.where(near, u_t - way / d, (u_t * d - way) / delta) - v  # Eq. RCGM
+        z = z - column(step) * u_k
+        way = way + column(step) * u_k
+
+    # Where r is nearer than delta the short step ends at r: there is no long part, F = 0, and (t - r) u = (t - r) v.
+    # This is divided by t - r, not by delta, or it would count the less the nearer r is.
+    near = column(t < r + delta + 1e-6)
+    length = column((t - r).clamp(min=1e-6))
+    implied = torch.where(near, u_t - way / length, (u_t * length - way) / delta)
+    return implied - v  # Eq. RCGM
 
 
-def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, cfg_ratio=0.1, strength=(5.0, 1.0),
-                 interval=(0.0, 1.0), **rcgm):
+def loss_distill(student, teacher, z_hq, z_lq, feat, generator, kind="rcgm", omega=0.5, cfg_ratio=0.1,
+                 strength=(5.0, 1.0), interval=(0.0, 1.0), weak=0.1, delta=0.01, N=2, draws=None):
     """One-step distillation: learn the teacher's guided velocity where r = t, be consistent with oneself where r < t.
 
-    student, teacher: DiT with and without second time; kind: "rcgm" or "shortcut"; omega: the guidance that is
-    distilled in; the others as for `loss_flow` -> v_loss, u_loss; their sum is the loss
+    student, teacher: DiT with and without second time; z_hq, z_lq: (B, C, h, w) scaled latents; feat: (B, M, z_dims)
+    kind: "rcgm", with its delta and N, or "shortcut"; omega: the guidance that is distilled in, in the interval of t
+    weak: w; the others as for `loss_flow` -> {"v": scalar, "u": scalar}, whose sum is the loss
     """
+    d = draws or draw(z_hq, generator)
     t = d.t.amax(1)
     r = t * (1 - d.g)
-    noised, z_weak, mixed, mixed_feat = conditions(z_lq, feat, d, cfg_ratio, strength)
+    noised, z_weak, mixed, mixed_feat = conditions(z_lq, feat, d, weak, cfg_ratio, strength)
     z_t = (1 - column(t)) * z_hq + column(t) * d.eps
 
     def u(z, t, r):
         return student(z, mixed, mixed_feat, t, r).float()
 
+    # 1. the teacher's velocity at t
+    # official: v_cond sees the noised condition and all visual tokens, for dropped samples too
+    v = teach(teacher, z_t, noised, z_weak, feat, t, omega, interval)
+
+    # 2. what the student's average velocity from t to r should be, by its own others
     u_t = u(z_t, t, r)
-    with torch.no_grad():
-        # official: v_cond sees the noised condition and all visual tokens, for dropped samples too
-        v = teach(teacher, z_t, noised, z_weak, feat, t, omega, interval)
-        if kind == "shortcut":
-            target = target_shortcut(u, z_t, t, r)
-        else:  # the clamp is a trust region, at first always hit
-            target = u_t - correction_rcgm(u, z_t, t, r, u_t, v, **rcgm).clamp(-1, 1)
-    return F.mse_loss(u(z_t, t, t), v), F.mse_loss(u_t, target)
+    if kind == "shortcut":
+        target = target_shortcut(u, z_t, t, r)
+    else:
+        # The clamp is a trust region: of an untrained student corrections are huge, an error of u over delta, and
+        # would throw it far from where they were measured. At first nearly all of them are clamped.
+        target = u_t.detach() - correction_rcgm(u, z_t, t, r, u_t, v, delta, N).clamp(-1, 1)
+
+    # 3. both errors
+    return {"v": F.mse_loss(u(z_t, t, t), v), "u": F.mse_loss(u_t, target)}

@@ -26,8 +26,9 @@ from models.lora import ALPHA, adapted_layers, add_lora
 from models.support import fast_lora
 from models.support.authors import last_step, with_step
 from models.support.files import whole_file
-from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.imaging import color_fix, pad_to_multiple, resize
 from models.support.precision import in_half
+from models.support.tiles import tile_boxes, tiled
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
 from models.unet import UNet, UNetConfig
@@ -45,7 +46,6 @@ SETS = {
 RELEASE = {"model": "model_12501.pkl", "texture": "lora_weights_dino_53001.safetensors", "adapter": "adapter_53001.pth"}
 PRIOR = {name: f"stable-diffusion-2-1-base/{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
 PRIOR["vit"] = "dinov3-vitb16-pretrain-lvd1689m/model.safetensors"
-TILES_AT_ONCE = 4
 
 
 @dataclass
@@ -78,13 +78,14 @@ class GramSR(nn.Module):
         self.cfg = replace(cfg, ranks={})       # which `add_set` fills
         self.unet, self.vae, self.vit = self.networks(cfg)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
-        halved = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)      # VAE and UNet halve their maps
-        self.multiple = lcm(halved, cfg.vit.patch_size)                 # of pixels
+        halved = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)
+        self.multiple = lcm(halved, cfg.vit.patch_size)         # of x's sides: maps are halved, patches are whole
         for name in SETS:
             if name in cfg.ranks:
                 self.add_set(name, cfg.ranks[name])
 
     def networks(self, cfg):
+        """-> UNet, VAE, DINOv3"""
         return UNet(cfg.unet), VAE(cfg.vae), DINOv3(cfg.vit)
 
     # ---- LoRA sets
@@ -167,17 +168,10 @@ class GramSR(nn.Module):
         def restored(z, x):
             return self.clean(z, self.predict(z, self.tokens(x), scales))
 
-        (h, w), f = z.shape[-2:], self.vae.factor
-        side = tile // self.multiple * self.multiple // f
-        if side == 0 or (h <= side and w <= side):
-            return restored(z, x)
-        boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
-
-        def on_tiles(tiles, n):
-            crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes[n]]
-            return restored(tiles, torch.cat(crops))
-
-        return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE)
+        f = self.vae.factor
+        side = tile // self.multiple * self.multiple // f       # cells
+        boxes = tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
+        return tiled(restored, boxes, z, x)
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0,

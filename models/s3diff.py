@@ -23,8 +23,9 @@ from models.clip import text_features
 from models.denet import DegradationEstimator
 from models.lora import Modulation, add_lora, repeated
 from models.support.authors import read_s3diff, s3diff_layout
-from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, tile_boxes
+from models.support.imaging import color_fix, pad_to_multiple
 from models.support.precision import in_half
+from models.support.tiles import tile_boxes, tiled
 from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
                                     read_tensors)
 from models.unet import UNet, UNetConfig, alphas_cumprod
@@ -38,7 +39,6 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "c
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"
 ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
 SD_TURBO = {network: f"sd-turbo/{network}/diffusion_pytorch_model.safetensors" for network in ADAPTER}
-TILES_AT_ONCE = 4
 
 
 def is_trained(name):
@@ -75,11 +75,12 @@ class S3Diff(nn.Module):
         self.cfg = cfg
         self.folder = None      # where the files of SD-Turbo lie, its text encoder among them; None = the cache
         self.unet, self.denet, self.vae = self.networks(cfg)
-        self.multiple = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)       # of pixels: both halve their maps
+        self.multiple = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)       # of x's sides: the maps are halved
         self.adapt()
         self.register_buffer("prompts", torch.zeros(2, 77, cfg.unet.context_dim))   # features: positive, negative
 
     def networks(self, cfg):
+        """-> UNet, degradation estimator, VAE"""
         return UNet(cfg.unet), DegradationEstimator(), VAE(cfg.vae)
 
     def adapt(self):
@@ -120,6 +121,7 @@ class S3Diff(nn.Module):
         return a**0.5 * z + (1 - a) ** 0.5 * self.noise(z, generator)
 
     def noise(self, z, generator=None):
+        """Standard normal, drawn on the CPU, like z"""
         return torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
@@ -160,16 +162,15 @@ class S3Diff(nn.Module):
 
     def predict(self, z_t, t, prompts, C, guidance, tile, overlap):
         """`guided`, in tiles where z_t has more cells than one; then B is 1.  tile, overlap: pixels -> like z_t"""
-        def guided(z_t, _=None):
+        def guided(z_t):
             return self.guided(z_t, t, prompts, C, guidance)
 
         f, (h, w) = self.vae.factor, z_t.shape[-2:]
         if h * w <= (tile // f) ** 2:
             return guided(z_t)
-        side = min(max(tile // f, 8), h, w)         # the UNet halves it three times
+        side = min(max(tile // f, 8), h, w)         # cells; the UNet halves them three times
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
-        # official: the window's centre lies half a cell too low
-        return blend_tiles(guided, z_t, boxes, TILES_AT_ONCE, down=0.5)
+        return tiled(guided, boxes, z_t, down=0.5)  # official: the window's centre lies half a cell too low
 
     @torch.no_grad()
     def estimate(self, lq):

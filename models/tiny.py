@@ -141,14 +141,14 @@ class TinyDiT(DiT):
     term, and says by how much the velocity differs from that of this mean.
     """
 
-    def forward(self, z_t, z_lq, feat, t, r=None, cache=None):
+    def forward(self, z_t, z_lq, feat, t, r=None):
         """As `DiT.forward`."""
         time = t[:, None, None, None]
         variance = (1 - time) ** 2 + time**2
         gain = (1 - time) / variance
         gain = gain.clamp(min=0.1)      # or at t = 1 no noise came in, and in one step all seeds gave one image
         linear = ((2 * time - 1) * z_t - time * z_lq) / variance
-        return linear - super().forward(gain * (z_t - (1 - time) * z_lq), z_lq, feat, t, r, cache) / variance.sqrt()
+        return linear - super().forward(gain * (z_t - (1 - time) * z_lq), z_lq, feat, t, r) / variance.sqrt()
 
 
 # ---- S3Diff's discriminator

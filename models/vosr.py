@@ -3,12 +3,13 @@
 Paper:   VOSR, arXiv 2604.03225.
 Weights: VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR with the frozen networks they need.
 
-Low-quality picture -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the clean latent under both
-(DiT, and flow.py for the mathematics); clean latent -> picture (VAE).
+Low-quality image -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from noise to the clean latent under both
+(DiT, and flow.py for the mathematics); clean latent -> image (VAE).
 
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import torch.nn.functional as F
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
 from models.support.authors import read_light_decoder, release_config
-from models.support.imaging import blend_tiles, color_fix, pad_to_multiple, resize, tile_boxes
+from models.support.imaging import color_fix, pad_to_multiple, resize
 from models.support.precision import in_half
+from models.support.tiles import crop, tile_boxes, tiled
+from models.support.tokens import FixedTokens
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import VAE, LightDecoder, VAEConfig
 from models.vit import ViT, ViTConfig, standardised
@@ -28,7 +31,12 @@ from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_
                                     load_strictly, nearby, on_paper, read_config, read_tensors)
 
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE}
-TILES_AT_ONCE = 4
+FROZEN = {      # public files of the autoencoder and of the vision encoder that goes with it
+    VAEConfig: ("stable-diffusion-2-1-base/vae/diffusion_pytorch_model.safetensors",
+                "torch_cache/checkpoints/dinov2_vitb14_pretrain.pth"),
+    QwenVAEConfig: ("Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors",
+                    "torch_cache/checkpoints/dinov2_vitl14_pretrain.pth"),
+}
 
 
 @dataclass
@@ -37,14 +45,14 @@ class VOSRConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     vae: VAEConfig | QwenVAEConfig = field(default_factory=VAEConfig)
     light_decoder: dict | None = None   # LightDecoder's arguments, where it stands in for the VAE's own decoder
-    vit_input: int = 448            # pixels per side of what the vision encoder sees, whatever the picture's shape
+    vit_input: int = 448            # pixels per side of what the vision encoder sees, whatever the image's shape
     vit_layer: int | None = 8       # its tokens after this block; None = after the last block and the final norm
     steps: int = 25                 # of Euler
     guidance: float = 0.5           # 1 = conditional only; LESS is more generative: see `guided`
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
-    color: str = "adain"            # how the LQ picture's colours come back, see `color_fix`
-    tile: int = 0                   # pixels a side, 0 = the whole picture
+    color: str = "adain"            # how the LQ image's colours come back, see `color_fix`
+    tile: int = 0                   # pixels a side, 0 = the whole image
     overlap: int = 0                # pixels that tiles share, 1/8 at least
 
     def __post_init__(self):
@@ -53,7 +61,10 @@ class VOSRConfig:
 
     @classmethod
     def from_dict(cls, d):
-        vae = next(c for c in AUTOENCODERS if set(d["vae"]) <= {f.name for f in fields(c)})(**d["vae"])
+        for kind in AUTOENCODERS:       # the one that has such fields
+            if set(d["vae"]) <= {f.name for f in fields(kind)}:
+                break
+        vae = kind(**d["vae"])
         return cls(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
 
 
@@ -78,8 +89,8 @@ class VOSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.blunt = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond  # VOSR 2.0: no weak branch to be guided from
-        if self.blunt:
+        self.unguided = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond  # VOSR 2.0: never learned a weak branch
+        if self.unguided:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
         self.vae, self.vit, self.dit = self.networks(cfg)
         self.light_decoder = None
@@ -97,66 +108,77 @@ class VOSR(nn.Module):
 
     def tokens(self, x):
         """Visual tokens of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
-        side = (self.cfg.vit_input, self.cfg.vit_input)  # official: whatever the aspect, the picture is squeezed
+        side = (self.cfg.vit_input, self.cfg.vit_input)  # official: whatever the aspect, the image is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
         return self.vit(standardised(x).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
     @torch.no_grad()
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
-        """Sample the clean latent, in tiles where it is larger than one.
+        """Sample the clean latent: `sample` of `guided`, whose velocities are those of tiles where it is large.
 
         z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, 0 = off, as B > 1 needs
         -> like z_lq
         """
-        (h, w), f, p = z_lq.shape[-2:], self.vae.factor, self.cfg.dit.patch_size
-        side = tile // f // p * p
-        if side == 0 or (h <= side and w <= side):
-            feat, cache = self.tokens(x), {} if steps > 1 else None
-            return sample(lambda z, t, r: guided(self.dit, z, z_lq, feat, t, r, guidance, weak, cache=cache),
-                          eps, steps)
+        boxes = self.boxes(z_lq, tile, overlap)
+        feat = torch.cat([self.tokens(crop(x, box, self.vae.factor)) for box in boxes])  # every tile has its own
 
-        boxes = tile_boxes(h, w, side, max(overlap // f, side // 8))
-        z_lqs = torch.cat([z_lq[..., row, col] for row, col in boxes])
-        crops = [x[..., row.start * f : row.stop * f, col.start * f : col.stop * f] for row, col in boxes]
-        feats = torch.cat([self.tokens(crop) for crop in crops])  # every tile has its own visual tokens
-        # Keys and values of a tile take 235 MB (0.5B, float32): of many tiles they are made anew in every step.
-        cache = {} if 1 < steps and len(boxes) <= TILES_AT_ONCE else None
+        # fast: keys and values of the same tokens once, and no attention to the weak branch's, which are zeros
+        fixed = FixedTokens(self.dit) if steps > 1 or guidance != 1 else nullcontext
 
         def velocity(z, t, r):
-            def on_tiles(tiles, n):
-                return guided(self.dit, tiles, z_lqs[n], feats[n], t, r, guidance, weak, cache=cache)
-            return blend_tiles(on_tiles, z, boxes, TILES_AT_ONCE)
+            def of_tiles(z, z_lq, feat):
+                with fixed(feat) as tokens:
+                    return guided(self.dit, z, z_lq, tokens, t, r, guidance, weak)
+            return tiled(of_tiles, boxes, z, z_lq, feat)
 
         return sample(velocity, eps, steps)
+
+    def boxes(self, z, tile, overlap):
+        """Tiles of a latent, whole tokens of the transformer.  tile, overlap: pixels -> as `tile_boxes`"""
+        f, p = self.vae.factor, self.cfg.dit.patch_size
+        side = tile // f // p * p  # cells
+        return tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
 
     def enlarge(self, lq, size):
         """lq: (B, 3, H, W) in [0, 1] -> the same of size (height, width); by Pillow, as the official scripts."""
         return resize(lq, size)
 
+    def noise(self, z, seed):
+        """Of one image alone, whatever was drawn for others, and the same on all devices -> like z"""
+        eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        return eps.to(z, non_blocking=True)
+
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, temperature=None, tile=0,
                 overlap=0, color=None):
-        """Super-resolution of one picture.
+        """Super-resolution of one image.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
         None, and 0 of tile and overlap: as the checkpoint has it
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
-        if self.blunt and (guidance, weak) != (None, None):
+        if self.unguided and (guidance, weak) != (None, None):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
                               "leave them out")
-        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature,
+        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, color=color,
                      tile=tile or None, overlap=overlap or None)
         cfg = replace(self.cfg, **{k: v for k, v in given.items() if v is not None})
+
+        # the image, enlarged: what is left is to make it sharp
         H, W = (round(side * scale) for side in lq.shape[-2:])
         lq_up = self.enlarge(lq, (H, W)).to(self.dit.t_block[1].weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * cfg.dit.patch_size)
+
+        # its latent, and the flow from noise to the clean one
         z_lq = self.vae.encode(x)  # official: a sample of the posterior at first, now its mode
-        noise = torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(seed))  # of this picture alone
-        eps = cfg.temperature * noise.to(z_lq, non_blocking=True)
+        eps = cfg.temperature * self.noise(z_lq, seed)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
+
+        # the image of that, with the colours of the LQ one
         sr = self.decode(z).float().clamp(-1, 1) / 2 + 0.5
-        return color_fix(sr[..., :H, :W], lq_up, color or cfg.color, self.stablesr)
+        return color_fix(sr[..., :H, :W], lq_up, cfg.color, self.stablesr)
+
+    # ---- files: plumbing
 
     @classmethod
     def from_pretrained(cls, name="vosr-0.5b-1step", device="cpu", dtype=torch.float32):
@@ -165,16 +187,18 @@ class VOSR(nn.Module):
         A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError.
         """
         path = EMBEDDED.get(name) or Path(name)
+        weights = None if name in PUBLIC else find_weights(path)
         if name in PUBLIC:
             size, folder = PUBLIC[name]
             args, weights = fetch(f"{folder}/args.json"), fetch(f"{folder}/checkpoints/ema_model.safetensors")
             model = cls.from_release(weights, args, size)
-        elif weights := find_weights(path):
-            ours = read_config(weights)
-            model = load_ours(cls, cls.Config, weights) if ours else cls.from_release(weights, find_args(path))
-        else:
+        elif weights is None:
             raise FileNotFoundError(f"{path}: no such model; name {', '.join(PUBLIC)}, "
                                     "or a folder with a .safetensors file")
+        elif read_config(weights):      # ours
+            model = load_ours(cls, cls.Config, weights)
+        else:
+            model = cls.from_release(weights, find_args(path))
         return in_half(model.to(torch.float32), dtype).to(device).eval()
 
     @classmethod
@@ -199,19 +223,16 @@ class VOSR(nn.Module):
 
         Raises WeightError.
         """
-        if cfg.light_decoder is not None:
+        vae_file, vit_file = (nearby(file, release) for file in FROZEN[type(cfg.vae)])
+        vae = read_tensors(vae_file)
+        if cfg.light_decoder is not None:       # in place of the autoencoder's own
             settings, light, light_file = read_light_decoder(LightDecoder, release)
             cfg = replace(cfg, light_decoder=settings)
+            vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
         with torch.device("meta"):
             model = cls(cfg)
-        qwen = isinstance(cfg.vae, QwenVAEConfig)
-        folder = "Qwen-Image-vae-2d" if qwen else "stable-diffusion-2-1-base/vae"
-        vae_file = nearby(f"{folder}/diffusion_pytorch_model.safetensors", release)
-        vae = read_tensors(vae_file)
+        load_strictly(model.vae, vae, vae_file)
+        load_strictly(model.vit, read_tensors(vit_file), vit_file)
         if cfg.light_decoder is not None:
             load_strictly(model.light_decoder, light, light_file)
-            vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
-        load_strictly(model.vae, vae, vae_file)
-        vit_file = nearby(f"torch_cache/checkpoints/dinov2_vit{'l' if qwen else 'b'}14_pretrain.pth", release)
-        load_strictly(model.vit, read_tensors(vit_file), vit_file)
         return model

@@ -37,7 +37,9 @@ from models.gramsr import SETS, GramSR, GramSRConfig  # noqa: E402
 from models.support import fast_lora  # noqa: E402
 from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
 from models.support.graphs import replay  # noqa: E402
+from models.support.tokens import FixedTokens  # noqa: E402
 from models.support.precision import in_half  # noqa: E402
+from models.tiny import TinyVOSR  # noqa: E402
 from models.unet import UNetConfig  # noqa: E402
 from models.vae import VAEConfig  # noqa: E402
 from models.vit import DINOv3Config  # noqa: E402
@@ -194,7 +196,7 @@ class Vosr:
     def __init__(self, name, args, device):
         self.args = args
         if name == "tiny":
-            self.model = VOSR.from_pretrained(device=device)
+            self.model = TinyVOSR.from_pretrained("vosr-tiny", device=device)
         else:
             size, _, one_step = name.partition("-")
             cfg = SIZES[size]
@@ -217,14 +219,17 @@ class Vosr:
         rows = {"encode": {"ours": lambda: model.vae.encode(x)}, "decode": {"ours": lambda: model.decode(z_lq)},
                 "tokens of one tile": {"ours": lambda: model.tokens(x)}, "DiT on one tile": {"ours": lambda: dit(z, tile, feat, t, r)}}
         if dit.r_embedder is None:
-            cache, zero = {}, torch.zeros_like(feat)
-            guided(dit, z, tile, feat, 1.0, 0.0, 0.5, cache=cache)
+            fixed, zero = FixedTokens(dit), torch.zeros_like(feat)
+
+            def ours():
+                with fixed(feat) as tokens:
+                    return guided(dit, z, tile, tokens, 1.0, 0.0, 0.5)
 
             def long():
                 good, weak = dit(torch.cat([z, z]), torch.cat([tile, 0.15 * tile]), torch.cat([feat, zero]), t.repeat(2)).chunk(2)
                 return weak + 0.5 * (good - weak)
 
-            rows["guided step"] = {"ours": lambda: guided(dit, z, tile, feat, 1.0, 0.0, 0.5, cache=cache), "the long way": long}
+            rows["guided step"] = {"ours": ours, "the long way": long}
         return rows | {"whole picture": {"ours": lambda: model.upscale(lq, steps=self.args.steps)}}
 
 

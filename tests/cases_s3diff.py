@@ -19,7 +19,8 @@ from models.clip import TextConfig, TextEncoder, Tokenizer
 from models.denet import DegradationEstimator
 from models.discriminator import AugmentPlan, Discriminator, augment, multilevel_loss
 from models.support import strips
-from models.support.imaging import adain, low_frequencies, pad_to_multiple, tile_boxes
+from models.support.imaging import adain, low_frequencies, pad_to_multiple
+from models.support.tiles import tile_boxes
 from models.lora import Conv2d, Linear, Modulation
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, S3DiffConfig, is_trained

@@ -12,7 +12,8 @@ import torch
 
 from models.dit import DiT, DiTConfig, rope_table
 from models.flow import Draws, column, conditions, correction_rcgm, guided, loss_distill, loss_flow, sample, teach
-from models.support.imaging import adain, from_uint8, resize, tile_starts, tile_weight, wavelet
+from models.support.imaging import adain, from_uint8, resize, wavelet
+from models.support.tiles import tile_starts, tile_weight
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import LightDecoder, VAEConfig
 from models.vit import ViT, ViTConfig
@@ -112,16 +113,18 @@ def gradients(case, model):
     return {name: float(m[1]) * parameters[m[2]].grad for name, m in named}
 
 
-def draws(get, **more):
+def draws(get, t, g):
     n, eps, m, xi = tensors(get, "strength_normal", "eps", "drop_uniform", "cond_noise")
-    return Draws(n=n, eps=eps, m=m, xi=xi, **{k: torch.as_tensor(v, dtype=torch.float32) for k, v in more.items()})
+    return Draws(torch.as_tensor(t, dtype=torch.float32), n, eps, m, xi, torch.as_tensor(g, dtype=torch.float32))
 
 
 def flow(case, get):
     c = case["config"]
     model = make_dit(c["model"], case["fill"]["salt"])
-    d = draws(get, t=get("t_uniform"), w=get("weak_strength"))
-    loss = loss_flow(model, *tensors(get, "hq", "lq", "z"), d, c["cfg_ratio"], c["cond_strength_aelq_list"])
+    t, w = np.array(get("t_uniform")), float(get("weak_strength"))
+    d = draws(get, np.stack([t, t], axis=1), 0 * t)
+    loss = loss_flow(model, *tensors(get, "hq", "lq", "z"), None, c["cfg_ratio"], c["cond_strength_aelq_list"],
+                     weak=(w, w), draws=d)
     loss.backward()
     return {"loss": loss[None], **gradients(case, model)}
 
@@ -131,23 +134,24 @@ def distill(case, get):
     salt = re.search(r"[Tt]eacher[^.]*salt '([^']*)'", case["fill"]["keys"])[1]     # only the prose tells the teacher's
     student, teacher = make_dit(c["student"], case["fill"]["salt"]), make_dit(c["teacher"], salt)
     hq, lq, z = tensors(get, "hq", "lq", "z")
-    d = draws(get, t=get("t_uniform"), g=get("beta"), w=c["weak_cond_strength_aelq"])
+    d, weak = draws(get, get("t_uniform"), get("beta")), c["weak_cond_strength_aelq"]
     interval, strength = (c["t_start"], c["t_end"]), c["cond_strength_aelq_list"]
     rcgm = {"delta": c["rcgm_delta_t"], "N": c["rcgm_n_steps"]} if "rcgm_delta_t" in c else {}
-    v_loss, u_loss = loss_distill(student, teacher, hq, lq, z, d, "rcgm" if rcgm else "shortcut", c["cfg_scale"], c["cfg_ratio"],
-                                  strength, interval, **rcgm)
-    loss = v_loss + c["u_weight"] * u_loss
+    terms = loss_distill(student, teacher, hq, lq, z, None, "rcgm" if rcgm else "shortcut", c["cfg_scale"],
+                         c["cfg_ratio"], strength, interval, weak, draws=d, **rcgm)
+    loss = terms["v"] + c["u_weight"] * terms["u"]
     loss.backward()
-    out = {"loss": loss[None], "v_loss": v_loss[None], "u_loss": u_loss[None], **gradients(case, student)}
+    out = {"loss": loss[None], "v_loss": terms["v"][None], "u_loss": terms["u"][None], **gradients(case, student)}
     if rcgm:
         with torch.no_grad():
             t = d.t.amax(1)
             r = t * (1 - d.g)
-            noised, weak, mixed, mixed_z = conditions(lq, z, d, c["cfg_ratio"], strength)
+            noised, z_weak, mixed, mixed_z = conditions(lq, z, d, weak, c["cfg_ratio"], strength)
             z_t = (1 - column(t)) * hq + column(t) * d.eps
-            v = teach(teacher, z_t, noised, weak, z, t, c["cfg_scale"], interval)
+            v = teach(teacher, z_t, noised, z_weak, z, t, c["cfg_scale"], interval)
             u = student(z_t, mixed, mixed_z, t, r)
-            out["correction_before_clamp"] = correction_rcgm(lambda x, t, r: student(x, mixed, mixed_z, t, r), z_t, t, r, u, v, **rcgm)
+            out["correction_before_clamp"] = correction_rcgm(lambda x, t, r: student(x, mixed, mixed_z, t, r),
+                                                             z_t, t, r, u, v, **rcgm)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Picture files, ranges, sizes, tiles, colours, sheets.    python -m pytest tests/test_imaging.py"""
+"""Picture files, ranges, sizes, colours, sheets.    python -m pytest tests/test_imaging.py"""
 
 import io
 import os
@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 from models.support import charts
 from models.support.files import find_pictures
 from models.support.imaging import (PictureError, adain, chroma, color_fix, contact_sheet, pad_to_multiple, read_picture,
-                            resize, round8, tile_starts, tile_weight, to_uint8, wavelet, write_picture)
+                            resize, round8, to_uint8, wavelet, write_picture)
 
 rng = np.random.default_rng(0)
 RGB = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -254,7 +254,7 @@ def test_write_is_atomic(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
-# ---- sizes and tiles
+# ---- sizes
 
 def test_resize_is_pillow(tmp_path):
     x = torch.from_numpy(RGB).permute(2, 0, 1)[None] / 255
@@ -270,16 +270,6 @@ def test_padding_mirrors_as_numpy_does(H, W):
     y = pad_to_multiple(x, 16)
     assert y.shape[2] % 16 == y.shape[3] % 16 == 0 and torch.equal(y[..., :H, :W], x)
     assert np.array_equal(y[0], np.pad(x[0], ((0, 0), (0, -H % 16), (0, -W % 16)), mode="reflect"))
-
-
-def test_tiles_cover_everything():
-    for length in (1, 7, 8, 9, 40, 65):
-        for overlap in (0, 3, 7, 8):
-            starts = tile_starts(length, 8, overlap)
-            covered = {p for s in starts for p in range(s, s + min(8, length))}
-            assert starts[0] == 0 and covered == set(range(length)) and len(set(starts)) == len(starts)
-    w = tile_weight(6, 8)
-    assert w.shape == (1, 1, 6, 8) and torch.equal(w, w.flip(2, 3)) and w.argmax() == 2 * 8 + 3
 
 
 # ---- colours

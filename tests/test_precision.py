@@ -21,8 +21,9 @@ import train_s3diff
 import train_vosr
 import training
 from models.qwen_vae import QwenVAE, QwenVAEConfig
-from models.support.imaging import blend_tiles, read_picture, tile_boxes
+from models.support.imaging import read_picture
 from models.support.precision import Exact, in_half
+from models.support.tiles import tile_boxes, tiled
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 SYSTEMS = {"vosr": lambda: Vosr("tiny", ARGS, "cpu"), "s3diff": lambda: S3(ARGS, "cpu"),
@@ -117,7 +118,7 @@ def test_blending_in_half(dtype):
     """The window's corner is 3.7e-12 at 64 cells, which float16 takes for 0."""
     x = torch.randn(1, 4, 64, 80).to(dtype)
     boxes = tile_boxes(64, 80, 64, 16)
-    y = blend_tiles(lambda tiles, _: tiles, x, boxes)
+    y = tiled(lambda tiles: tiles, boxes, x)
     assert y.dtype == dtype
     torch.testing.assert_close(y, x, rtol=2 * torch.finfo(dtype).eps, atol=0)
 

@@ -21,13 +21,14 @@ from test_qwen_vae import video_form
 import sample
 from models.clip import TextConfig
 from models.dit import DiTConfig
-from models.support.imaging import pad_to_multiple, resize, tile_boxes, tile_weight, wavelet, write_picture
+from models.support.imaging import pad_to_multiple, resize, wavelet, write_picture
+from models.support.tiles import AT_ONCE, tile_boxes, tile_weight
 from models.qwen_vae import QwenVAEConfig
 from models.s3diff import S3Diff, S3DiffConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import ViTConfig
-from models.vosr import SIZES, TILES_AT_ONCE, VOSR, VOSRConfig
+from models.vosr import SIZES, VOSR, VOSRConfig
 from models.support.weights import FILES, WeightError, fetch
 from release import (ARGS, CLIP, DINO_B, DINO_L, FOLDERS, LIGHT, QWEN_VAE, SD_TURBO, SD_VAE, Hub, contents, rows,
                      write_release)
@@ -504,7 +505,7 @@ def test_cache_and_blind_branch_change_nothing(monkeypatch, size, tile, tiles):
     for block in model.dit.blocks:
         block.cross_attn.k_linear.register_forward_hook(lambda *_: calls.append(1))
     sr = model.upscale(lq, **knobs)
-    batches = -(-tiles // TILES_AT_ONCE)
+    batches = -(-tiles // AT_ONCE)
     assert len(calls) == len(model.dit.blocks) * (1 if batches == 1 else 5 * batches)
     del calls[:]
     monkeypatch.setattr(model, "restore", lambda *arguments: plain_restore(model, *arguments))

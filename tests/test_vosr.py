@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from test_release import TINY
 
 from models.dit import DiT, DiTConfig
-from models.flow import Draws, conditions, guided, loss_distill, loss_flow, sample
-from models.support.imaging import blend_tiles, tile_boxes
+from models.flow import conditions, correction_rcgm, draw, guided, loss_distill, loss_flow, sample
 from models.support.download import WeightError
 from models.support.strips import plain
-from models.tiny import TinyVAE, TinyVAEConfig, TinyVOSR, TinyVOSRConfig
+from models.tiny import TinyDiT, TinyVAE, TinyVAEConfig, TinyVOSR, TinyVOSRConfig
 from models.vit import ViT, ViTConfig
-from models.vosr import VOSR, VOSRConfig
+from models.vosr import VOSR
 from models.support.weights import load_strictly, save_model
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "shared" / "manifests"
-SMALL = VOSRConfig(
+SMALL = TinyVOSRConfig(
     dit=DiTConfig(input_size=8, patch_size=2, in_channels=16, out_channels=8, hidden_size=32, depth=2, num_heads=2, z_dims=16),
     vit=ViTConfig(img_size=28, embed_dim=16, depth=1, num_heads=2),
-    vae=TinyVAEConfig(latent_channels=8), vit_input=28, vit_layer=None, steps=2, guidance=1.0,
+    vae=TinyVAEConfig(latent_channels=8), vit_input=28, vit_layer=None, steps=2, temperature=1.0, color="adain", tile=0,
+    overlap=0,
 )
 
 
@@ -38,8 +38,14 @@ def awake(model):
 
 
 def make(**dit):
+    """A system with another transformer; the DiTs of the tests beside it are plain ones."""
     torch.manual_seed(0)
-    return awake(VOSR(replace(SMALL, dit=replace(SMALL.dit, **dit))))
+    return awake(TinyVOSR(replace(SMALL, dit=replace(SMALL.dit, **dit))))
+
+
+def make_dit(**dit):
+    torch.manual_seed(0)
+    return awake(DiT(replace(SMALL.dit, **dit)))
 
 
 def inputs(B=2, h=8, w=8):
@@ -65,7 +71,7 @@ def test_names_and_shapes_equal_the_public_files(name, config):
 
 
 def test_unpatchify_undoes_patches():
-    dit = make().dit
+    dit = make_dit()
     z = inputs(1, 4, 6)[0]
     tokens = z.unflatten(2, (2, 2)).unflatten(4, (3, 2)).permute(0, 2, 4, 3, 5, 1).reshape(1, 6, -1)     # (row, column, channel)
     assert torch.equal(dit.unpatchify(tokens, 2, 3), z)
@@ -79,7 +85,7 @@ def test_first_velocity_is_zero():
 def test_preconditioning_is_right_for_a_gaussian():
     """Without a network: one step from noise is z_lq; at t = 0 the latent is known; and no other linear guess has a smaller loss."""
     z_t, z_lq, feat = inputs()
-    dit = DiT(replace(SMALL.dit, precondition=True))
+    dit = TinyDiT(SMALL.dit)
     assert torch.allclose(z_t - dit(z_t, z_lq, feat, torch.ones(2)), z_lq, atol=1e-6)
     assert torch.allclose(dit(z_t, z_lq, feat, torch.zeros(2)), -z_t, atol=1e-6)
     z_hq, eps = z_lq + torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8, 8)
@@ -90,7 +96,7 @@ def test_preconditioning_is_right_for_a_gaussian():
 
 
 def test_guidance_one_is_no_guidance():
-    dit = make().dit
+    dit = make_dit()
     z_t, z_lq, feat = inputs()
     calls = []
     dit.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
@@ -103,7 +109,7 @@ def test_guidance_one_is_no_guidance():
 
 
 def test_second_time_is_silent_where_r_is_t():
-    one_step = make(auxiliary_time_cond=True).dit
+    one_step = make_dit(auxiliary_time_cond=True)
     multi_step = DiT(SMALL.dit).eval()
     load_strictly(multi_step, {k: v for k, v in one_step.state_dict().items() if not k.startswith("r_embedder")}, "test")
     z_t, z_lq, feat = inputs()
@@ -120,47 +126,85 @@ def test_euler_is_exact_on_a_straight_flow():
 
 def test_dropped_condition_is_weak_and_blind():
     _, z_lq, feat = inputs()
-    d = Draws.flow(z_lq, torch.Generator().manual_seed(0))
+    d = draw(z_lq, torch.Generator().manual_seed(0))
     d.m = torch.tensor([0.05, 0.5])
-    noised, weak, mixed, mixed_feat = conditions(z_lq, feat, d, 0.1, (5.0, 1.0))
-    assert torch.equal(mixed[0], d.w * z_lq[0]) and not mixed_feat[0].any()
+    noised, weak, mixed, mixed_feat = conditions(z_lq, feat, d, 0.2, 0.1, (5.0, 1.0))
+    assert torch.equal(mixed[0], 0.2 * z_lq[0]) and not mixed_feat[0].any()
     assert torch.equal(mixed[1], noised[1]) and torch.equal(mixed_feat[1], feat[1])
 
 
-def test_draws_are_reproducible_and_in_range():
-    z = inputs(64)[0]
-    for make_draws in (Draws.flow, Draws.distill, lambda z, g: Draws.flow(z, g, lognorm=(0.8, 0.8))):
-        a, b = (make_draws(z, torch.Generator().manual_seed(3)) for _ in range(2))
-        assert all(v is None or torch.equal(v, vars(b)[k]) for k, v in vars(a).items())
-        assert 0 <= a.t.min() and a.t.max() <= 1 and a.t.std() > 0.1
-    assert abs(a.t.median() - torch.sigmoid(torch.tensor(0.8))) < 0.1
+class Seen(torch.nn.Module):
+    """A network that notes at which times it is called, under how much of the condition, and says 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.t, self.z_lq = [], []
+
+    def forward(self, z_t, z_lq, feat, t, r=None):
+        self.t.append(t), self.z_lq.append(z_lq)
+        return 0 * z_t
+
+
+def test_losses_draw_by_themselves():
+    """Alike for equal seeds; t, r and w lie where they should, and a loss with given draws draws nothing."""
+    z_hq = inputs(64)[0]
+    z_lq, feat = torch.ones_like(z_hq), torch.ones(64, 4, 16)
+
+    def seen(loss, *networks, **options):
+        networks = [network() for network in networks]
+        loss(*networks, z_hq, z_lq, feat, **{"generator": torch.Generator().manual_seed(3), **options})
+        return networks[0]
+
+    uniform, again = seen(loss_flow, Seen, cfg_ratio=1), seen(loss_flow, Seen, cfg_ratio=1)
+    assert torch.equal(uniform.t[0], again.t[0]) and 0 < uniform.t[0].min() and uniform.t[0].max() < 1
+    w = uniform.z_lq[0].unique()
+    assert len(w) == 1 and 0.05 < w < 0.25          # dropped everywhere: one weak condition for the batch
+    assert not seen(loss_flow, Seen, cfg_ratio=1, weak=(0, 0)).z_lq[0].any()
+    lognorm = seen(loss_flow, Seen, lognorm=(0.8, 0.8)).t[0]
+    assert abs(lognorm.median() - torch.sigmoid(torch.tensor(0.8))) < 0.1
+    d = draw(z_hq, torch.Generator().manual_seed(3))
+    assert torch.equal(seen(loss_flow, Seen, generator=None, draws=d).t[0], uniform.t[0])
+    t, t_m, half = seen(loss_distill, Seen, Seen, delta=0.1).t[:3]
+    assert torch.equal(t, d.t.amax(1)) and (t_m <= t).all() and (t - t_m).max() <= 0.1 + 1e-6 and (half <= t_m).all()
+
+
+@pytest.mark.parametrize("N", [1, 4])
+def test_rcgm_is_zero_for_the_average_velocity(N):
+    """Of a flow with constant acceleration: z' = v0 + a t, whose average from t to r is v0 + a (t + r) / 2."""
+    v0, a = inputs(6)[:2]
+    t, r = torch.tensor([[1.0, 0.9, 0.5, 0.3, 0.302, 0.4], [0.0, 0.2, 0.1, 0.295, 0.3, 0.4]])[:, :, None, None, None]
+
+    def u(z, t, r):
+        return v0 + a * (t + r)[:, None, None, None] / 2
+
+    z_t, t, r = torch.zeros_like(v0), t.flatten(), r.flatten()
+    u_t, v = u(z_t, t, r), u(z_t, t, t)
+    correction = correction_rcgm(u, z_t, t, r, u_t, v, N=N)
+    assert correction.abs().max() < 0.01 * a.abs().max()        # the velocity changes by delta a on the short step
+    wrong = correction_rcgm(u, z_t, t, r, u_t + 0.1, v, N=N)
+    length = (t - r)[:, None, None, None]
+    far = length > 0.01
+    torch.testing.assert_close(wrong - correction, torch.where(far, 10 * length, 0.1).expand_as(wrong), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["shortcut", "rcgm"])
 def test_distillation_reaches_only_the_student(kind):
-    student, teacher = make(auxiliary_time_cond=True).dit, make().dit.requires_grad_(False)
-    z_hq, z_lq, feat = inputs()
-    v_loss, u_loss = loss_distill(student, teacher, z_hq, z_lq, feat, Draws.distill(z_hq, torch.Generator().manual_seed(0)), kind)
-    (v_loss + u_loss).backward()
+    student, teacher = make_dit(auxiliary_time_cond=True), make_dit().requires_grad_(False)
+    terms = loss_distill(student, teacher, *inputs(), torch.Generator().manual_seed(0), kind)
+    assert list(terms) == ["v", "u"]
+    sum(terms.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_gradient_checkpointing_changes_nothing():
-    dit = make().dit
-    z_hq, z_lq, feat = inputs()
+    dit = make_dit()
     grads = []
     for dit.checkpointing in (False, True):
         dit.zero_grad()
-        loss_flow(dit, z_hq, z_lq, feat, Draws.flow(z_hq, torch.Generator().manual_seed(0))).backward()
+        loss_flow(dit, *inputs(), torch.Generator().manual_seed(0)).backward()
         grads.append([p.grad.clone() for p in dit.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
-def test_blended_tiles_of_a_pointwise_function_equal_the_whole():
-    x = torch.randn(1, 3, 21, 34)
-    y = blend_tiles(lambda tiles, n: tiles.sin(), x, tile_boxes(21, 34, 8, 2), at_once=3)
-    assert torch.allclose(y, x.sin(), atol=1e-5)
 
 
 def test_a_tile_as_large_as_the_picture_is_the_whole_picture():
@@ -215,7 +259,7 @@ def test_tiny_vae_inverts_when_its_basis_is_orthonormal():
 def test_save_and_load(tmp_path):
     model = make()
     save_model(tmp_path / "model.safetensors", model.cfg, model.state_dict(), note="test")
-    loaded = VOSR.from_pretrained(tmp_path)
+    loaded = TinyVOSR.from_pretrained(tmp_path)
     assert loaded.cfg == model.cfg
     lq = torch.rand(1, 3, 8, 8)
     assert torch.allclose(model.upscale(lq), loaded.upscale(lq), atol=0.02)     # the file is float16

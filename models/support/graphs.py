@@ -6,6 +6,20 @@ A graph reads and writes where it did when it was recorded: inputs are copied th
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+MOST = 8        # graphs of a network
+
+
+def shapes(tree):
+    """Of tensors in tuples, lists, dicts -> str"""
+    return str(tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), tree))
+
+
+def copy(tree, places):
+    """The tensors of one tree to those of another, equal one."""
+    for x, place in zip(tree_leaves(tree), tree_leaves(places)):
+        if torch.is_tensor(x):
+            place.copy_(x)
+
 
 class Graphs:
     """A network's calls without gradients: of equal shapes one is made, the next recorded, all later replayed."""
@@ -14,26 +28,38 @@ class Graphs:
 
     def __init__(self, call):
         self.call, self.graphs = call, {}
+        self.kept, self.reads = {}, ""      # {shapes: tensors} of `keep`, and the shapes that are in use
+
+    def keep(self, tensors):
+        """For what the network reads beside its arguments (tokens.py).  -> copies, always at the same place"""
+        key = shapes(tensors)
+        if key not in self.kept:
+            self.kept[key] = tree_map_only(torch.Tensor, torch.clone, tensors)
+        copy(tensors, self.kept[key])
+        return self.kept[key]
 
     def __call__(self, *args):
-        key = str(tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), args))
-        if key not in self.graphs or {} in args:        # what fills a cache must last
-            if len(self.graphs) == 8:
+        key = self.reads + shapes(args)
+        if key not in self.graphs:
+            if len(self.graphs) == MOST:
                 self.graphs.clear()
             self.graphs[key] = None
             return self.call(*args)
         if self.graphs[key] is None:
-            graph, places = torch.cuda.CUDAGraph(), tree_map_only(torch.Tensor, torch.clone, args)
-            self.call(*places)      # whatever is still to be compiled
-            Graphs.pool = Graphs.pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, Graphs.pool, capture_error_mode="thread_local"):   # other threads go on
-                self.graphs[key] = graph, places, self.call(*places)
+            self.graphs[key] = self.record(args)
         graph, places, result = self.graphs[key]
-        for place, x in zip(tree_leaves(places), tree_leaves(args)):
-            if torch.is_tensor(x):
-                place.copy_(x)
+        copy(args, places)
         graph.replay()
         return result.clone()
+
+    def record(self, args):
+        """-> graph, places of its arguments, place of its result"""
+        graph, places = torch.cuda.CUDAGraph(), tree_map_only(torch.Tensor, torch.clone, args)
+        self.call(*places)      # whatever is still to be compiled
+        Graphs.pool = Graphs.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, Graphs.pool, capture_error_mode="thread_local"):   # other threads go on
+            result = self.call(*places)
+        return graph, places, result
 
 
 def replay(model):

@@ -1,4 +1,4 @@
-"""Picture files, sizes, tiles, colour fixes, contact sheets.
+"""Picture files, sizes, colour fixes, contact sheets.
 
 Only here are pictures uint8; elsewhere they are float tensors (B, C, H, W) in RGB, here in [0, 1].
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
@@ -173,46 +173,6 @@ def pad_to_multiple(x, multiple):
     """Pad right and bottom by reflection to whole multiples; crop results with y[..., :H, :W]."""
     H, W = x.shape[-2:]
     return mirror_pad(x, 0, -W % multiple, 0, -H % multiple)
-
-
-# ---- tiles
-
-def tile_starts(length, tile, overlap):
-    """First positions of tiles that cover `length` and share `overlap` or more; the last one ends flush."""
-    tile = min(tile, length)
-    starts = list(range(0, length - tile + 1, max(tile - overlap, 1)))
-    return starts if starts[-1] + tile == length else [*starts, length - tile]
-
-
-def tile_weight(height, width, down=0.0):
-    """Gaussian window that fades a tile towards its edges, its centre `down` rows too low -> (1, 1, height, width)"""
-    def window(n, shift=0.0):
-        return torch.exp(-((torch.arange(n) - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
-    return (window(height, down)[:, None] * window(width))[None, None]
-
-
-def tile_boxes(height, width, tile, overlap):
-    """(rows, columns) slices of tiles that cover height x width; smaller ones only where the whole is."""
-    rows, cols = ([slice(i, i + min(tile, n)) for i in tile_starts(n, tile, overlap)] for n in (height, width))
-    return [(row, col) for row in rows for col in cols]
-
-
-def blend_tiles(function, x, boxes, at_once=8, down=0.0):
-    """Apply a function tile by tile and blend what overlaps by `tile_weight`.
-
-    function: (tiles (n, C, th, tw), slice of their numbers) -> like tiles; x: (1, C, H, W) -> like x
-    """
-    # float32: in half precision the window's corners are 0
-    total, weights = (torch.zeros_like(y, dtype=torch.float32) for y in (x, x[:, :1]))
-    row, col = boxes[0]
-    weight = tile_weight(row.stop - row.start, col.stop - col.start, down).to(x.device, non_blocking=True)
-    for i in range(0, len(boxes), at_once):
-        some = boxes[i : i + at_once]
-        y = function(torch.cat([x[..., row, col] for row, col in some]), slice(i, i + at_once))
-        for (row, col), tile in zip(some, y.split(1)):
-            total[..., row, col] += weight * tile
-            weights[..., row, col] += weight
-    return (total / weights).to(x)
 
 
 # ---- colour fixes: give the result x the colours of the enlarged input ref

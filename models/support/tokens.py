@@ -1,0 +1,81 @@
+"""Visual tokens that stay: DiT's cross-attention (dit.py) in fewer products, with the same result.
+
+In a flow of many steps the visual tokens are the same in every step, and so are their keys and values, in all blocks.
+The weak branch of guidance has no visual tokens: they are zeros, all equal. Among equal keys softmax has no choice, and
+any average of equal values is that value, so cross-attention adds the same vector to every token: a constant.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+from models.support.graphs import Graphs, shapes
+
+
+class FixedAttention(nn.Module):
+    """In place of a block's cross-attention: what is `fixed` replaces the context."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+        self.fixed = None       # k, v: (n, nh, M, hd) of the first n latents; (D,) constant of those without tokens
+
+    def forward(self, x, ctx):
+        """x: (B, N, D); ctx is not read -> (B, N, D)"""
+        k, v, constant = self.fixed
+        n = len(k)
+        y = self.attention.attend(x[:n], k, v)
+        if n == len(x):
+            return y
+        return torch.cat([y, constant.expand(len(x) - n, x.shape[1], -1)])
+
+
+class FixedTokens:
+    """Of a DiT; computes keys and values once for as long as the tokens are the same.
+
+        fixed = FixedTokens(dit)
+        with fixed(feat) as tokens:         # feat: (n, M, z_dims)
+            dit(z_t, z_lq, tokens, t, r)    # latents beyond the first n have none; tokens of zeros may follow
+
+    In here tokens is empty, (n, 0, z_dims), and the DiT reads feat. One user of the DiT at a time; no gradients.
+    """
+
+    def __init__(self, dit):
+        self.dit, self.feat, self.shapes = dit, None, ""
+        self.attentions = [FixedAttention(block.cross_attn) for block in dit.blocks]
+        self.graphs = dit._compiled_call_impl if isinstance(dit._compiled_call_impl, Graphs) else None
+
+    @torch.no_grad()
+    def look_up(self, feat):
+        """Keys, values and the constant of every block."""
+        for attention in self.attentions:
+            attention.fixed = None      # room for the new ones
+        dit = self.dit
+        ctx, no_ctx = dit.mlp_ca(dit.layer_norm(feat)), dit.mlp_ca(dit.layer_norm.bias)     # the norm of zeros
+        fixed = []
+        for attention in (a.attention for a in self.attentions):
+            fixed.append((*attention.keys_values(ctx), attention.proj(attention.v_linear(no_ctx))))
+        if self.graphs:
+            fixed = self.graphs.keep(fixed)
+        self.feat, self.shapes = feat, shapes(fixed)
+        for attention, three in zip(self.attentions, fixed):
+            attention.fixed = three
+
+    def swap(self, fixed):
+        """Put the fixed attentions in their places, or the DiT's own."""
+        for block, attention in zip(self.dit.blocks, self.attentions):
+            block.cross_attn = attention if fixed else attention.attention
+        if self.graphs:
+            self.graphs.reads = self.shapes if fixed else ""
+
+    @contextmanager
+    def __call__(self, feat):
+        # self.feat holds on to its memory, so nothing else can have come to lie there
+        if self.feat is None or (feat.data_ptr(), feat.shape) != (self.feat.data_ptr(), self.feat.shape):
+            self.look_up(feat)
+        self.swap(True)
+        try:
+            yield feat[:, :0]
+        finally:
+            self.swap(False)

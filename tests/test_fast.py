@@ -1,0 +1,146 @@
+"""Every fast way equals what it stands in for. Run: python -m pytest tests/test_fast.py
+
+Each function below builds one case: -> the plain result, and the fast one, which must agree.
+"""
+
+import pytest
+import test_gramsr
+import torch
+from test_lora import KINDS, make as make_layer
+from test_vosr import inputs, make, make_dit
+
+from models.flow import guided
+from models.gramsr import SETS
+from models.lora import Conv2d, Linear
+from models.support import fast_lora
+from models.support.tokens import FixedTokens
+
+
+def fixed_tokens():
+    """Keys and values kept for several times, under guidance and without."""
+    (z_t, z_lq, feat), dit = inputs(), make_dit()
+    fixed, times, strengths = FixedTokens(dit), (1.0, 0.6, 0.2), (1.0, 0.5, 0.0)
+    plain = [guided(dit, z_t, z_lq, feat, t, 0, g) for t, g in zip(times, strengths)]
+    fast = []
+    for t, g in zip(times, strengths):
+        with fixed(feat) as tokens:
+            fast.append(guided(dit, z_t, z_lq, tokens, t, 0, g))
+    return torch.stack(plain), torch.stack(fast)
+
+
+def fixed_tokens_of_others():
+    """Tokens that change from call to call, as tiles do, and come again."""
+    (z_t, z_lq, feat), dit = inputs(4), make_dit()
+    fixed, parts = FixedTokens(dit), [slice(0, 2), slice(2, 4), slice(0, 2), slice(3, 4), slice(3, 4)]
+    plain = [guided(dit, z_t[n], z_lq[n], feat[n], 0.7, 0, 0.3) for n in parts]
+    fast = []
+    for n in parts:
+        with fixed(feat[n]) as tokens:
+            fast.append(guided(dit, z_t[n], z_lq[n], tokens, 0.7, 0, 0.3))
+    return torch.cat(plain), torch.cat(fast)
+
+
+def fixed_tokens_of_a_preconditioned_transformer():
+    (z_t, z_lq, feat), dit = inputs(), make().dit
+    with FixedTokens(dit)(feat) as tokens:
+        fast = guided(dit, z_t, z_lq, tokens, 0.4, 0, 0.5)
+    return guided(dit, z_t, z_lq, feat, 0.4, 0, 0.5), fast
+
+
+@torch.enable_grad()
+def with_gradients(function, *args):
+    """What training computes: the plain way."""
+    return function(*args).detach()
+
+
+def folded_adapters():
+    """Adapters folded into the weight, as far as C turns them on."""
+    plain, fast = [], []
+    for kind in KINDS:
+        layer, x = make_layer(kind, names=("a", "b"))
+        for C in ({"a": 1}, {"a": 1, "b": torch.randn(1, 3, 3)}, {"b": torch.randn(1, 3, 3), "other": 1}):
+            plain.append(with_gradients(layer, x, C).flatten())
+            fast.append(layer(x, C).flatten())
+    return torch.cat(plain), torch.cat(fast)
+
+
+def merged_sets():
+    """GramSR's sets folded into the weights for good."""
+    model = test_gramsr.make()
+    z, context = test_gramsr.inputs(model, 2)
+    plain = with_gradients(model.residual, z, context, *SETS)
+    model.merge()
+    return plain, model.predict(z, context)
+
+
+def few_passes():
+    """GramSR's sum by passes that count, with all sets and with some."""
+    plain, fast = [], []
+    for ranks in ({"pixel": 2, "semantic": 2, "texture": 2}, {"pixel": 2, "semantic": 2}, {"pixel": 2}):
+        model = test_gramsr.make(**ranks)
+        z, context = test_gramsr.inputs(model)
+        for scales in ((1, 1, 1), (1, 0.8, 1.2), (0, 0, 1), (1.5, 1.5, 0), (0.5, 3, 5), (0, 0, 0)):
+            plain.append(with_gradients(model.predict, z, context, scales))
+            fast.append(model.predict(z, context, scales))
+    return torch.cat(plain), torch.cat(fast)
+
+
+def winograd_convolution():
+    torch.manual_seed(0)
+    layer, x = Conv2d(128, 128, 3, padding=1), torch.randn(1, 128, 48, 48)
+    return with_gradients(layer, x), layer(x)
+
+
+FAST = [fixed_tokens, fixed_tokens_of_others, fixed_tokens_of_a_preconditioned_transformer, folded_adapters, merged_sets,
+        few_passes, winograd_convolution]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", FAST, ids=lambda way: way.__name__)
+def test_fast_equals_plain(way):
+    plain, fast = way()
+    assert plain.std() > 0.01
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_fixed_tokens_are_looked_up_once_and_leave_no_trace():
+    (z_t, z_lq, feat), dit, looked_up = inputs(), make_dit(), []
+    for block in dit.blocks:
+        block.cross_attn.k_linear.register_forward_hook(lambda *_: looked_up.append(1))
+    names, fixed = list(dit.state_dict()), FixedTokens(dit)
+    for t in (1.0, 0.5, 0.2):
+        with fixed(feat) as tokens:
+            guided(dit, z_t, z_lq, tokens, t, 0, 0.5)
+    assert len(looked_up) == len(dit.blocks) and list(dit.state_dict()) == names
+    with pytest.raises(ValueError), fixed(feat):
+        raise ValueError("also after an error")
+    assert list(dit.state_dict()) == names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_folded_where_it_pays(kind, monkeypatch):
+    """For this call only: the base weight keeps its bits."""
+    folds, original = [], fast_lora.fold
+    monkeypatch.setattr(fast_lora, "fold", lambda *args: folds.append(1) or original(*args))
+    layer, x = make_layer(kind)
+    before, C = {k: v.clone() for k, v in layer.state_dict().items()}, {"default": torch.randn(1, 3, 3)}
+    layer(x, {"default": 1}), layer(x, C)
+    assert len(folds) == 2
+    layer(x), layer(x, {"other": 1}), layer(x, {"default": torch.randn(2, 3, 3)}), with_gradients(layer, x, C)
+    assert len(folds) == 2, "nothing to fold, a matrix for each image, gradients"
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+@torch.no_grad()
+def test_folding_pays_where_the_weight_is_small_beside_the_image():
+    """A matrix as large as the weight for a single pixel would cost more than the two narrow ones."""
+    linear, conv, C = Linear(64, 64), Conv2d(64, 64, 3, padding=1), {"default": 1}
+    linear.add_adapter("default", 4), conv.add_adapter("default", 4)
+    assert not fast_lora.folding_pays(linear, torch.zeros(1, 1, 64), C)
+    assert fast_lora.folding_pays(linear, torch.zeros(1, 100, 64), C)
+    assert not fast_lora.folding_pays(conv, torch.zeros(1, 64, 4, 8), C)
+    assert fast_lora.folding_pays(conv, torch.zeros(1, 64, 8, 8), C)
+    strided = Conv2d(3, 4, 3, stride=2, padding=1)
+    assert strided.positions(torch.zeros(2, 3, 9, 6)) == 2 * 5 * 3 and linear.positions(torch.zeros(2, 7, 64)) == 14
