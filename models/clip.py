@@ -143,7 +143,7 @@ def drop_position_ids(module, state_dict, prefix, *_):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: a token sees itself and those before it, so no text sees its padding.  (B, N, D) -> like x"""
+    """Causal self-attention: a token sees itself and those before it, so text never sees padding.  (B, N, D) -> same"""
 
     def __init__(self, D, nh):
         super().__init__()
