@@ -195,7 +195,7 @@ class Decoder(strips.InStrips, nn.Module):
 # ---- the models
 
 def mean_and_std(h):
-    """What an encoder says about the latent: its mean and log variance.  (B, 2c, h, w) -> mean, std, each (B, c, h, w)"""
+    """What an encoder returns is mean and log variance.  (B, 2c, h, w) -> mean, std, each (B, c, h, w)"""
     mean, logvar = h.chunk(2, dim=1)
     return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 

@@ -17,7 +17,8 @@ from cases_vosr import fill_module, known, tensors
 
 from models.clip import TextConfig, TextEncoder, Tokenizer
 from models.denet import DegradationEstimator
-from models.discriminator import AugmentPlan, Discriminator, augment, multilevel_loss
+from models import discriminator
+from models.discriminator import Discriminator, multilevel_loss
 from models.support.imaging import adain, low_frequencies, pad_to_multiple, tile_boxes
 from models.lora import Conv2d, Linear, Modulation
 from models.lpips import LPIPS
@@ -138,7 +139,7 @@ def degradation_estimator(case, get):
 def lpips(case, get):
     model = fill_module(LPIPS(case["config"]["net"]), case["fill"]["salt"])
     a, b = tensors(get, "a", "b")
-    levels = model.levels(a, b)
+    levels = model.layer_distances(a, b)
     levels = {f"level{i}": level.view(-1, 1, 1, 1) for i, level in enumerate(levels.unbind(1))}
     return {"lpips": model(a, b).view(-1, 1, 1, 1), **levels}
 
@@ -295,12 +296,16 @@ def vae_tiled(case, get):
 
 @torch.no_grad()
 def diffaug(case, get):
-    x, steps = torch.from_numpy(get("x")), []
-    plan = AugmentPlan(*map(get, ("brightness", "saturation", "contrast")),
-                       # official: x is the height
-                       *(list(zip(get(f"{what}_x"), get(f"{what}_y"))) for what in ("translation", "cutout")))
-    augment(x, plan, steps)
-    return {f"after_{name}": picture for name, picture in steps}
+    x, out = torch.from_numpy(get("x")), {}
+    for change in (discriminator.brightness, discriminator.saturation, discriminator.contrast,
+                   discriminator.translation, discriminator.cutout):
+        name = change.__name__
+        if name in ("translation", "cutout"):       # official: x is the height
+            draws = list(zip(get(f"{name}_x"), get(f"{name}_y")))
+        else:
+            draws = get(name)
+        x = out[f"after_{name}"] = change(x, draws)
+    return out
 
 
 def make_discriminator(config, salt=""):
