@@ -25,7 +25,7 @@ from models.support import fast_lora, winograd
 from models.support.precision import Exact
 
 ALPHA = 8  # trap: peft's default, on which both papers' files rely: s = 8 / r, not 1
-OFF = {}  # C that turns no adapter on
+NO_ADAPTERS = {}  # C where none is on
 
 
 def of_block(C, i):
@@ -64,7 +64,7 @@ class LoRA:
         """Names of this layer's adapters that C turns on."""
         return [name for name in self.lora_A if name in C]
 
-    def forward(self, x, C=OFF):
+    def forward(self, x, C=NO_ADAPTERS):
         """y = W x + s B C A x, summed over the adapters that are on.  (B, ...) -> (B, ...) as the base layer"""
         if fast_lora.folding_pays(self, x, C):
             return self.base(x, fast_lora.fold(self, C))

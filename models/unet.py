@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.dit import timestep_embedding
-from models.lora import OFF, Conv2d, ExactConv2d, Linear, of_block
+from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, Linear, of_block
 from models.support.strips import Checkpointing
 
 
@@ -271,7 +271,7 @@ class UNet(Checkpointing, nn.Module):
         """Modules by their block id; conv_in goes with the first."""
         return [*self.down_blocks, self.mid_block, *self.up_blocks, self.conv_out]
 
-    def forward(self, z, t, context, C=OFF):
+    def forward(self, z, t, context, C=NO_ADAPTERS):
         """The noise in a latent.
 
         z: (B, in_channels, h, w) noisy latent; t: integer or (B,); context: (B, N, context_dim)

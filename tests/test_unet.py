@@ -176,8 +176,8 @@ def test_every_layer_gets_the_matrix_of_its_block():
         assert torch.equal(got[name]["vae_skip"], C[:, expected]), name
     assert len(layers) == 31
     got = received(vae, lambda: vae.decode(torch.rand(1, 4, 2, 2), {"vae_skip": 1}))      # where Table 4 has adapters, too
-    assert all(C == {"vae_skip": 1} for C in got.values()) and got.keys() == {
-        name for name, m in vae.named_modules() if isinstance(m, LoRA) and name.startswith("decoder.")}
+    inside = {name for name, m in vae.named_modules() if isinstance(m, LoRA) and name.startswith("decoder.")}
+    assert inside and all(got[name] == {"vae_skip": 1} for name in inside)
 
 
 # -----------------------------------------------------------------------------
