@@ -1,11 +1,13 @@
-"""DINO's vision transformer: the judge of S3Diff (DINO), the eyes of VOSR (DINOv2), the words of GramSR (DINOv3).
+"""DINO's vision transformers: features of images, learned without labels.
+
+S3Diff's discriminator judges by DINO's, VOSR is conditioned on DINOv2's, GramSR on DINOv3's.
 
 Papers:  DINO 2104.14294, DINOv2 2304.07193, DINOv3 2508.10104.
 Weights: dino_vitbase16_pretrain.pth, dinov2_vit{b,l}14_pretrain.pth of facebookresearch; model.safetensors of
          facebook/dinov3-vitb16-pretrain-lvd1689m and -vits16plus-.
 Left out: DINOv2 with registers, the giant DINOv2, DINO at other sizes than 224 px, what training needs.
 
-Each patch of a picture becomes a token, a class token (and in DINOv3 four registers, scratch space) goes in front:
+Each patch of an image becomes a token; a class token (and in DINOv3 four registers, scratch space) goes in front:
 
             where is a patch?                   residual branches     q, k, v
     DINO    learned table, added once           as they are           one matrix
@@ -25,7 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def standardised(x):
-    """(B, 3, H, W) in [0, 1] -> as all of these networks want it"""
+    """(B, 3, H, W) in [0, 1] -> with the mean and deviation of ImageNet's images taken out, as all of these read it"""
     mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
@@ -125,7 +127,8 @@ class ViT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        D, side = cfg.embed_dim, cfg.img_size // cfg.patch_size
+        D = cfg.embed_dim
+        side = cfg.img_size // cfg.patch_size  # patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, D))
         if cfg.version > 1:
@@ -202,10 +205,14 @@ class DINOv3Attention(nn.Module):
         self.o_proj = nn.Linear(D, D)
 
     def forward(self, x, rope):
-        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)
-        return self.o_proj(x.transpose(1, 2).flatten(2))
+        cos, sin = rope
+        q = rotate(self.heads(self.q_proj(x)), cos, sin)
+        k = rotate(self.heads(self.k_proj(x)), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, self.heads(self.v_proj(x)))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, N, D) -> (B, nh, N, hd)
 
 
 class DINOv3MLP(nn.Module):
@@ -217,7 +224,9 @@ class DINOv3MLP(nn.Module):
 
     def forward(self, x):
         up = self.up_proj(x)
-        return self.down_proj(F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up)
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(up))
+        return self.down_proj(F.silu(self.gate_proj(x)) * up)
 
 
 class DINOv3Block(nn.Module):
@@ -275,5 +284,5 @@ class DINOv3(nn.Module):
     def forward(self, x):
         """All tokens after the final norm; x as in `layers` -> (B, 1 + registers + N, D)"""
         for tokens in self.layers(x):
-            pass
+            pass    # only the last block's
         return self.norm(tokens)

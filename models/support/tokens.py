@@ -14,7 +14,7 @@ from models.support.graphs import Graphs, shapes
 
 
 class FixedAttention(nn.Module):
-    """In place of a block's cross-attention: what is `fixed` replaces the context."""
+    """In place of a block's cross-attention (a `CrossAttention`), with keys and values that are known already."""
 
     def __init__(self, attention):
         super().__init__()
@@ -52,15 +52,18 @@ class FixedTokens:
         for attention in self.attentions:
             attention.fixed = None      # room for the new ones
         dit = self.dit
-        ctx, no_ctx = dit.mlp_ca(dit.layer_norm(feat)), dit.mlp_ca(dit.layer_norm.bias)     # the norm of zeros
-        fixed = []
-        for attention in (a.attention for a in self.attentions):
-            fixed.append((*attention.keys_values(ctx), attention.proj(attention.v_linear(no_ctx))))
+        ctx = dit.mlp_ca(dit.layer_norm(feat))
+        no_ctx = dit.mlp_ca(dit.layer_norm.bias)    # the norm of zeros is its bias
+        fixed = []      # for each block
+        for block in dit.blocks:
+            k, v = block.cross_attn.keys_values(ctx)
+            constant = block.cross_attn.proj(block.cross_attn.v_linear(no_ctx))
+            fixed.append((k, v, constant))
         if self.graphs:
             fixed = self.graphs.keep(fixed)
+        for attention, of_block in zip(self.attentions, fixed):
+            attention.fixed = of_block
         self.feat, self.shapes = feat, shapes(fixed)
-        for attention, three in zip(self.attentions, fixed):
-            attention.fixed = three
 
     def swap(self, fixed):
         """Put the fixed attentions in their places, or the DiT's own."""
