@@ -50,18 +50,23 @@ def byte_symbols():
 
 def split_words(text):
     """Words, single digits, runs of all else: "It's 12K?" -> it 's 1 2 k ?"""
+    def kind(c):
+        """Python's re knows no letters and digits in Unicode's sense, so an ASCII character of that kind."""
+        if c.isascii():
+            return c
+        return {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], ".")
+
     text = SPACE.sub(" ", unicodedata.normalize("NFC", text))
     text = "".join(map(str.lower, text))  # trap: lower() of a whole text ends a Greek word in another sigma
-    # Python's re knows no letters and numbers in Unicode's sense: ask a stand-in whose ASCII characters say the kind.
-    kinds = "".join(c if c.isascii() else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], ".") for c in text)
-    return [text[slice(*match.span())] for match in WORD.finditer(kinds)]
+    kinds = "".join(map(kind, text))
+    return [text[match.start() : match.end()] for match in WORD.finditer(kinds)]
 
 
 def merge(symbols, ranks):
     """Byte-pair encoding of a word: join neighbours, the pair that was learned first before others.
 
-    It was learned by making the most frequent pair of neighbours a symbol, 48,894 times: a common word is one symbol,
-    what was never seen stays bytes. "</w>" ends a word: "art" in "artist" is no word.
+    The vocabulary was learned by making the most frequent pair of neighbours a symbol, 48,894 times. So a common word
+    is one symbol, and a rare one several, at worst a byte each. "</w>" ends a word: "art" in "artist" is no word.
         s h a r p</w>  ->  s h ar p</w>  ->  sh ar p</w>  ->  shar p</w>  ->  sharp</w>
 
     symbols: list of str; ranks: {(left, right): place in merges.txt} -> list of str
@@ -72,15 +77,15 @@ def merge(symbols, ranks):
             break
         joined, i = [], 0
         while i < len(symbols):
-            step = 2 if tuple(symbols[i : i + 2]) == best else 1
-            joined.append("".join(symbols[i : i + step]))
-            i += step
+            n = 2 if tuple(symbols[i : i + 2]) == best else 1
+            joined.append("".join(symbols[i : i + n]))
+            i += n
         symbols = joined
     return symbols
 
 
 class Tokenizer:
-    """Texts to ids, as Hugging Face's CLIP tokenizer makes them with the settings of SD 2.x.
+    """From texts to ids, as Hugging Face's CLIP tokenizer makes them with the settings of SD 2.x.
 
     vocab, merges: paths of vocab.json and merges.txt; length: ids a text. Raises WeightError.
     """
@@ -91,26 +96,36 @@ class Tokenizer:
         self.ids, self.ranks = read_vocabulary(Path(vocab), Path(merges), single)
 
     def encode_word(self, word):
+        """-> ids"""
         symbols = [self.bytes[byte] for byte in word.encode("utf-8", "replace")]  # "?" for half a surrogate pair
         symbols[-1] += "</w>"
         return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
 
+    def encode_text(self, text):
+        """-> ids, neither cut nor padded"""
+        ids = []
+        for part in SPECIAL.split(text):
+            if part in (START, END, PAD):  # trap: SD 2.x pads with "!", so every "!" of a text has the padding's id
+                ids.append(self.ids[part])
+                continue
+            for word in split_words(part):
+                ids += self.encode_word(word)
+        return ids
+
     def __call__(self, texts):
-        """Ids of a list of texts, cut or padded: start, text, end, padding.  -> (B, 77) int64"""
-        rows = []
-        for text in texts:
-            row = [self.ids[START]]
-            # trap: SD 2.x pads with "!", so every "!" of a text is the padding's id
-            for i, part in enumerate(SPECIAL.split(text)):  # the odd ones are the separators
-                row += [self.ids[part]] if i % 2 else [n for word in split_words(part) for n in self.encode_word(word)]
-            row = row[: self.length - 1] + [self.ids[END]]
-            rows.append(row + [self.ids[PAD]] * (self.length - len(row)))
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.length)
+        """Ids of a list of texts: start, text, end, padding, in all `length`.  -> (B, 77) int64"""
+        rows = torch.full((len(texts), self.length), self.ids[PAD])
+        for row, text in zip(rows, texts):
+            ids = [self.ids[START], *self.encode_text(text)][: self.length - 1] + [self.ids[END]]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
 
 
 # ---- ids to features
 
 class Embeddings(nn.Module):
+    """A vector for each id plus one for each position.  (B, N) int64 -> (B, N, D)"""
+
     def __init__(self, cfg):
         super().__init__()
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
@@ -127,6 +142,8 @@ def drop_position_ids(module, state_dict, prefix, *_):
 
 
 class Attention(nn.Module):
+    """Causal self-attention: a token sees itself and those before it, so text never sees padding.  (B, N, D) -> same"""
+
     def __init__(self, D, nh):
         super().__init__()
         self.nh = nh
@@ -136,13 +153,17 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # Causal: a token sees itself and those before it. The padding sees the text, the text never sees it.
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        def in_heads(y):
+            return y.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
+
+        q, k, v = in_heads(self.q_proj(x)), in_heads(self.k_proj(x)), in_heads(self.v_proj(x))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each after a norm and added to x.  (B, N, D) -> same shape"""
+
     def __init__(self, cfg):
         super().__init__()
         D = cfg.hidden_size
@@ -180,7 +201,7 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def text_features(texts, folder=None, dtype=torch.float32):
-    """Features of texts by SD-Turbo's encoder; they are kept beside it, which is read for new texts only.
+    """Features of texts by SD-Turbo's encoder, saved beside it: it is loaded for new texts only.
 
     texts: list of str; folder: where sd-turbo lies; what is missing is fetched
     dtype: float16 may take the encoder's file in float16 -> (n, 77, 1024). Raises WeightError.

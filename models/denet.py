@@ -1,13 +1,13 @@
-"""The degradation estimator of S3Diff: two small ResNets, each says with one number how bad a low-quality picture is.
+"""The degradation estimator of S3Diff: two small ResNets, each scores one kind of degradation of an LQ image.
 
 Papers:  MM-RealSR 2205.05065, where it comes from (DEResNet); S3Diff 2409.17058, which keeps it frozen.
-Weights: de_net.pth of zhangap/S3Diff; the first number in a parameter's name is the branch.
+Weights: de_net.pth of zhangap/S3Diff; the first number in a parameter's name is the ResNet, here a branch.
 Left out: how it was trained.
 
         lq -> conv -> blocks at width 64 -> conv, stride 2 -> blocks at 128 -> mean over pixels -> MLP -> sigmoid
 
-The authors' code lists the numbers as blur, noise; that order is not checked here. Learned by comparing (a picture made
-worse should score higher), they rank pictures; 0.6 is not twice 0.3.
+The authors' code lists the scores as blur, noise; that order is not checked here. They were learned by comparison (an
+image that is degraded more should score higher), so they rank images; 0.6 is not twice 0.3.
 """
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 
 class ResidualBlock(nn.Module):
-    """x + conv, ReLU, conv; a norm would take away what is to be measured.  (B, C, H, W) -> same shape"""
+    """x + conv, ReLU, conv; no norm, which would remove what is to be measured.  (B, C, H, W) -> same shape"""
 
     def __init__(self, channels):
         super().__init__()
@@ -28,12 +28,15 @@ class ResidualBlock(nn.Module):
 
 
 def stages(num_feats, num_blocks, downscales):
-    """Blocks width by width, a convolution where resolution or width changes."""
+    """Blocks width by width, a convolution where resolution or width changes.
+
+    num_feats: widths; num_blocks: blocks of each; downscales: stride after them
+    """
     layers, next_feats = [], (*num_feats[1:], num_feats[-1])
-    for width, blocks, stride, following in zip(num_feats, num_blocks, downscales, next_feats):
+    for width, blocks, stride, next_width in zip(num_feats, num_blocks, downscales, next_feats):
         layers += [ResidualBlock(width) for _ in range(blocks)]
-        if stride > 1 or following != width:
-            layers.append(nn.Conv2d(width, following, 3, stride, padding=1))
+        if stride > 1 or next_width != width:
+            layers.append(nn.Conv2d(width, next_width, 3, stride, padding=1))
     return nn.Sequential(*layers)
 
 
@@ -54,5 +57,8 @@ class DegradationEstimator(nn.Module):
             nn.Sequential(nn.Linear(num_feats[-1], 512), nn.ReLU(), nn.Linear(512, 1), nn.Sigmoid()) for _ in branches])
 
     def forward(self, lq):
-        branches = zip(self.conv_first, self.body, self.fc_degree)
-        return torch.cat([degree(body(first(lq)).mean((2, 3))) for first, body, degree in branches], dim=1)
+        scores = []
+        for conv_first, body, fc_degree in zip(self.conv_first, self.body, self.fc_degree):
+            features = body(conv_first(lq)).mean((2, 3))  # (B, 128)
+            scores.append(fc_degree(features))
+        return torch.cat(scores, dim=1)

@@ -1,12 +1,12 @@
-"""The judge of S3Diff, in training only: is this picture real or made?  A frozen DINO looks, three small heads decide.
+"""S3Diff's discriminator, in training only: is this image a photo or a result?  Three small heads on a frozen DINO.
 
 Papers:  Vision-aided GAN 2112.09130, DiffAugment 2006.10738, spectral normalisation 1802.05957.
 Weights: dino_vitbase16_pretrain.pth for the backbone. The heads, named as in vision_aided_loss 0.1.0, have none.
 Left out: its other backbones and losses, class conditions.
 
-    picture -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 --> map head -> 3 x 3 logits
-                                         |-- block 8, patches ----------------> map head -> 3 x 3 logits
-                                         `-- block 11, class token -----------> Linear   -> 1 logit
+    image -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 --> map head -> 3 x 3 logits
+                                        |-- block 8, patches ----------------> map head -> 3 x 3 logits
+                                        `-- block 11, class token -----------> Linear   -> 1 logit
 
     D = Discriminator(vit)
     loss = D(x, "generator", D.draw(x, x_src, generator))       # or "real", "fake"; x_src: what x was made from
@@ -25,11 +25,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" is smoothed, too
 
 
-# ---- augmentation: else D learns the few real pictures by heart; differentiable, since G learns through it
+# ---- augmentation: else D learns the few real images by heart; differentiable, since G learns through it
 
 @dataclass
 class AugmentPlan:
-    """What was drawn, an entry a picture."""
+    """What was drawn; each is a list with an entry an image."""
     brightness: list    # in [0, 1), as the next two; 0.5 changes nothing
     saturation: list
     contrast: list
@@ -37,49 +37,71 @@ class AugmentPlan:
     cutout: list        # (row, column) of the hole's centre
 
 
+def rounded_share(side, share):
+    return int(side * share + 0.5)
+
+
 def draw_augment(x, generator):
-    """A plan for pictures x (B, 3, H, W)."""
-    (B, _, H, W), options = x.shape, {"generator": generator, "device": generator.device}
+    """A plan for images x (B, 3, H, W): moved by up to 1/8 of a side; a hole anywhere."""
+    B, _, H, W = x.shape
 
     def integers(low, high):
-        return torch.randint(low, high, (B,), **options).tolist()
+        return torch.randint(low, high, (B,), generator=generator, device=generator.device).tolist()
 
-    colours = torch.rand(3, B, **options).tolist()
-    translation = zip(*[integers(-share(side, 1 / 8), share(side, 1 / 8) + 1) for side in (H, W)])
-    cutout = zip(*[integers(0, side + 1 - share(side, 1 / 2) % 2) for side in (H, W)])
-    return AugmentPlan(*colours, list(translation), list(cutout))
+    brightness, saturation, contrast = torch.rand(3, B, generator=generator, device=generator.device).tolist()
+    most_rows, most_columns = rounded_share(H, 1 / 8), rounded_share(W, 1 / 8)
+    rows, columns = integers(-most_rows, most_rows + 1), integers(-most_columns, most_columns + 1)
+    # a hole with an even side has its centre between two pixels, hence one place more
+    last_row, last_column = H - rounded_share(H, 1 / 2) % 2, W - rounded_share(W, 1 / 2) % 2
+    hole_rows, hole_columns = integers(0, last_row + 1), integers(0, last_column + 1)
+    return AugmentPlan(brightness, saturation, contrast, list(zip(rows, columns)), list(zip(hole_rows, hole_columns)))
 
 
-def share(side, part):
-    return int(side * part + 0.5)
+def per_image(draws, x):
+    """A list of B numbers as (B, 1, 1, 1), like x."""
+    return x.new_tensor(draws).view(-1, 1, 1, 1)
 
 
-def augment(x, plan, steps=None):
-    """Colour, translation and a hole of half the picture's sides.  x: (B, 3, H, W) in [-1, 1] -> like x, not clamped
+def brightness(x, draws):
+    """Adds up to 0.5 to all values, or takes it away."""
+    return x + per_image(draws, x) - 0.5
 
-    steps: a list that receives every (name, intermediate picture)
-    """
-    (H, W), steps = x.shape[2:], [] if steps is None else steps
 
-    def step(name, x):
-        steps.append((name, x))
-        return x
+def saturation(x, draws):
+    """Multiplies the distance of each pixel from its grey by 0 to 2."""
+    grey = x.mean(1, keepdim=True)
+    return grey + 2 * per_image(draws, x) * (x - grey)
 
-    def column(draws):
-        return x.new_tensor(draws).view(-1, 1, 1, 1)
 
-    x = step("brightness", x + column(plan.brightness) - 0.5)
-    gray = x.mean(1, keepdim=True)
-    x = step("saturation", gray + 2 * column(plan.saturation) * (x - gray))
+def contrast(x, draws):
+    """Multiplies the distance from the image's mean by 0.5 to 1.5."""
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = step("contrast", mean + (column(plan.contrast) + 0.5) * (x - mean))
-    moved = [F.pad(one, (-cols, cols, -rows, rows)) for one, (rows, cols) in zip(x, plan.translation)]  # zeros follow
-    x = step("translation", torch.stack(moved))
-    whole, h, w = torch.ones(len(x), 1, H, W), share(H, 1 / 2), share(W, 1 / 2)
-    for one, (row, col) in zip(whole, plan.cutout):
-        top, left = row - h // 2, col - w // 2
-        one[:, max(top, 0) : max(top + h, 0), max(left, 0) : max(left + w, 0)] = 0
-    return step("cutout", x * whole.to(x))
+    return mean + (per_image(draws, x) + 0.5) * (x - mean)
+
+
+def translation(x, draws):
+    """Moves each image; zeros follow."""
+    return torch.stack([F.pad(image, (-columns, columns, -rows, rows)) for image, (rows, columns) in zip(x, draws)])
+
+
+def cutout(x, draws):
+    """Sets a hole of half the image's sides to zero; part of it may lie outside."""
+    H, W = x.shape[2:]
+    h, w = rounded_share(H, 1 / 2), rounded_share(W, 1 / 2)
+    mask = torch.ones(len(x), 1, H, W)
+    for image_mask, (row, column) in zip(mask, draws):
+        top, left = row - h // 2, column - w // 2
+        image_mask[:, max(top, 0) : max(top + h, 0), max(left, 0) : max(left + w, 0)] = 0
+    return x * mask.to(x)
+
+
+def augment(x, plan):
+    """Colour, translation and a hole.  x: (B, 3, H, W) in [-1, 1] -> like x, not clamped"""
+    x = brightness(x, plan.brightness)
+    x = saturation(x, plan.saturation)
+    x = contrast(x, plan.contrast)
+    x = translation(x, plan.translation)
+    return cutout(x, plan.cutout)
 
 
 # ---- heads
@@ -105,9 +127,10 @@ def map_head(D, width):
 
 
 class Heads(nn.Module):
-    """Spectral norm divides a weight by its largest singular value: no layer can stretch a difference.
+    """From DINO's features to logits.
 
-    It is estimated by power iteration, one step of weight_u, weight_v at every forward in training mode.
+    Spectral norm divides a weight by its largest singular value, so no layer can enlarge a difference. The value is
+    estimated by power iteration, one step of weight_u and weight_v at every forward in training mode.
     """
 
     def __init__(self, D, width):
@@ -117,7 +140,7 @@ class Heads(nn.Module):
         self.out = spectral_norm(nn.Linear(width, 1))
 
     def forward(self, early, late, token):
-        """-> logits (B, 3, 3), (B, 3, 3), (B, 1)"""
+        """early, late: (B, D, 14, 14); token: (B, D) -> logits (B, 3, 3), (B, 3, 3), (B, 1)"""
         first, second, third = self.decoder
         return [first(early).squeeze(1), second(late).squeeze(1), self.out(third(token))]
 
@@ -125,43 +148,45 @@ class Heads(nn.Module):
 # ---- the discriminator
 
 def multilevel_loss(logits, target):
-    """Cross entropy with logits (B, ...), mean within a level, SUM over levels -> (B, 1)."""
+    """Cross entropy with logits (B, ...) of several levels, mean within a level, SUM over levels -> (B, 1)."""
     losses = [F.binary_cross_entropy_with_logits(level, torch.full_like(level, TARGETS[target]), reduction="none")
               for level in logits]
     return sum(loss.flatten(1).mean(1, keepdim=True) for loss in losses)  # Eq. S3Diff (7)
 
 
 class Discriminator(nn.Module):
-    """vit: DINO (vit.py, version 1) of 8 blocks or more; it is frozen here.
-
-    It is no submodule: 343 MB that never change stay out of state_dict and parameters(). But through _apply it
-    follows .to(device) and .to(dtype).
-    """
+    """vit: DINO (vit.py, version 1) of 8 blocks or more; it is frozen here."""
 
     def __init__(self, vit, head_width=128):
         super().__init__()
-        self.__dict__["vit"] = vit.requires_grad_(False).eval()  # past nn.Module's register
+        # nn.Module does not look into lists: so 343 MB that never change stay out of state_dict() and parameters().
+        self.backbone = [vit.requires_grad_(False).eval()]
         self.blocks = [vit.cfg.depth - back for back in (8, 4, 1)]  # 4, 8, 11 of the public model
         # A list, since the package can ask several backbones.
         self.decoder = nn.ModuleList([Heads(vit.cfg.embed_dim, head_width)])
 
+    @property
+    def vit(self):
+        return self.backbone[0]
+
     def _apply(self, fn, recurse=True):
+        """What .to(device), .to(dtype) and the like call: the backbone follows, too."""
         # official: a plain list hides the backbone from .to() as well
         self.vit._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def draw(self, x, x_src, generator):
-        """What `forward` gets beside x: how to augment it."""
+        """What `forward` gets beside x: how to augment it. x_src is of no use here, see tiny.PatchDiscriminator."""
         return draw_augment(x, generator)
 
     def features(self, x):
-        """What DINO sees in x (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), class token (B, D)"""
+        """DINO's features of x: (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), class token (B, D)"""
         side = self.vit.cfg.img_size
         x = F.interpolate(x * 0.5 + 0.5, (side, side), mode="area")
         # official: the mean is CLIP's, the deviation ImageNet's
-        mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, IMAGENET_STD))
-        outputs = enumerate(self.vit.layers((x - mean) / std))
-        early, late, last = (self.vit.norm(tokens) for i, tokens in outputs if i in self.blocks)
+        mean, std = x.new_tensor(CLIP_MEAN).view(3, 1, 1), x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+        outputs = list(self.vit.layers((x - mean) / std))  # of every block: (B, 1 + 14 * 14, D), the class token first
+        early, late, last = (self.vit.norm(outputs[block]) for block in self.blocks)
         side //= self.vit.cfg.patch_size
         early, late = (tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for tokens in (early, late))
         return early, late, last[:, 0]
@@ -169,7 +194,10 @@ class Discriminator(nn.Module):
     def forward(self, x, target, plan=None):
         """Loss of x: (B, 3, H, W) in [-1, 1].
 
-        target: real, fake, or generator (a fake to pass as real); plan: of `draw`, None = x as it is -> (B, 1)
+        target: real, fake, or generator (a fake that should pass as real); plan: of `draw`, None = x as it is
+        -> (B, 1)
         """
-        x = x if plan is None else augment(x, plan)
-        return multilevel_loss(self.decoder[0](*self.features(x)), target)
+        if plan is not None:
+            x = augment(x, plan)
+        logits = self.decoder[0](*self.features(x))
+        return multilevel_loss(logits, target)

@@ -1,4 +1,4 @@
-"""What GramSR's later LoRA sets learn from: the opinion of a diffusion model (CSD), Gram matrices of visual tokens.
+"""Losses of GramSR's later LoRA sets: a diffusion model's guidance (CSD), and Gram matrices of visual tokens.
 
 Papers:  GramSR, 2604.25457; CSD, 2310.19415, as in PiSA-SR, 2412.03017; Gram matrices as in DINOv3, 2508.10104.
 Left out: CSD in half precision throughout, as PiSA-SR computes it.
@@ -18,25 +18,26 @@ CSD_TIMES = 20, 500     # t is drawn from 20 .. 499, as by PiSA-SR's script
 def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
     """Classifier score distillation: where guidance would move a latent, the latent is moved.
 
-    Noise is added, and a frozen UNet takes it away twice: without context, and with guidance towards it. The difference
-    of the two clean latents is the gradient that z gets; the loss itself says little.
+    Noise is added, and a frozen UNet removes it twice: with the negative context, and with guidance away from that. The
+    difference of the two clean latents is the gradient that z gets; the value of the loss means little.
     prior: (z_t, t, context) -> eps; z: (B, 4, h, w) clean scaled latent; t: (B,) of CSD_TIMES; noise: like z
-    context: (B, N, D) of the LQ picture; negative: like it, zeros in GramSR, a bad prompt in PiSA-SR -> scalar
+    context: (B, N, D) of the LQ image; negative: like it, zeros in GramSR, a negative prompt in PiSA-SR -> scalar
     """
     with torch.no_grad():
         a = alphas_cumprod().to(z.device)[t].view(-1, 1, 1, 1)
         z_t = a.sqrt() * z + (1 - a).sqrt() * noise
         eps = prior(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, context])).float()
         eps_neg, eps_cond = eps.chunk(2)
-        guided = eps_neg + guidance * (eps_cond - eps_neg)
-        fake, real = ((z_t - (1 - a).sqrt() * eps) / a.sqrt() for eps in (eps_neg, guided))
+        eps_guided = eps_neg + guidance * (eps_cond - eps_neg)
+        fake = (z_t - (1 - a).sqrt() * eps_neg) / a.sqrt()  # clean latents
+        real = (z_t - (1 - a).sqrt() * eps_guided) / a.sqrt()
         g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)  # Eq. GramSR (4)
         target = z - g
     return F.mse_loss(z, target)  # its gradient is 2 g / numel
 
 
 def normalised(x):
-    """(B, 3, H, W) in [-1, 1] -> as DINO wants it"""
+    """(B, 3, H, W) in [-1, 1] -> with ImageNet's mean and deviation removed, as DINO expects"""
     return standardised(0.5 * x + 0.5)
 
 
@@ -46,14 +47,15 @@ def features(vit, x):
 
 
 def gram(x, channels=False, normalise=True, positive=False):
-    """Gram matrices: all dot products. Who resembles whom stays, any rotation of the features is forgotten.
+    """Gram matrices: all dot products. They keep which tokens are similar, and forget any rotation of the features.
 
     The paper's figure says |G(hq) - G(sr)|^2 / N^2, not what N counts, nor whether rows are normalised. The defaults
     are DINOv3's; its loss weight of 500 fits them: without normalisation the loss is thousands of times larger.
-    x: (B, N, D); channels: style transfer's matrix, the mean over places, which forgets where things are
+    x: (B, N, D); channels: style transfer's matrix, the mean over positions, which forgets where things are
     normalise: tokens to length 1; positive: negative similarities are set to 0 -> (B, N, N), or (B, D, D)
     """
-    x = F.normalize(x, dim=-1) if normalise else x
+    if normalise:
+        x = F.normalize(x, dim=-1)
     G = x.mT @ x / x.shape[1] if channels else x @ x.mT
     return G.relu() if positive else G
 

@@ -1,13 +1,16 @@
-"""GramSR: one step of Stable Diffusion 2.1, told by visual tokens instead of words what is in the picture.
+"""GramSR: one step of Stable Diffusion 2.1, conditioned on visual tokens where a text stood.
 
 Paper:   GramSR, arXiv 2604.25457, which extends PiSA-SR, 2412.03017. Numbers of equations are ours.
 Weights: model_12501.pkl, lora_weights_dino_53001.safetensors, adapter_53001.pth of aimagelab/GramSR; unet and vae of
          stable-diffusion-2-1-base; facebook/dinov3-vitb16-pretrain-lvd1689m.
 Left out: texts, which the released code never reads.
 
-The enlarged picture goes two ways: through the VAE to a latent, which the UNet takes for one with almost no noise
-(t = 1), and through DINOv3 and a small adapter to tokens, which stand where SD's text stood. Latent minus the UNet's
-answer -> picture. Three LoRA sets, one a loss (gram.py), have a scale each in use.
+    enlarged LQ image x  -> VAE -> latent z
+                         -> DINOv3, token adapter -> context
+    e = UNet(z, t = 1, context), as if z were a latent with almost no noise;   z - e -> VAE -> HQ image
+
+Three LoRA sets, pixel, semantic and texture, are trained one after the other, each with a loss of its own (gram.py). In
+use each has a scale.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,7 +21,8 @@ import torch
 import torch.nn as nn
 
 from models.gram import normalised
-from models.lora import ALPHA, LoRA, add_lora
+from models.lora import ALPHA, adapted_layers, add_lora
+from models.support import fast_lora
 from models.support.authors import last_step, with_step
 from models.support.files import whole_file
 from models.support.imaging import check_image, color_fix, pad_to_multiple, resize
@@ -30,11 +34,14 @@ from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import DINOv3, DINOv3Config
 
-# LoRA sets in the order they are trained: {adapter: names of its layers in the UNet}
+# The LoRA sets in the order in which they are trained: {adapter: names of its layers in the UNet}
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
 TEXTURE = "default_unet_dino"       # for every layer; its own file leaves this name out
-SETS = {name: {f"default_{place}_{name[:3]}": layers for place, layers in PLACES.items()}
-        for name in ("pixel", "semantic")} | {"texture": {TEXTURE: ".*"}}
+SETS = {
+    "pixel": {f"default_{place}_pix": layers for place, layers in PLACES.items()},
+    "semantic": {f"default_{place}_sem": layers for place, layers in PLACES.items()},
+    "texture": {TEXTURE: ".*"},
+}
 RELEASE = {"model": "model_12501.pkl", "texture": "lora_weights_dino_53001.safetensors", "adapter": "adapter_53001.pth"}
 PRIOR = {name: f"stable-diffusion-2-1-base/{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
 PRIOR["vit"] = "dinov3-vitb16-pretrain-lvd1689m/model.safetensors"
@@ -46,7 +53,7 @@ class GramSRConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     vit: DINOv3Config = field(default_factory=DINOv3Config)
     ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are
-    t: int = 1                  # what the UNet is told about the noise
+    t: int = 1                  # the UNet's time
     tile: int = 512             # pixels per tile side: the size it was trained at
     overlap: int = 128          # pixels that tiles share, at least 1/8 of a tile
 
@@ -57,7 +64,7 @@ class GramSRConfig:
 
 
 def token_adapter(D, inner, context_dim):
-    """DINO's tokens to what the UNet's cross-attention reads, each for itself.  (B, N, D) -> (B, N, context_dim)"""
+    """From DINO's tokens to what the UNet's cross-attention reads, token by token.  (B, N, D) -> (B, N, context_dim)"""
     return nn.Sequential(nn.Linear(D, inner), nn.ReLU(), nn.Linear(inner, context_dim))
 
 
@@ -67,22 +74,26 @@ class GramSR(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.layers = replace(cfg, ranks={}), {}      # {adapter: its layers}
-        self.unet, self.vae, self.vit = UNet(cfg.unet), self.autoencoder(cfg.vae), DINOv3(cfg.vit)
+        self.cfg = replace(cfg, ranks={})       # which `add_set` fills
+        self.unet, self.vae, self.vit = self.networks(cfg)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
-        # pixels; every map of the UNet is half the one above
-        self.multiple = lcm(self.vae.factor << len(cfg.unet.widths) - 1, cfg.vit.patch_size)
-        for name in sorted(cfg.ranks, key=list(SETS).index):
-            self.add_set(name, cfg.ranks[name])
+        halved = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)
+        self.multiple = lcm(halved, cfg.vit.patch_size)         # of x's sides: maps are halved, patches are whole
+        for name in SETS:
+            if name in cfg.ranks:
+                self.add_set(name, cfg.ranks[name])
 
-    def autoencoder(self, cfg):
-        return VAE(cfg)
+    def networks(self, cfg):
+        """-> UNet, VAE, DINOv3"""
+        return UNet(cfg.unet), VAE(cfg.vae), DINOv3(cfg.vit)
+
+    # ---- LoRA sets
 
     def add_set(self, name, r=4):
         """A new LoRA set, which changes nothing yet: pixel, semantic or texture."""
+        alpha = r if name == "texture" else ALPHA       # trap: a scale of 8/r = 2 for two sets, of 1 for the third
         for adapter, layers in SETS[name].items():
-            alpha = r if name == "texture" else ALPHA       # trap: a scale of 8/r = 2 for two sets, of 1 for the third
-            self.layers[adapter] = add_lora(self.unet, layers, adapter, r, alpha)
+            add_lora(self.unet, layers, adapter, r, alpha)
         self.cfg.ranks[name] = r
 
     def lora(self, *sets):
@@ -91,97 +102,97 @@ class GramSR(nn.Module):
         return {k: p for k, p in self.unet.named_parameters() if k.endswith(mine)}
 
     def only(self, *sets):
-        """C with which the UNet has these LoRA sets on and all others off: identities (lora.py)."""
-        on, device = {}, self.unet.conv_in.weight.device
-        for name in self.cfg.ranks.keys() & sets:
-            on |= dict.fromkeys(SETS[name], torch.eye(self.cfg.ranks[name], device=device)[None])
-        return [on] * len(self.unet.blocks)
+        """C with which the UNet has these LoRA sets on and all others off (lora.py)."""
+        C = {}
+        for name in sets:
+            C |= dict.fromkeys(SETS[name], 1)
+        return C
+
+    # ---- one step
 
     def tokens(self, x):
         """What stands in for a text.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> (B, N, D), N = 5 + patches"""
         return self.adapter(self.vit(normalised(x).to(self.vit.norm.weight.dtype)))     # Eq. GramSR (1)
 
-    def predict(self, z, context, scales=(1, 1, 1)):
-        """What is wrong with a latent: l1 e_p + l2 (e_ps - e_p) + l3 (e_all - e_ps), with one, two and all sets on.
+    def residual(self, z, context, *sets):
+        """What these LoRA sets find wrong with a latent: e.  z: (B, 4, h, w); context: (B, N, D) -> like z"""
+        return self.unet(z, self.cfg.t, context, self.only(*sets))
 
-        z: (B, 4, h, w); context: (B, N, D); scales: l of pixel, semantic, texture -> like z
-        """
-        l1, l2, l3 = scales
-        l2 = l2 if "semantic" in self.cfg.ranks else l1     # a missing set changes nothing, whatever its scale
-        l3 = l3 if "texture" in self.cfg.ranks else l2
-        # The same sum, sorted by passes, so that what counts 0 times needs none: (1, 1, 1) is the last pass alone.
-        e, t = torch.zeros_like(z), self.cfg.t
-        if l1 != l2:
-            e = e + (l1 - l2) * self.unet(z, t, context, self.only("pixel"))
-        if l2 != l3:
-            e = e + (l2 - l3) * self.unet(z, t, context, self.only("pixel", "semantic"))
-        if l3 != 0:
-            e = e + l3 * self.unet(z, t, context)       # Eq. GramSR (2)
-        return e
-
-    def clean(self, z, context, scales=(1, 1, 1)):
-        """(B, 4, h, w) LQ latent -> clean latent; no noise schedule has a say."""
-        return z - self.predict(z, context, scales)     # Eq. GramSR (3)
+    def clean(self, z, e):
+        """LQ latent, residual -> clean latent; no noise schedule has a say.  Three of (B, 4, h, w)"""
+        return z - e        # Eq. GramSR (3)
 
     def forward(self, x):
-        """What training sees.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> picture, latent, context"""
-        context = self.tokens(x)
-        z = self.clean(self.vae.encode(x), context)
+        """What training sees, all sets on.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> image like x, latent, context"""
+        context, z_lq = self.tokens(x), self.vae.encode(x)
+        z = self.clean(z_lq, self.residual(z_lq, context, *SETS))
         return self.vae.decode(z).clamp(-1, 1), z, context
 
     def csd_conditions(self, context):
-        """What `loss_csd` guides towards, and from: the tokens, which the prior was never taught to read, and none.
+        """The condition of `loss_csd` and its negative: the tokens, which the prior was never taught to read, and none.
 
         context: (B, N, D) -> two like it
         """
         return context, torch.zeros_like(context)       # inferred; PiSA-SR has two prompts
 
     def prior(self, z_t, t, context):
-        """The UNet as it was before any LoRA, which judges in `loss_csd`."""
-        return self.unet(z_t, t, context, self.only())
+        """The UNet as it was before any LoRA, of which `loss_csd` takes the gradient.  -> eps like z_t"""
+        return self.unet(z_t, t, context)
 
     # ---- in use
 
-    @torch.no_grad()
+    def predict(self, z, context, scales=(1, 1, 1)):
+        """The residual with a scale for what each set adds to those before it.
+
+        z: (B, 4, h, w); context: (B, N, D); scales: of pixel, semantic, texture -> like z
+        """
+        if not torch.is_grad_enabled():
+            return fast_lora.in_few_passes(self.residual, z, context, scales, SETS, self.cfg.ranks)
+        l1, l2, l3 = scales
+        e_p = self.residual(z, context, "pixel")
+        e_ps = self.residual(z, context, "pixel", "semantic")
+        e_all = self.residual(z, context, "pixel", "semantic", "texture")
+        return l1 * e_p + l2 * (e_ps - e_p) + l3 * (e_all - e_ps)       # Eq. GramSR (2)
+
     def merge(self):
         """Fold all sets into the weights once, instead of in every pass: for scales of 1 alone."""
-        for m in self.unet.modules():
-            if isinstance(m, LoRA):
-                m.weight.data = m.fuse()
-                m.lora_A.clear(), m.lora_B.clear()
-        self.cfg.ranks.clear(), self.layers.clear()
+        fast_lora.merge(self.unet)
+        self.cfg.ranks.clear()
 
     def restore(self, z, x, scales, tile, overlap):
-        """`clean`, in tiles where the latent is larger than one; each takes its own tokens.
+        """LQ latent -> clean latent, in tiles where it is larger than one; each tile has its own tokens.
 
         z: (B, 4, h, w); x: (B, 3, H, W) in [-1, 1]; tile, overlap: pixels; tile 0 = off, which B > 1 needs -> like z
         """
+        def restored(z, x):
+            return self.clean(z, self.predict(z, self.tokens(x), scales))
+
         f = self.vae.factor
-        side = tile // self.multiple * self.multiple // f
+        side = tile // self.multiple * self.multiple // f       # cells
         boxes = tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
-        return tiled(lambda z, x: self.clean(z, self.tokens(x), scales), boxes, z, x)
+        return tiled(restored, boxes, z, x)
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0,
                 color="adain"):
-        """Super-resolution of one picture.
+        """Super-resolution of one image.
 
         lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
-        pixel, semantic, texture: how much of what each LoRA set does, None = 1; one UNet pass if all are, else up to 3
-        tile, overlap: pixels; None, 0 = the checkpoint's
+        pixel, semantic, texture: scales of the LoRA sets, None = 1; one UNet pass if all are, else up to 3
+        tile, overlap: pixels; 0 = the checkpoint's
         color: adain, wavelet or none
         -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
         """
         check_image(lq)
-        H, W = (round(side * scale) for side in lq.shape[-2:])
-        # official: whatever its shape, a picture is squeezed to 512 x 512
+        cfg, (H, W) = self.cfg, (round(side * scale) for side in lq.shape[-2:])
+        scales = [1 if l is None else l for l in (pixel, semantic, texture)]
+        # official: whatever its shape, an image is squeezed to 512 x 512
         lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
-        scales = [1 if l is None else l for l in (pixel, semantic, texture)]
-        z = self.restore(self.vae.encode(x), x, scales, tile or self.cfg.tile, overlap or self.cfg.overlap)
-        sr = self.vae.decode(z).float().clamp(-1, 1) / 2 + 0.5
+        z = self.restore(self.vae.encode(x), x, scales, tile or cfg.tile, overlap or cfg.overlap)
+        sr = self.vae.decode(z).clamp(-1, 1)[..., :H, :W].float() / 2 + 0.5
         # official: truncated to 8 bits before and after the colour fix
-        return color_fix(sr[..., :H, :W], lq_up, color, stablesr=True)
+        return color_fix(sr, lq_up, color, stablesr=True)
 
     # ---- files: plumbing
 
@@ -192,16 +203,17 @@ class GramSR(nn.Module):
         Raises FileNotFoundError or ValueError, one line.
         """
         path = Path(name)
+        files = {part: last_step(path, file) for part, file in RELEASE.items()}
         if name == "gramsr":
             model = cls.from_release({part: fetch(file) for part, file in RELEASE.items()})
         elif weights := find_ours(name):
             model = load_ours(cls, cls.Config, weights)
-        elif (files := {part: last_step(path, file) for part, file in RELEASE.items()})["model"]:
+        elif files["model"]:
             model = cls.from_release(files, path)
         else:
             raise FileNotFoundError(f"{path}: no such model; name gramsr, or a folder with model.safetensors or "
                                     f"{', '.join(RELEASE.values())}")
-        return in_half(model.to(torch.float32), dtype).to(device).eval()
+        return in_half(model.float(), dtype).to(device).eval()
 
     @classmethod
     def with_prior(cls, cfg, folder=None, source="GramSRConfig"):
@@ -210,23 +222,32 @@ class GramSR(nn.Module):
 
     @classmethod
     def from_release(cls, files, folder=None):
-        """The authors' files or ours.  files: paths, or None, by the keys of RELEASE. Raises WeightError."""
-        path, file, texture = files["model"], read_tensors(files["model"]), {}
+        """The authors' files or ours; public networks from folder or fetched.
+
+        files: paths, or None, by the keys of RELEASE. Raises WeightError.
+        """
+        path, file = files["model"], read_tensors(files["model"])
         with laid_out_as(RELEASE["model"], path):
             sets = file.get("nanosr", {}).get("sets", list(SETS))
             ranks = {name: int(file[f"lora_rank_unet_{name[:3]}"]) for name in sets if name != "texture"}
-            tensors = dict(file["state_dict_unet"])
-        for part in ["adapter", "texture"] if "texture" in sets else ["adapter"]:
+            early_tensors = dict(file["state_dict_unet"])
+        texture_tensors, needed = {}, ["adapter"]
+        if "texture" in sets:
+            needed.append("texture")
+        for part in needed:
             if not files[part]:
                 raise WeightError(f"{path}: needs {RELEASE[part]}, or that of another step, beside it; put it there")
         if "texture" in sets:
-            texture = {k.replace(".weight", f".{TEXTURE}.weight"): v for k, v in read_tensors(files["texture"]).items()}
-            ranks["texture"] = next((len(v) for k, v in texture.items() if "lora_A" in k), 4)
+            for name, x in read_tensors(files["texture"]).items():
+                texture_tensors[name.replace(".weight", f".{TEXTURE}.weight")] = x
+            ranks["texture"] = next((len(x) for name, x in texture_tensors.items() if "lora_A" in name), 4)
+
         model = cls.with_prior(GramSRConfig(ranks=ranks), folder, path)
         early, late = model.lora("pixel", "semantic"), model.lora("texture")
-        tensors = {k: v for k, v in tensors.items() if k in early}      # as officially, strangers are ignored
-        for part, mine, new in (("model", early, tensors), ("texture", late, texture)):
-            load_strictly(model.unet, new, files[part], model.unet.state_dict().keys() - mine)
+        early_tensors = {k: v for k, v in early_tensors.items() if k in early}      # as officially, others are ignored
+        for part, mine, tensors in (("model", early, early_tensors), ("texture", late, texture_tensors)):
+            others = [name for name in model.unet.state_dict() if name not in mine]
+            load_strictly(model.unet, tensors, files[part], may_miss=others)
         load_strictly(model.adapter, read_tensors(files["adapter"]), files["adapter"])
         return model
 
@@ -240,7 +261,7 @@ class GramSR(nn.Module):
         for name in early:
             model[f"lora_rank_unet_{name[:3]}"] = self.cfg.ranks[name]
             for place, adapter in zip(PLACES, SETS[name]):
-                model[f"unet_lora_{place}_modules_{name[:3]}"] = self.layers[adapter]
+                model[f"unet_lora_{place}_modules_{name[:3]}"] = adapted_layers(self.unet, adapter)
         if len(self.cfg.ranks) < len(SETS):
             model["nanosr"] = {"sets": list(self.cfg.ranks)}        # ours: this training is not over
         texture = {k.replace(f".{TEXTURE}", ""): v for k, v in stored(self.lora("texture")).items()}
@@ -250,11 +271,14 @@ class GramSR(nn.Module):
         """Write `release`, with step in the files' names.  -> names"""
         names = []
         for key, content in self.release().items():
-            if content:
-                names.append(with_step(RELEASE[key], step))
-                with whole_file(path := Path(folder, names[-1]), f"{path}.part") as part:
-                    if key == "texture":
-                        save_tensors(part, content)
-                    else:
-                        torch.save(content, part)
+            if not content:
+                continue
+            name = with_step(RELEASE[key], step)
+            path = Path(folder, name)
+            with whole_file(path, f"{path}.part") as part:
+                if key == "texture":
+                    save_tensors(part, content)
+                else:
+                    torch.save(content, part)
+            names.append(name)
         return names

@@ -1,12 +1,17 @@
-"""Low-rank adaptation: layers that are bent without being overwritten, and S3Diff's way to let the degradation bend.
+"""Low-rank adaptation: a layer gets a narrow detour beside its weight; S3Diff's degradation scores steer the detour.
 
-Papers:  LoRA, arXiv 2106.09685: y = W x + s B A x with narrow A and B, the only trained ones; S3Diff, 2409.17058.
+Papers:  LoRA, arXiv 2106.09685: y = W x + s B A x with narrow A and B, the only trained ones; S3Diff, 2409.17058:
+         y = W x + s B C A x with a small matrix C that depends on the image.
 Weights: the adapters inside s3diff.pkl (S3Diff) and model_12501.pkl, lora_weights_dino_53001.safetensors (GramSR).
 Left out: dropout, biases of adapters, rank-stabilised scaling.
 
-unet.py and vae.py are made of this file's Linear and Conv2d: torch's layers plus adapters. C, an argument of every
-forward, is S3Diff's matrix between A and B, for each adapter (B or 1, r, r); None is the identity for all, and an
-adapter that C does not name is off. Channels are c wherever there is a C.
+unet.py and vae.py are made of this file's Linear and Conv2d: torch's layers plus any number of named adapters. C, an
+argument of every forward, says which adapters are on and what stands between their A and B:
+
+    of a layer      {adapter: matrices (B or 1, r, r), or the number 1, which is the identity}
+    of a network    {adapter: matrices (B or 1, blocks, r, r), or the number 1}; a block takes its own by `of_block`
+
+An adapter that C does not name is off.
 """
 
 import math
@@ -16,14 +21,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.support import fast_lora, winograd
 from models.support.precision import Exact
-from models.support.winograd import conv2d
 
 ALPHA = 8  # trap: peft's default, on which both papers' files rely: s = 8 / r, not 1
+NO_ADAPTERS = {}  # C where none is on
+
+
+def of_block(C, i):
+    """A network's C -> the C of layers in its block i"""
+    return {name: C_all[:, i] if torch.is_tensor(C_all) else C_all for name, C_all in C.items()}
+
+
+def repeated(C, n):
+    """A network's C for a batch that is repeated n times; one matrix for all images stays one."""
+    def repeat(C_all):
+        of_each_image = torch.is_tensor(C_all) and len(C_all) > 1
+        return C_all.repeat(n, 1, 1, 1) if of_each_image else C_all
+
+    return {name: repeat(C_all) for name, C_all in C.items()}
+
+
+# ---- layers
 
 
 class LoRA:
-    """What both layers have in common.  C: {adapter: (B or 1, r, r)} or None"""
+    """What both layers have in common."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -31,80 +54,70 @@ class LoRA:
         self.s = {}  # adapter: scale
 
     def add_adapter(self, name, r, alpha=ALPHA):
-        """A new adapter of rank r. B = 0, so nothing changes yet."""
+        """A new adapter of rank r. B = 0, so it changes nothing yet."""
         self.lora_A[name], self.lora_B[name] = self.pair(r)
         self.s[name] = alpha / r
         nn.init.normal_(self.lora_A[name].weight, std=1 / r)
         nn.init.zeros_(self.lora_B[name].weight)
 
-    def adapters(self, C):
-        """-> (A, B, s, the paper's C or None) of every adapter that is on"""
-        return [(A, self.lora_B[name], self.s[name], C and C[name].mT)  # kept transposed, as officially
-                for name, A in self.lora_A.items() if C is None or name in C]
+    def on(self, C):
+        """Names of this layer's adapters that C turns on."""
+        return [name for name in self.lora_A if name in C]
 
-    def forward(self, x, C=None):
-        """y = W x + s B C A x, summed over adapters.  (B, ...) -> (B, ...) as the base layer
-
-        In training as it stands here; in use mostly folded into one weight, which costs less.
-        """
-        # On a GPU launches cost more than folding; compiled, a size must not decide about the graph.
-        always = x.is_cuda or torch.compiler.is_compiling()
-        if self.lora_A and self.folding_pays(math.inf if always else self.pixels(x), C):
-            return self.base(x, self.fuse(C))
+    def forward(self, x, C=NO_ADAPTERS):
+        """y = W x + s B C A x, summed over the adapters that are on.  (B, ...) -> (B, ...) as the base layer"""
+        if fast_lora.folding_pays(self, x, C):
+            return self.base(x, fast_lora.fold(self, C))
         y = self.base(x, self.weight)
-        for A, B, s, C_i in self.adapters(C):
-            if C_i is None:
-                y = y + s * B(A(x))  # Eq. S3Diff (1)
+        for name in self.on(C):
+            A, B, s, C_i = self.lora_A[name], self.lora_B[name], self.s[name], C[name]
+            if torch.is_tensor(C_i):
+                y = y + s * B(self.times(C_i, A(x)))  # Eq. S3Diff (3)
             else:
-                y = y + s * B(self.mix(C_i, A(x)))  # Eq. S3Diff (3)
+                y = y + s * B(A(x))  # Eq. S3Diff (1)
         return y
-
-    def fuse(self, C=None):
-        """The same folded into one weight, W + s B C A, for pictures that share C; a new tensor."""
-        W = self.weight.flatten(1)
-        for A, B, s, C_i in self.adapters(C):
-            A, B = A.weight.flatten(1), B.weight.flatten(1)
-            W = torch.addmm(W, B, A if C_i is None else C_i[0].to(A) @ A, alpha=s)
-        return W.view_as(self.weight)
-
-    def folding_pays(self, pixels, C):
-        """Folding takes r out in k^2 products, the way beside r (in k^2 + out) a pixel; gradients go beside."""
-        if torch.is_grad_enabled() or any([len(M) > 1 for M in (C or {}).values()]):
-            return False
-        return pixels * (self.weight.numel() / len(self.weight) + len(self.weight)) > self.weight.numel()
 
 
 class Linear(LoRA, nn.Linear):
     """torch.nn.Linear that takes adapters.  (B, N, in) -> (B, N, out)"""
 
     def pair(self, r):
+        """A and B of a new adapter."""
         return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
 
     def base(self, x, W):
+        """W x and the bias"""
         return F.linear(x, W, self.bias)
 
-    def pixels(self, x):
-        return x.numel() // x.shape[-1]
+    def times(self, C, h):
+        """C h for each token.  C: (B or 1, r, r); h: (B, N, r) -> like h"""
+        return h @ C.mT.to(h)
 
-    def mix(self, C, h):
-        return h @ C.mT.to(h)  # C h for each token
+    def positions(self, x):
+        """To how many vectors W is applied."""
+        return x.numel() // x.shape[-1]
 
 
 class Conv2d(LoRA, nn.Conv2d):
     """torch.nn.Conv2d that takes adapters: A has this layer's kernel, B is 1x1.  (B, in, H, W) -> (B, out, H', W')"""
 
     def pair(self, r):
+        """A and B of a new adapter."""
         A = nn.Conv2d(self.in_channels, r, self.kernel_size, self.stride, self.padding, bias=False)
         return A, nn.Conv2d(r, self.out_channels, 1, bias=False)
 
     def base(self, x, W):
-        return conv2d(x, W, self.bias, self.stride, self.padding)
+        """W x and the bias"""
+        return winograd.conv2d(x, W, self.bias, self.stride, self.padding)  # F.conv2d, or the same faster
 
-    def pixels(self, x):
-        return len(x) * math.prod([-(-side // stride) for side, stride in zip(x.shape[2:], self.stride)])
+    def times(self, C, h):
+        """C h for each pixel.  C: (B or 1, r, r); h: (B, r, H', W') -> like h"""
+        return (C.to(h) @ h.flatten(2)).view_as(h)
 
-    def mix(self, C, h):
-        return (C.to(h) @ h.flatten(2)).view_as(h)  # for each pixel
+    def positions(self, x):
+        """To how many vectors W is applied; for any padding that keeps H and W, but for the stride."""
+        rows, columns = (math.ceil(side / stride) for side, stride in zip(x.shape[2:], self.stride))
+        return len(x) * rows * columns
 
 
 class ExactConv2d(Exact, Conv2d):
@@ -112,19 +125,24 @@ class ExactConv2d(Exact, Conv2d):
 
 
 def add_lora(network, targets, name, r, alpha=ALPHA):
-    """Give layers of network an adapter, chosen as peft does -> their names.
+    """Give layers of network a new adapter, chosen as peft does -> their names.
 
     targets: a regular expression for whole names, or a list of last parts of names
     """
-    def chosen(layer):
+    def is_chosen(layer):
         if isinstance(targets, str):
             return re.fullmatch(targets, layer)
         return any(f".{layer}".endswith(f".{target}") for target in targets)
 
-    layers = [layer for layer, m in network.named_modules() if isinstance(m, LoRA) and chosen(layer)]
-    for layer in layers:
+    chosen = [layer for layer, m in network.named_modules() if isinstance(m, LoRA) and is_chosen(layer)]
+    for layer in chosen:
         network.get_submodule(layer).add_adapter(name, r, alpha)
-    return layers
+    return chosen
+
+
+def adapted_layers(network, name):
+    """Names of the layers that have the adapter of that name."""
+    return [layer for layer, m in network.named_modules() if isinstance(m, LoRA) and name in m.lora_A]
 
 
 # ---- S3Diff: the degradation decides
@@ -150,9 +168,10 @@ class Modulation(nn.Module):
     def __init__(self, r_vae=16, r_unet=32, vae_blocks=6, unet_blocks=10, fourier=64, D=64):
         super().__init__()
         self.w = nn.Parameter(torch.randn(fourier), requires_grad=False)  # frequencies: drawn once, kept in the file
+        self.r = {"vae": r_vae, "unet": r_unet}
 
         def parts(r, blocks):
-            """MLPs of scores and of block, the layer that joins them, and a vector e for each block id."""
+            """MLPs of scores and of block, the layer that joins them, and a vector for each block id."""
             de_mlp = nn.Sequential(almost_zero(4 * fourier, 4 * fourier), nn.ReLU())
             block_mlp = nn.Sequential(almost_zero(D, D), nn.ReLU())
             return de_mlp, block_mlp, almost_zero(4 * fourier + D, r * r), nn.Embedding(blocks, D)
@@ -161,12 +180,18 @@ class Modulation(nn.Module):
         self.unet_de_mlp, self.unet_block_mlp, self.unet_fuse_mlp, self.unet_block = parts(r_unet, unet_blocks)
 
     def matrices(self, network, scores):
-        """network: vae or unet; scores: (B, 2) in [0, 1] -> C (B, blocks, r, r)"""
-        de_mlp, block_mlp, fuse_mlp, block = (getattr(self, f"{network}_{part}")
-                                              for part in ("de_mlp", "block_mlp", "fuse_mlp", "block"))
-        angle = 2 * math.pi * scores[..., None] * self.w  # (B, 2, 64)
-        d = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # Eq. S3Diff (2)
-        d, e = de_mlp(d), block_mlp(block.weight)
-        d, e = d[:, None].expand(-1, len(e), -1), e.expand(len(d), -1, -1)
+        """The matrix C_i of every block i.  network: vae or unet; scores: (B, 2) in [0, 1] -> (B, blocks, r, r)"""
+        if network == "vae":
+            de_mlp, block_mlp, fuse_mlp, block = self.vae_de_mlp, self.vae_block_mlp, self.vae_fuse_mlp, self.vae_block
+        else:
+            de_mlp, block_mlp, fuse_mlp = self.unet_de_mlp, self.unet_block_mlp, self.unet_fuse_mlp
+            block = self.unet_block
+        B, blocks, r = len(scores), len(block.weight), self.r[network]
+
+        angle = 2 * math.pi * scores[:, :, None] * self.w  # (B, 2, F), F frequencies
+        fourier = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # Eq. S3Diff (2)
+
+        d = de_mlp(fourier)[:, None].expand(B, blocks, -1)  # (B, blocks, 4F)
+        e = block_mlp(block.weight)[None].expand(B, blocks, -1)  # (B, blocks, D)
         C = fuse_mlp(torch.cat([d, e], dim=-1))  # Eq. S3Diff (4)
-        return C.unflatten(-1, (math.isqrt(C.shape[-1]), -1))
+        return C.unflatten(-1, (r, r)).mT  # trap: officially rows and columns are the other way round

@@ -1,23 +1,27 @@
-"""The autoencoder of Qwen-Image for single pictures; VOSR-1.4B works on its latents.
+"""The autoencoder of Qwen-Image for single images; VOSR-1.4B works on its latents.
 
 Papers:  Qwen-Image, 2508.02324; Wan, 2503.20314 (the architecture, for video).
-Weights: Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors of VOSR; or Qwen-Image's own, the video form, which load
-         hooks cut down.
-Left out: time (a picture is a video's first frame, which sees no other), training losses, attn_scales.
+Weights: Qwen-Image-vae-2d/diffusion_pytorch_model.safetensors of VOSR; or Qwen-Image's own, the video form, which a
+         load hook cuts down.
+Left out: time (an image is a video's first frame, which sees no other), training losses, attn_scales.
+
+As vae.py, but for: RMS norms instead of group norms; widths that grow with the resnets and shrink with the step up; 16
+latent channels, each normalised by constants. `self.run(layer, x)` is layer(x), see support/strips.py.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.support import strips
 from models.support.precision import Exact
-from models.support.strips import attention, in_strips, norm_silu_conv
 from models.support.winograd import conv2d
-from models.vae import draw, mean_and_deviation
+from models.vae import mean_and_std, mode_or_sample
 
-# Of each latent channel over natural pictures; diffusion happens on (latent - mean) / std.
+# Of each latent channel over natural images; diffusion happens on (latent - mean) / std.
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -28,7 +32,7 @@ LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 class QwenVAEConfig:
     base_dim: int = 96
     z_dim: int = 16
-    dim_mult: tuple = (1, 2, 4, 4)  # widths over base_dim
+    dim_mult: tuple = (1, 2, 4, 4)  # width of each level over base_dim
     num_res_blocks: int = 2
     latents_mean: tuple = LATENTS_MEAN  # trap: a config.json may lack these two
     latents_std: tuple = LATENTS_STD
@@ -37,8 +41,10 @@ class QwenVAEConfig:
 # ---- layers
 
 class Conv(nn.Conv2d):
-    def __init__(self, c_in, c_out, size=3, **options):
-        super().__init__(c_in, c_out, size, **{"padding": size // 2, **options})
+    """nn.Conv2d that keeps the size unless told otherwise, on CPUs in fewer products (winograd.py)."""
+
+    def __init__(self, c_in, c_out, size=3, stride=1, padding=None):
+        super().__init__(c_in, c_out, size, stride, size // 2 if padding is None else padding)
 
     def forward(self, x):
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -69,12 +75,15 @@ class ResnetBlock(nn.Module):
         self.conv1 = Conv(c_in, c_out)
         self.norm2 = Norm(c_out)
         self.conv2 = Conv(c_out, c_out)
-        self.conv_shortcut = nn.Identity() if c_in == c_out else Conv(c_in, c_out, 1)
+        self.conv_shortcut = None if c_in == c_out else Conv(c_in, c_out, 1)
 
     def forward(self, x):
-        h = norm_silu_conv(self.norm1, self.conv1, x)
-        h = norm_silu_conv(self.norm2, self.conv2, h, into=h)
-        return in_strips(lambda h, x: h + self.conv_shortcut(x), h, x, into=h)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.shortcut(x)
+
+    def shortcut(self, x):
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -87,124 +96,130 @@ class Attention(nn.Module):
         self.proj = Conv(channels, channels, 1)
 
     def forward(self, x):
-        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H*W, 3C)
-        h = attention(*qkv.chunk(3, dim=-1))
-        return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # each (B, H*W, C)
+        h = strips.attention(q, k, v)
+        return x + self.proj(h.transpose(1, 2).reshape(x.shape))
 
 
 class MidBlock(nn.Module):
+    """Resnet, attention, resnet, at the lowest resolution.  (B, C, h, w) -> same shape"""
+
     def __init__(self, channels):
         super().__init__()
         self.attentions = nn.ModuleList([Attention(channels)])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels) for _ in range(2)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
-class Resample(nn.Module):
-    """A step in resolution: what changes the size, and a convolution."""
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2)"""
 
-    def __init__(self, rate, *layers):
+    rate = 0.5  # rows out per row in
+
+    def __init__(self, channels):
         super().__init__()
-        self.rate = rate
-        self.resample = nn.Sequential(*layers)
+        pad = nn.ZeroPad2d((0, 1, 0, 1))  # trap: right and below only
+        self.resample = nn.Sequential(pad, Conv(channels, channels, stride=2, padding=0))
 
     def forward(self, x):
-        return in_strips(self.resample, x, rate=self.rate)
+        return self.resample(x)
 
 
-def downsample(channels):
-    """(B, C, H, W) -> (B, C, H/2, W/2)"""
-    pad = nn.ZeroPad2d((0, 1, 0, 1))  # trap: right and below only
-    return Resample(0.5, pad, Conv(channels, channels, stride=2, padding=0))
-
-
-def upsample(channels):
+class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C/2, 2H, 2W)"""
-    return Resample(2, nn.Upsample(scale_factor=2, mode="nearest"), Conv(channels, channels // 2))
 
+    rate = 2
 
-class UpBlock(nn.Module):
-    """All resnets of one resolution, then the step to the next one; a list without a forward, as vae.Level."""
-
-    def __init__(self, c_in, c_out, layers, last):
+    def __init__(self, channels):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(layers)])
-        self.upsamplers = nn.ModuleList([] if last else [upsample(c_out)])
+        enlarge = nn.Upsample(scale_factor=2, mode="nearest")
+        self.resample = nn.Sequential(enlarge, Conv(channels, channels // 2))
 
-    def __iter__(self):
-        return iter((*self.resnets, *self.upsamplers))
+    def forward(self, x):
+        return self.resample(x)
 
 
 # ---- the two halves
 
-class Encoder(nn.Module):
-    """Picture to latent statistics.  (B, 3, H, W) -> (B, c_out, H/8, W/8)"""
+class Encoder(strips.InStrips, nn.Module):
+    """Image to latent statistics.  (B, 3, H, W) in [-1, 1] -> (B, c_out, H/8, W/8)"""
 
     def __init__(self, c_out, widths, layers):
         super().__init__()
-        blocks, c_in = [], widths[0]
+        self.conv_in = ExactConv(3, widths[0])
+        self.down_blocks = nn.ModuleList()  # one flat list: the public names count through
+        c_in = widths[0]
         for level, width in enumerate(widths):
             for _ in range(layers):
-                blocks.append(ResnetBlock(c_in, width))
+                self.down_blocks.append(ResnetBlock(c_in, width))
                 c_in = width
             if level < len(widths) - 1:
-                blocks.append(downsample(width))
-        self.conv_in = ExactConv(3, widths[0])
-        self.down_blocks = nn.ModuleList(blocks)  # one flat list: the public names count through
+                self.down_blocks.append(Downsample(width))
         self.mid_block = MidBlock(widths[-1])
         self.norm_out = Norm(widths[-1])
         self.conv_out = ExactConv(widths[-1], c_out)
 
     def forward(self, x):
-        x = in_strips(self.conv_in, x)
+        x = self.run(self.conv_in, x)
         for layer in self.down_blocks:
-            x = layer(x)
-        return norm_silu_conv(self.norm_out, self.conv_out, self.mid_block(x))
+            x = self.run(layer, x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(nn.Module):
-    """Latent to picture, with one more resnet a level.  (B, c_in, h, w) unscaled -> (B, 3, 8h, 8w)"""
+class Decoder(strips.InStrips, nn.Module):
+    """Latent to image, with one more resnet a level.  (B, c_in, h, w) unscaled -> (B, 3, 8h, 8w)"""
 
     def __init__(self, c_in, widths, layers):
         super().__init__()
         widths = widths[::-1]  # deepest first
-        arriving = [widths[0], *(width // 2 for width in widths)]  # trap: every step up halves the channels
         self.conv_in = ExactConv(c_in, widths[0])
         self.mid_block = MidBlock(widths[0])
-        self.up_blocks = nn.ModuleList([UpBlock(c, width, layers + 1, last=level == len(widths) - 1)
-                                        for level, (c, width) in enumerate(zip(arriving, widths))])
+        self.up_blocks = nn.ModuleList()  # a level each; dicts, whose keys give the public names
+        c_in = widths[0]
+        for level, width in enumerate(widths):
+            resnets = [ResnetBlock(c_in, width), *(ResnetBlock(width, width) for _ in range(layers))]
+            self.up_blocks.append(nn.ModuleDict({"resnets": nn.ModuleList(resnets)}))
+            if level < len(widths) - 1:
+                self.up_blocks[-1]["upsamplers"] = nn.ModuleList([Upsample(width)])
+                c_in = width // 2  # trap: every step up halves the channels
         self.norm_out = Norm(widths[-1])
         self.conv_out = ExactConv(widths[-1], 3)
 
     def forward(self, z):
-        x = self.mid_block(in_strips(self.conv_in, z))
-        for block in self.up_blocks:
-            for layer in block:
-                x = layer(x)
-        return norm_silu_conv(self.norm_out, self.conv_out, x)
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            for layer in chain(*level.values()):
+                x = self.run(layer, x)
+        if strips.needed(x):
+            return strips.norm_silu_conv(self.norm_out, self.conv_out, x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 # ---- the model
 
 def take_first_frame(module, state_dict, prefix, *_):
-    """Load hook: the video form, less what a picture, the first frame, never meets.
+    """Load hook: the video form, less what an image, the first frame, never meets.
 
     Convolutions are causal: of each only the last slice in time counts, and none that changes the frame rate.
     """
     for name in [name for name in state_dict if name.startswith(prefix)]:
-        x, (step, of_time, _) = state_dict[name], name.partition("time_conv.")
-        if of_time and f"{step}resample.1.weight" in state_dict:
+        tensor = state_dict[name]
+        step, changes_rate, _ = name.partition("time_conv.")
+        if changes_rate and f"{step}resample.1.weight" in state_dict:
             del state_dict[name]
-        elif x.ndim == 5:
-            state_dict[name] = x[:, :, -1]
-        elif name.endswith("gamma") and x.ndim == 4:
-            state_dict[name] = x.flatten(2)
+        elif tensor.ndim == 5:  # (out, in, time, height, width)
+            state_dict[name] = tensor[:, :, -1]
+        elif name.endswith("gamma") and tensor.ndim == 4:
+            state_dict[name] = tensor.flatten(2)
 
 
 class QwenVAE(nn.Module):
-    """Qwen-Image's autoencoder, with the interface of vae.VAE; latents are (B, 16, h, w)."""
+    """Qwen-Image's autoencoder, with the interface of vae.VAE; latents are (B, 16, H/8, W/8)."""
 
     def __init__(self, config=QwenVAEConfig()):
         super().__init__()
@@ -220,19 +235,22 @@ class QwenVAE(nn.Module):
         self.post_quant_conv = ExactConv(c.z_dim, c.z_dim, 1)
         self.register_load_state_dict_pre_hook(take_first_frame)
 
-    def statistics(self, z):
-        """Mean and deviation of the latent channels -> two of (C, 1, 1), like z"""
-        both = self.config.latents_mean, self.config.latents_std
-        return (torch.tensor(numbers).to(z, non_blocking=True).view(-1, 1, 1) for numbers in both)
+    def channel_statistics(self, z):
+        """Mean and standard deviation of the latent channels -> two of (C, 1, 1), like z"""
+        mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
+        return [x.to(z, non_blocking=True).view(-1, 1, 1) for x in (mean, std)]
 
     def moments(self, x):
-        return mean_and_deviation(self.quant_conv(self.encoder(x)))
+        """Mean and standard deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 16, h, w), not normalised"""
+        return mean_and_std(self.quant_conv(self.encoder(x)))
 
     def encode(self, x, generator=None):
-        z = draw(*self.moments(x), generator)
-        channel_mean, channel_std = self.statistics(z)
-        return (z - channel_mean) / channel_std
+        """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 16, h, w) normalised latent"""
+        mean, std = self.moments(x)
+        channel_mean, channel_std = self.channel_statistics(mean)
+        return (mode_or_sample(mean, std, generator) - channel_mean) / channel_std
 
     def decode(self, z):
-        channel_mean, channel_std = self.statistics(z)
+        """(B, 16, h, w) normalised latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
+        channel_mean, channel_std = self.channel_statistics(z)
         return self.decoder(self.post_quant_conv(z * channel_std + channel_mean))

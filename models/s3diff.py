@@ -1,13 +1,15 @@
-"""S3Diff: one step of SD-Turbo, bent towards super-resolution by LoRA, and the LoRA by how bad the picture is.
+"""S3Diff: one step of SD-Turbo, adapted to super-resolution by LoRA that depends on the image's degradation.
 
 Paper:   S3Diff, arXiv 2409.17058.
 Weights: s3diff.pkl (adapters, modulation, conv_in) and de_net.pth of zhangap/S3Diff; unet, vae, text_encoder, tokenizer
          of stabilityai/sd-turbo.
 Left out: the skip connections and the modulation by cross-attention of the paper's ablations.
 
-Two scores say how blurred and how noisy the picture is (denet.py); they become a matrix C for every block, between A
-and B of each adapter (lora.py). Picture -> latent -> UNet at t = 999, as if the latent were pure noise -> clean latent
--> picture. One prompt of what we want, one of what we do not; guidance is the difference they make.
+    LQ image  -> two scores, how blurred and how noisy it is (denet.py) -> a matrix C for every block (lora.py)
+    enlarged  -> latent -> UNet at t = 999, as if the latent were pure noise -> clean latent -> HQ image
+
+The VAE's encoder and the UNet have adapters, modulated by C. The UNet is asked twice, with a positive prompt of what we
+want and a negative one of what we do not; guidance goes on along their difference.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 
 from models.clip import text_features
 from models.denet import DegradationEstimator
-from models.lora import Modulation, add_lora
+from models.lora import Modulation, add_lora, repeated
 from models.support.authors import read_s3diff, s3diff_layout
 from models.support.imaging import check_image, color_fix, pad_to_multiple
 from models.support.precision import in_half
@@ -29,9 +31,9 @@ from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, 
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
 
-GOOD = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
-GOOD_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
-BAD = "oil painting, cartoon, blur, dirty, messy, low quality, deformation, low resolution, oversmooth"
+POSITIVE = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
+POSITIVE_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
+NEGATIVE = "oil painting, cartoon, blur, dirty, messy, low quality, deformation, low resolution, oversmooth"
 UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_shortcut", "conv_out", "proj_in",
                 "proj_out", "ff.net.2", "ff.net.0.proj")
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"
@@ -53,11 +55,10 @@ class S3DiffConfig:
     unet_targets: tuple = UNET_TARGETS
     vae_targets: str = VAE_TARGETS      # the paper's Table 4 puts adapters elsewhere
     modulation: str = "blocks"          # a C for each block; Table 5: "shared", one for all; "none", plain LoRA
-    denet_widths: tuple = (64, 64, 64, 128)     # of the estimator
     t: int = 999                        # where the one step starts
     guidance: float = 1.07              # trap: the paper says 1.1
     enlarge: str = "bilinear"           # official: in inference; bicubic in training
-    tile: int = 768                     # pixels a side, up to whose area the UNet sees all at once
+    tile: int = 768                     # pixels a side, up to whose area the UNet sees the whole image
     overlap: int = 256                  # pixels that tiles share
 
     @classmethod
@@ -67,50 +68,71 @@ class S3DiffConfig:
 
 class S3Diff(nn.Module):
     Config = S3DiffConfig
-    tokens = 77         # of a prompt
-    start_noise = 1.0   # share of time t's noise that is added, where t < 999
     SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]  # of sample.py: rows, columns
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.folder, self.dtype = cfg, None, torch.float32     # where texts are read, and how
-        self.unet, self.denet = UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths)
-        self.vae = self.autoencoder(cfg.vae)
-        self.blocks = {"unet": len(self.unet.blocks), "vae": self.vae.blocks}
+        self.cfg = cfg
+        self.folder = None      # where the files of SD-Turbo lie, its text encoder among them; None = the cache
+        self.dtype = torch.float32      # of those files
+        self.unet, self.denet, self.vae = self.networks(cfg)
+        self.multiple = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)       # of x's sides: the maps are halved
         self.adapt()
-        self.register_buffer("prompts", torch.zeros(2, self.tokens, cfg.unet.context_dim))   # features: good, bad
+        self.register_buffer("prompts", torch.zeros(2, 77, cfg.unet.context_dim))   # features: positive, negative
 
-    def autoencoder(self, cfg):
-        return VAE(cfg)
+    def networks(self, cfg):
+        """-> UNet, degradation estimator, VAE"""
+        return UNet(cfg.unet), DegradationEstimator(), VAE(cfg.vae)
 
     def adapt(self):
-        """What is trained beside unet.conv_in, new: adapters and their modulation, which change nothing yet."""
+        """What is trained beside unet.conv_in, anew: adapters and their modulation, which change nothing yet."""
         cfg, self.modulation = self.cfg, None
-        if cfg.modulation != "none":
-            ids = self.blocks if cfg.modulation == "blocks" else {"unet": 1, "vae": 1}
-            self.modulation = Modulation(cfg.r_vae, cfg.r_unet, ids["vae"], ids["unet"])
+        if cfg.modulation == "blocks":
+            self.modulation = Modulation(cfg.r_vae, cfg.r_unet, self.vae.blocks, len(self.unet.blocks))
+        elif cfg.modulation == "shared":
+            self.modulation = Modulation(cfg.r_vae, cfg.r_unet, 1, 1)
         add_lora(self.unet, cfg.unet_targets, ADAPTER["unet"], cfg.r_unet)
         add_lora(self.vae, cfg.vae_targets, ADAPTER["vae"], cfg.r_vae)
 
+    # ---- one step
+
     def matrices(self, network, scores):
-        """C of "unet" or "vae".  scores: (B, 2) -> for each block {adapter: (B, r, r)}; None without modulation"""
+        """C, which turns a network's adapters on (lora.py).
+
+        network: "vae" or "unet"; scores: (B, 2) in [0, 1] -> {adapter: (B, blocks, r, r), or 1 without modulation}
+        """
         if self.modulation is None:
-            return None
-        C = self.modulation.matrices(network, scores.float()).expand(-1, self.blocks[network], -1, -1)
-        return [{ADAPTER[network]: M} for M in C.unbind(1)]
+            return {ADAPTER[network]: 1}
+        blocks = self.vae.blocks if network == "vae" else len(self.unet.blocks)
+        C = self.modulation.matrices(network, scores.float())
+        return {ADAPTER[network]: C.expand(-1, blocks, -1, -1)}
+
+    def encode(self, x, scores, generator=None):
+        """x: (B, 3, H, W) enlarged LQ in [-1, 1]; generator: of the posterior's sample, None = its mode
+
+        -> (B, 4, h, w) scaled latent
+        """
+        return self.vae.encode(x, generator, self.matrices("vae", scores))
 
     def start(self, z, t, generator=None):
-        """What the UNet gets: at 999 z itself, else what that time makes of it.  z: (B, 4, h, w) LQ latent -> like z"""
+        """What the UNet gets: at 999 the LQ latent z itself, else z with the noise of t.  (B, 4, h, w) -> like z"""
         if t == 999:
             return z
         a = alphas_cumprod()[t].item()      # the paper's Table 8; the released code has 999 alone
-        eps = self.start_noise * torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
-        return a**0.5 * z + (1 - a) ** 0.5 * eps
+        return a**0.5 * z + (1 - a) ** 0.5 * self.noise(z, generator)
+
+    def noise(self, z, generator=None):
+        """Standard normal, drawn on the CPU, like z"""
+        return torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
         """The latent less its noise.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
         a = alphas_cumprod()[t].item()      # 0.0047 at 999: errors of eps count 14.6 times, so no half precision here
         return ((z_t.float() - (1 - a) ** 0.5 * eps.float()) / a**0.5).to(z_t)      # Eq. S3Diff (5)
+
+    def decode(self, z):
+        """(B, 4, h, w) scaled latent -> (B, 3, H, W) in [-1, 1]; adapters of the decoder (Table 4) are not modulated"""
+        return self.vae.decode(z, {ADAPTER["vae"]: 1}).clamp(-1, 1)
 
     def forward(self, x, scores, context, generator=None):
         """What training sees: one pass, no guidance.
@@ -118,76 +140,97 @@ class S3Diff(nn.Module):
         x: (B, 3, H, W) enlarged LQ in [-1, 1]; scores: (B, 2); context: (B, 77, D)
         generator: of the posterior's sample, None = its mode -> like x; saturated pixels have no gradient
         """
-        z = self.start(self.vae.encode(x, generator, self.matrices("vae", scores)), self.cfg.t, generator)
-        eps = self.unet(z, self.cfg.t, context, self.matrices("unet", scores))
-        return self.vae.decode(self.clean(z, eps, self.cfg.t)).clamp(-1, 1)
+        t = self.cfg.t
+        z_t = self.start(self.encode(x, scores, generator), t, generator)
+        eps = self.unet(z_t, t, context, self.matrices("unet", scores))
+        return self.decode(self.clean(z_t, eps, t))
 
     # ---- in use
 
-    def guided(self, z, t, prompts, C, guidance):
-        """Noise by both prompts, in one batch.  z: (B, 4, h, w); prompts: (2, 77, D) good, bad -> like z"""
-        if guidance == 1:
-            return self.unet(z, t, prompts[:1].expand(len(z), -1, -1), C)
-        # one C for all stays one, which lora.py can fold
-        twice = C and [{name: M if len(M) == 1 else M.repeat(2, 1, 1) for name, M in block.items()} for block in C]
-        good, bad = self.unet(z.repeat(2, 1, 1, 1), t, prompts.repeat_interleave(len(z), dim=0), twice).chunk(2)
-        return bad + guidance * (good - bad)        # Eq. S3Diff (5)
+    def guided(self, z_t, t, prompts, C, guidance):
+        """Noise by both prompts, in one batch.
 
-    def predict(self, z, t, prompts, C, guidance, tile, overlap):
-        """`guided`, in tiles where z has more cells than one; then B is 1.  tile, overlap: pixels -> like z"""
-        f, (h, w) = self.vae.factor, z.shape[-2:]
-        side = min(max(tile // f, 8), h, w)         # the UNet halves it three times
+        z_t: (B, 4, h, w); prompts: (2, 77, D) positive, negative; C: of the UNet; guidance 1: the positive alone
+        -> like z_t
+        """
+        B = len(z_t)
+        if guidance == 1:
+            return self.unet(z_t, t, prompts[:1].expand(B, -1, -1), C)
+        contexts = prompts.repeat_interleave(B, dim=0)      # (2B, 77, D)
+        eps = self.unet(z_t.repeat(2, 1, 1, 1), t, contexts, repeated(C, 2))
+        eps_pos, eps_neg = eps.chunk(2)
+        return eps_neg + guidance * (eps_pos - eps_neg)     # Eq. S3Diff (5)
+
+    def predict(self, z_t, t, prompts, C, guidance, tile, overlap):
+        """`guided`, in tiles where z_t has more cells than one; then B is 1.  tile, overlap: pixels -> like z_t"""
+        def guided(z_t):
+            return self.guided(z_t, t, prompts, C, guidance)
+
+        f, (h, w) = self.vae.factor, z_t.shape[-2:]
         if h * w <= (tile // f) ** 2:
-            side = 0
+            return guided(z_t)
+        side = min(max(tile // f, 8), h, w)         # cells; the UNet halves them three times
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
-        # official: the window's centre lies half a cell too low
-        return tiled(lambda z: self.guided(z, t, prompts, C, guidance), boxes, z, down=0.5)
+        return tiled(guided, boxes, z_t, down=0.5)  # official: the window's centre lies half a cell too low
 
     @torch.no_grad()
     def estimate(self, lq):
-        """How blurred and how noisy pictures are.  lq: (B, 3, H, W) in [0, 1], not enlarged -> (B, 2) in [0, 1]"""
+        """How blurred and how noisy images are.  lq: (B, 3, H, W) in [0, 1], not enlarged -> (B, 2) in [0, 1]"""
         return self.denet(lq.to(next(self.denet.parameters()), non_blocking=True))
+
+    def scores(self, lq, blur=None, noise=None):
+        """`estimate`, but for what is given by hand.  lq: (B, 3, H, W) in [0, 1]; blur, noise: in [0, 1] -> (B, 2)"""
+        scores = self.estimate(lq)
+        if blur is not None:
+            scores[:, 0] = blur
+        if noise is not None:
+            scores[:, 1] = noise
+        return scores
+
+    def describe(self, text):
+        """Features of a text.  -> (77, D). Raises WeightError."""
+        return text_features([text], self.folder, self.dtype)[0]
+
+    def with_texts(self, positive, negative):
+        """The two prompts, but for texts that are given.  -> (2, 77, D). Raises WeightError."""
+        prompts = self.prompts.clone()
+        if positive:
+            prompts[0] = self.describe(positive)
+        if negative:
+            prompts[1] = self.describe(negative)
+        return prompts
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, noise=None, blur=None, guidance=None, prompt=None, negative_prompt=None,
                 start_step=None, tile=0, overlap=0, color="wavelet", paper=False):
-        """Super-resolution of one picture, or of several of one size that fit in a tile.
+        """Super-resolution of one image, or of several of one size that fit in a tile.
 
-        lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each picture its own
-        prompt, negative_prompt: texts instead of GOOD, BAD; start_step: below 999 noise is added (by seed)
+        lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each image its own
+        prompt, negative_prompt: texts in place of POSITIVE, NEGATIVE
+        start_step: the UNet's t, below 999 with noise by seed
         tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
         None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
         """
         check_image(lq)
-        H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq = lq.to(self.unet.conv_in.weight.device, non_blocking=True)
-        t = self.cfg.t if start_step is None else start_step
+        cfg, (H, W) = self.cfg, (round(side * scale) for side in lq.shape[-2:])
+        t = cfg.t if start_step is None else start_step
+        enlarge = cfg.enlarge       # official: the bicubic of the first release overshot
+        if paper:
+            enlarge, prompt = "bicubic", prompt or POSITIVE_PAPER
         if guidance is None:
-            guidance = 1.1 if paper else self.cfg.guidance
-        scores = self.estimate(lq) if None in (blur, noise) else torch.empty(len(lq), 2, device=lq.device)
-        for i, score in enumerate((blur, noise)):
-            if score is not None:
-                scores[:, i] = score
-        prompts = self.prompts.clone()
-        for i, text in enumerate((prompt or (GOOD_PAPER if paper else None), negative_prompt)):
-            if text:
-                prompts[i] = self.describe(text)
+            guidance = 1.1 if paper else cfg.guidance
 
-        # official: the bicubic of the first release overshot
-        lq_up = F.interpolate(lq, (H, W), mode="bicubic" if paper else self.cfg.enlarge).clamp(0, 1)
-        multiple = self.vae.factor << len(self.cfg.unet.widths) - 1     # pixels, of VAE and UNet
+        lq = lq.to(self.unet.conv_in.weight.device, non_blocking=True)
+        scores = self.scores(lq, blur, noise)
+        lq_up = F.interpolate(lq, (H, W), mode=enlarge).clamp(0, 1)
         # official: a sample of the posterior; here its mode
-        z = self.vae.encode(pad_to_multiple(2 * lq_up - 1, multiple), C=self.matrices("vae", scores))
-        z = self.start(z, t, torch.Generator().manual_seed(seed))
-        C = self.matrices("unet", scores)
-        eps = self.predict(z, t, prompts.to(z), C, guidance, tile or self.cfg.tile, overlap or self.cfg.overlap)
-        sr = self.vae.decode(self.clean(z, eps, t)).float().clamp(-1, 1) / 2 + 0.5
-        return color_fix(sr[..., :H, :W], lq_up, color, stablesr=True)
-
-    def describe(self, text):
-        """Features of a text.  -> (77, D). Raises WeightError."""
-        return text_features([text], self.folder, self.dtype)[0]
+        z = self.encode(pad_to_multiple(2 * lq_up - 1, self.multiple), scores)
+        z_t = self.start(z, t, torch.Generator().manual_seed(seed))
+        prompts, C = self.with_texts(prompt, negative_prompt).to(z), self.matrices("unet", scores)
+        eps = self.predict(z_t, t, prompts, C, guidance, tile or cfg.tile, overlap or cfg.overlap)
+        sr = self.decode(self.clean(z_t, eps, t))[..., :H, :W].float() / 2 + 0.5
+        return color_fix(sr, lq_up, color, stablesr=True)
 
     # ---- files: plumbing
 
@@ -217,7 +260,8 @@ class S3Diff(nn.Module):
     def with_prior(cls, cfg, folder=None, source="S3DiffConfig", dtype=torch.float32):
         """`load_public`: SD-Turbo and the estimator around a config of file source. Raises WeightError."""
         model = load_public(cls, cfg, SD_TURBO | {"denet": "de_net.pth"}, folder, source, dtype)
-        model.folder, model.dtype, model.prompts = folder, dtype, text_features([GOOD, BAD], folder, dtype)
+        model.folder, model.dtype = folder, dtype
+        model.prompts = text_features([POSITIVE, NEGATIVE], folder, dtype)
         return model
 
     @classmethod
@@ -231,7 +275,8 @@ class S3Diff(nn.Module):
             settings, trained = read_s3diff(file)
             cfg = S3DiffConfig(**settings)
         model = cls.with_prior(cfg, folder, pkl, dtype)
-        load_strictly(model, {k: v for k, v in model.state_dict().items() if not is_trained(k)} | trained, pkl)
+        public = {k: v for k, v in model.state_dict().items() if not is_trained(k)}
+        load_strictly(model, public | trained, pkl)
         return model
 
     def release(self):

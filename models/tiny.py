@@ -1,10 +1,21 @@
-"""Ours, and no paper's: what makes the three systems small enough to be trained on a laptop.
+"""Ours, and no paper's: parts small enough that the three systems can be trained on a laptop.
 
 Weights: vosr_tiny, s3diff_tiny, gramsr_tiny, prior_tiny.safetensors beside this file, trained by the three scripts.
 
-The systems are those of vosr.py, s3diff.py and gramsr.py with other parts: a linear autoencoder in place of Stable
-Diffusion's; a prior that learned two prompts instead of a language; random features where LPIPS has a classifier's; a
-discriminator of four convolutions; and for VOSR a transformer that starts from the best linear estimate.
+Each system is the paper's (vosr.py, s3diff.py, gramsr.py) with other parts:
+
+    ours                          in place of                      since
+    TinyVAE                       Stable Diffusion's autoencoder   49 thousand parameters do, not 84 million
+    Finish                        nothing                          TinyVAE's decoder shows a transformer's errors
+    TinyDiT                       VOSR's DiT                       it starts from the best linear estimate
+    ConvSwiGLU (optional)         the MLP of a DiT's block         six layers learn slowly what is local
+    PatchDiscriminator            heads on DINO                    DINO is a download of 343 MB
+    RandomLPIPS                   LPIPS on VGG16                   VGG16 is a download of 553 MB
+    two learned prompts           a text encoder                   a tiny prior never saw a text
+    TinyVOSR, TinyS3Diff, TinyGramSR and their configs             the three systems with these parts
+    VOSR_STAGES, S3DIFF_STAGES, GRAMSR_STAGES                      how each is trained
+
+What was tried beside them is in tests/RESULTS.md.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,127 +27,217 @@ import torch.nn.functional as F
 from torch.nn.utils import spectral_norm
 
 from models.discriminator import multilevel_loss
-from models.dit import DiT, DiTConfig
+from models.denet import DegradationEstimator
+from models.dit import DiT, DiTConfig, SwiGLU
 from models.gramsr import GramSR, GramSRConfig
-from models.lora import Conv2d, ExactConv2d
-from models.lpips import LPIPS
+from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, of_block
+from models.lpips import imagenet_scaled, unit
 from models.s3diff import S3Diff, S3DiffConfig
 from models.support.weights import WeightError
-from models.unet import UNetConfig
+from models.unet import UNet, UNetConfig
 from models.vit import DINOv3, DINOv3Config, ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
 
-# ---- the autoencoder
 
-@dataclass
-class TinyVAEConfig:
-    latent_channels: int = 64  # of 192 numbers in 8x8x3 pixels
-    whitening: float = 0.5  # latents over std^whitening: 0 weighs errors as pixels do, 1 all channels alike
-    scale: float = 2.0  # of the latents, whose noise has 1
-    finish: int = 0  # channels of the convolutions after the linear decoder; 0 = none
+# ---- files of earlier versions: what they hold beyond today's is left out
+
+OLD_FIELDS = ("crisp", "precondition", "torch_bicubic", "stablesr", "start_noise")
 
 
-class ResBlock(nn.Module):
-    """x + two convolutions; no norm: contrast is information."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1, self.conv2 = (Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-
-    def forward(self, x):
-        return x + self.conv2(F.silu(self.conv1(x)))
+def without_old_fields(config):
+    """A file's config, a dict of values and dicts, without fields that are gone."""
+    kept = {}
+    for name, value in config.items():
+        if name not in OLD_FIELDS:
+            kept[name] = without_old_fields(value) if isinstance(value, dict) else value
+    return kept
 
 
-class Finish(nn.Module):
-    """What to add to a linearly decoded picture: convolutions at an eighth and half of its size."""
-
-    def __init__(self, latent_channels, wide, narrow=32):
-        super().__init__()
-        self.conv_in = nn.Conv2d(latent_channels, wide, 3, padding=1)
-        self.deep = nn.Sequential(*(ResBlock(wide) for _ in range(4)))
-        self.up = nn.Conv2d(wide, 16 * narrow, 1)
-        self.conv_x = nn.Conv2d(12, narrow, 3, padding=1)
-        self.fine = nn.Sequential(*(ResBlock(narrow) for _ in range(2)))
-        self.conv_out = nn.Conv2d(narrow, 12, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
-
-    def forward(self, z, x):
-        """z: (B, c, h, w) scaled latent; x: (B, 3, 8h, 8w) -> like x"""
-        h = F.pixel_shuffle(self.up(self.deep(self.conv_in(z))), 4) + self.conv_x(F.pixel_unshuffle(x, 2))
-        return F.pixel_shuffle(self.conv_out(self.fine(h)), 2)
-
-
-def without_crisp(module, state_dict, prefix, *_):
-    """Load hook: older files hold a network that is gone."""
+def drop_old_tensors(module, state_dict, prefix, *_):
+    """Load hook of TinyVAE: `crisp` was a network that drew edges."""
     for name in [name for name in state_dict if name.startswith(f"{prefix}crisp.")]:
         del state_dict[name]
 
 
-class TinyVAE(nn.Module):
-    """A learned lapped transform: one strided convolution, and its transpose back.
+# ---- the autoencoder: a linear transform, and a residual network behind its decoder
 
-    Like PCA it is linear, and tied weights make it nearly orthonormal; its 16x16 windows overlap by half. A
-    transformer's errors, one token each, still show as a faint grid, which `finish` takes away.
+@dataclass
+class TinyVAEConfig:
+    latent_channels: int = 64   # c; an image has 192 values in the 8x8x3 pixels of a latent's cell
+    whitening: float = 0.5      # exponent w of `TinyVAE.gain`
+    scale: float = 2.0          # what all channels are multiplied by; the noise of a flow has deviation 1
+    finish: int = 0             # channels of `Finish`; 0 = none
+
+
+class ResBlock(nn.Module):
+    """x + two 3x3 convolutions, without a norm, which would lose contrast.  (B, channels, H, W) -> same shape"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, C=NO_ADAPTERS):
+        return x + self.conv2(F.silu(self.conv1(x, C)), C)
+
+
+class Finish(nn.Module):
+    """The decoder's residual network: what to add to a linearly decoded image.
+
+    Trained last, on images that a transformer made: its errors, one token each, show as a faint grid of 8 pixels, which
+    this takes away. Its price: it smooths. Originals come back with 30.9 dB instead of 40.5.
     """
 
-    factor = 8
-    blocks = 1  # that adapters tell apart
+    def __init__(self, latent_channels, wide, narrow=32):
+        super().__init__()
+        # at an eighth of the image's size, on the latent
+        self.conv_in = nn.Conv2d(latent_channels, wide, 3, padding=1)
+        self.deep = nn.Sequential(*(ResBlock(wide) for _ in range(4)))
+        self.up = nn.Conv2d(wide, 16 * narrow, 1)
+        # at half of it, on 2x2x3 pixels a cell
+        self.conv_x = nn.Conv2d(12, narrow, 3, padding=1)
+        self.fine = nn.Sequential(*(ResBlock(narrow) for _ in range(2)))
+        self.conv_out = nn.Conv2d(narrow, 12, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)    # at first nothing is added
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, z, x, C=NO_ADAPTERS):
+        """z: (B, c, h, w) scaled latent; x: (B, 3, 8h, 8w) linearly decoded -> like x, to be added to it"""
+        h = self.conv_in(z)
+        for block in self.deep:
+            h = block(h, C)
+        h = F.pixel_shuffle(self.up(h), 4)      # (B, narrow, 4h, 4w)
+        h = h + self.conv_x(F.pixel_unshuffle(x, 2))
+        for block in self.fine:
+            h = block(h, C)
+        return F.pixel_shuffle(self.conv_out(h), 2)
+
+
+class TinyVAE(nn.Module):
+    """A learned lapped transform: analysis is one convolution, synthesis its transpose, both by the same weights.
+
+    Every cell of 8x8 pixels becomes c channels, each the product of a 16x16 window around it with one filter; windows
+    overlap by half, so cells leave no visible edges, unlike JPEG's blocks. Synthesis adds every filter, times its
+    channel, back into the image. Since the weights are shared, training for the least squared error makes the filters
+    nearly orthonormal: as in PCA, errors of the coefficients are about as large as those of the image.
+
+    Nothing is random, nothing is nonlinear: an image and a latent say the same, so a flow can be judged in either.
+    """
+
+    factor = 8      # pixels per latent cell side
+    blocks = 1      # that adapters tell apart: the one convolution
 
     def __init__(self, cfg=TinyVAEConfig()):
         super().__init__()
         self.cfg = cfg
-        self.encoder = ExactConv2d(3, cfg.latent_channels, 16, stride=8, bias=False)  # also the decoder's weight
-        nn.init.normal_(self.encoder.weight, std=768**-0.5)
-        self.register_buffer("std", torch.ones(cfg.latent_channels))  # of each channel, measured in training
+        self.encoder = ExactConv2d(3, cfg.latent_channels, 16, stride=8, bias=False)    # the decoder's weight, too
+        nn.init.normal_(self.encoder.weight, std=768**-0.5)     # 768 = 3 * 16 * 16: filters of about unit length
+        self.register_buffer("std", torch.ones(cfg.latent_channels))    # of each channel, measured in training
         self.finish = Finish(cfg.latent_channels, cfg.finish) if cfg.finish else None
-        self.register_load_state_dict_pre_hook(without_crisp)
+        self.register_load_state_dict_pre_hook(drop_old_tensors)
 
-    def gain(self):
-        return (self.cfg.scale * self.std**-self.cfg.whitening).view(1, -1, 1, 1)
-
-    def analyse(self, x, C=None):
+    def analysis(self, x, C=NO_ADAPTERS):
+        """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) transform coefficients"""
         return self.encoder(F.pad(x, (4,) * 4, mode="reflect"), C)
 
-    def synthesise(self, y):
+    def synthesis(self, y):
+        """(B, c, h, w) transform coefficients -> (B, 3, 8h, 8w), about [-1, 1]"""
         return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.encoder.weight, stride=8, padding=12)
 
-    def encode(self, x, generator=None, C=None):
-        """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) scaled latent; nothing is random here."""
-        return self.analyse(x, C and C[0]) * self.gain()
+    def gain(self):
+        """From coefficients to latents: scale / std^w for each channel.  -> (1, c, 1, 1)
 
-    def decode(self, z):
+        The first channels are coarse and large, the last fine and small. w = 0 leaves them so, and a squared error of
+        latents is one of pixels; w = 1 gives all the same deviation, and faint details count as much as brightness.
+        """
+        return (self.cfg.scale * self.std**-self.cfg.whitening).view(1, -1, 1, 1)
+
+    def encode(self, x, generator=None, C=NO_ADAPTERS):
+        """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) scaled latent
+
+        generator: of no use, since nothing is random here; C: {adapter: (B or 1, 1, r, r) or 1}
+        """
+        return self.analysis(x, of_block(C, 0)) * self.gain()
+
+    def decode(self, z, C=NO_ADAPTERS):
         """(B, c, h, w) scaled latent -> (B, 3, 8h, 8w), about [-1, 1]"""
-        x = self.synthesise(z / self.gain())
-        return x if self.finish is None else x + self.finish(z, x)
+        x = self.synthesis(z / self.gain())
+        return x if self.finish is None else x + self.finish(z, x, C)
 
     def loss(self, x, generator):
-        """Nested dropout (1402.0915): any first k channels must do, which sorts them by importance as PCA does.
+        """Nested dropout (1402.0915), which sorts the channels by importance.
 
-        x: (B, 3, H, W) in [-1, 1]; generator draws k for each picture -> squared errors with all channels and with k
+        Squared error alone finds the c directions that matter together, but any rotation of them decodes as well. So
+        each image is also decoded from its first k channels, k drawn anew: channel 1 is always there and must take what
+        explains most, channel 2 most of what is left, and so on, as PCA's components do. Then `std` says how much a
+        channel carries, which `gain` needs.
+
+        x: (B, 3, H, W) in [-1, 1]; generator draws k for each image -> squared errors with all channels and with k
         """
-        y = self.analyse(x)
+        y = self.analysis(x)
         if self.training:
             with torch.no_grad():
-                self.std.lerp_(y.std((0, 2, 3)).float(), 0.02)
+                self.std.lerp_(y.std((0, 2, 3)).float(), 0.02)      # a moving average
         B, c = y.shape[:2]
         k = torch.randint(1, c + 1, (B, 1, 1, 1), generator=generator).to(x.device)
         first = torch.arange(c, device=x.device).view(1, c, 1, 1) < k
-        return F.mse_loss(self.synthesise(y), x), F.mse_loss(self.synthesise(y * first), x)
+        return F.mse_loss(self.synthesis(y), x), F.mse_loss(self.synthesis(y * first), x)
+
 
 # ---- VOSR's transformer
 
+class ConvSwiGLU(SwiGLU):
+    """SwiGLU whose values also see their eight neighbours: value + dw(value), a depthwise 3x3 convolution.
+
+    Few attention layers learn slowly what a convolution has by nature: that a pixel goes with the ones beside it. On
+    digits, after five minutes of training, the loss was .146 instead of .180, at 1 % more time a step.
+    dw starts at zero, so that a transformer trained without it can go on with it.
+    """
+
+    def __init__(self, D, inner):
+        super().__init__(D, inner)
+        self.dw = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        nn.init.zeros_(self.dw.weight)
+        nn.init.zeros_(self.dw.bias)
+        self.grid = None    # (rows, columns) of the tokens that come next; `TinyDiT.forward` says
+
+    def forward(self, x):
+        """x: (B, rows * columns, D) -> same shape"""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        grid = value.transpose(1, 2).unflatten(2, self.grid)        # (B, inner, rows, columns)
+        grid = grid.contiguous(memory_format=torch.channels_last)   # faster
+        value = value + self.dw(grid).flatten(2).transpose(1, 2)
+        return self.w3(F.silu(gate) * value)
+
 
 class TinyDiT(DiT):
-    """A DiT around the best linear estimate, as EDM (2206.00364) does for denoisers.
+    """A DiT that adds to the best linear estimate of the velocity, as EDM (2206.00364) does for denoisers.
 
-    Were z_hq normal around z_lq with variance 1, then z_t would be normal around (1 - t) z_lq with variance
-    (1 - t)^2 + t^2, and E[z_hq | z_t] = z_lq + (1 - t) / variance (z_t - (1 - t) z_lq). The network sees the second
-    term, and says by how much the velocity differs from that of this mean.
+    A flow mixes z_t = (1 - t) z_hq + t eps and asks for v = eps - z_hq. Were z_hq normal around z_lq with variance 1:
+        d = z_t - (1 - t) z_lq is normal around 0 with variance s^2 = (1 - t)^2 + t^2,
+        E[z_hq | z_t] = z_lq + (1 - t) / s^2 d,    E[eps | z_t] = t / s^2 d,
+        so E[v | z_t] = ((2 t - 1) z_t - t z_lq) / s^2, and v lies around it with variance 1 / s^2.
+    The network sees (1 - t) / s^2 d, what noise tells beyond z_lq, and says how far -v is from its mean, over 1 / s:
+    at every t a target of deviation 1. Untrained it says 0, and one step gives the LQ latent. Without all this, one
+    step after 600 training steps was 2.8 dB below bicubic.
+
+    local: whether MLPs are ConvSwiGLU
     """
+
+    def __init__(self, cfg, local=False):
+        super().__init__(cfg)
+        self.local = local
+        if local:
+            for block in self.blocks:
+                mlp = ConvSwiGLU(cfg.hidden_size, block.mlp.w3.in_features)
+                mlp.w12, mlp.w3 = block.mlp.w12, block.mlp.w3       # as DiT has initialised them
+                block.mlp = mlp
 
     def forward(self, z_t, z_lq, feat, t, r=None):
         """As `DiT.forward`."""
+        if self.local:
+            for block in self.blocks:
+                block.mlp.grid = [side // self.cfg.patch_size for side in z_t.shape[-2:]]
         time = t[:, None, None, None]
         variance = (1 - time) ** 2 + time**2
         gain = (1 - time) / variance
@@ -148,64 +249,84 @@ class TinyDiT(DiT):
 # ---- S3Diff's discriminator
 
 class PatchDiscriminator(nn.Module):
-    """Ours, for tiny presets: four convolutions, logits of the last three; it also sees what was to be restored.
+    """Four convolutions; logits for patches of three sizes, of a result together with the LQ image it was made from.
 
-    Trap: three strides of 2 leave a lattice of 8 pixels in its gradient. So large are the tiny autoencoder's cells,
-    too, and a generator would weave the lattice into every picture; so pictures are rolled, by new offsets each time.
+    Trap: strides of 2 leave a lattice of 8 pixels in a discriminator's gradient. The autoencoder's cells are as large,
+    and a generator wove the lattice into every image, up to 31 times the spectrum around it. So images are rolled, by
+    new offsets each time, and kernels are 4x4, which meet every pixel equally often.
     """
 
     def __init__(self, width=32):
         super().__init__()
-        widths = (6, width, 2 * width, 4 * width)
-        self.layers = nn.ModuleList(
-            spectral_norm(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)) for c_in, c_out in pairwise(widths))
+        widths = (6, width, 2 * width, 4 * width)   # 6: RGB of both images
+        self.layers = nn.ModuleList()
+        for c_in, c_out in pairwise(widths):
+            self.layers.append(spectral_norm(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)))
         self.layers.append(spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)))
-        # not normalised: logits may be large
-        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (*widths[2:], widths[-1]))
+        # of all layers but the first; not normalised: logits may be large
+        self.heads = nn.ModuleList([nn.Conv2d(c, 1, 1) for c in (*widths[2:], widths[-1])])
 
     def draw(self, x, x_src, generator):
-        """What `forward` gets beside x: the enlarged LQ pictures x_src (B, 3, H, W), and offsets to roll both by."""
-        return x_src, torch.randint(8, (len(x_src), 2), generator=generator, device=generator.device).tolist()
+        """What `forward` gets beside x: the enlarged LQ images x_src (B, 3, H, W), and offsets to roll both by."""
+        offsets = torch.randint(8, (len(x_src), 2), generator=generator, device=generator.device)
+        return x_src, offsets.tolist()
 
     def forward(self, x, target, plan):
-        """x: (B, 3, H, W) in [-1, 1]; plan: of `draw` -> (B, 1)"""
+        """Loss of x: (B, 3, H, W) in [-1, 1]; target: see `Discriminator.forward`; plan: of `draw` -> (B, 1)"""
         x_src, offsets = plan
-        h, logits = torch.cat([x, x_src], dim=1), []
-        h = torch.stack([one.roll(offset, (1, 2)) for one, offset in zip(h, offsets)])
+        both = torch.cat([x, x_src], dim=1)
+        h = torch.stack([image.roll(offset, (1, 2)) for image, offset in zip(both, offsets)])
+        features = []
         for layer in self.layers:
             h = F.leaky_relu(layer(h), 0.2)
-            logits.append(h)
-        return multilevel_loss([head(h) for head, h in zip(self.heads, logits[1:])], target)
+            features.append(h)      # (B, C, H/2, W/2), H/4, H/8, H/8
+        logits = [head(h) for head, h in zip(self.heads, features[1:])]
+        return multilevel_loss(logits, target)
+
 
 # ---- a perceptual distance without a classifier
 
 FAINT = 0.3     # added to the length of a feature vector: what is fainter counts less
 
 
-class RandomLPIPS(LPIPS):
-    """LPIPS on features of random orthogonal filters (2103.10571), which do not see brightness, all weighted alike."""
+class RandomLPIPS(nn.Module):
+    """LPIPS's formula on features of random filters, all weighted alike; 2103.10571 found that they train as well.
+
+    Three convolutions, each at half the size of the one before: 16, 32, 64 orthogonal filters, the same for everybody.
+    Each sums to zero, so brightness is not seen: L2 beside it answers for that.
+    """
 
     def __init__(self):
-        nn.Module.__init__(self)
-        g, layers = torch.Generator().manual_seed(0), []
-        for c_in, width in ((3, 16), (16, 32), (32, 64)):
-            conv = nn.Conv2d(c_in, width, 3, padding=1, padding_mode="reflect", bias=False)
-            nn.init.orthogonal_(conv.weight, gain=2**0.5, generator=g)
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.convs = nn.ModuleList()
+        for c_in, c_out in ((3, 16), (16, 32), (32, 64)):
+            conv = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode="reflect", bias=False)
+            nn.init.orthogonal_(conv.weight, gain=2**0.5, generator=generator)
             conv.weight.data -= conv.weight.data.mean((2, 3), keepdim=True)
-            layers += [conv, nn.LeakyReLU(0.2), nn.AvgPool2d(2)]
-        self.build(layers[:-1], taps={1: 16, 4: 32, 7: 64}, smallest=8, eps=FAINT)
+            self.convs.append(conv)
+
+    def unit_features(self, x):
+        """(B, 3, H, W) in [-1, 1] -> (B, 16, H, W), (B, 32, H/2, W/2), (B, 64, H/4, W/4), of length one or below"""
+        x = imagenet_scaled(x)
+        for conv in self.convs:
+            if conv is not self.convs[0]:
+                x = F.avg_pool2d(x, 2)
+            x = F.leaky_relu(conv(x), 0.2)
+            yield unit(x, FAINT)
+
+    def forward(self, x, y):
+        """x, y: (B, 3, H, W) in [-1, 1], sides of at least 8 pixels -> (B,), larger is worse"""
+        pairs = zip(self.unit_features(x), self.unit_features(y))
+        distances = [(f - g).square().mean((2, 3)).sum(1) for f, g in pairs]
+        return torch.stack(distances, dim=1).sum(1)
 
 
-# ---- the three systems
-
-
-def old_vae(d):
-    """TinyVAEConfig of a file's config; older ones name a network that is gone."""
-    return TinyVAEConfig(**{k: v for k, v in d.items() if k != "crisp"})
-
+# ---- VOSR
 
 @dataclass
 class TinyVOSRConfig(VOSRConfig):
+    """As VOSRConfig, for 128x128 pixels; what the tiny model has beside it comes last."""
     dit: DiTConfig = field(default_factory=lambda: DiTConfig(
         input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4,
         z_dims=128, rope_rescale=False))
@@ -219,22 +340,26 @@ class TinyVOSRConfig(VOSRConfig):
     tile: int = 128
     overlap: int = 32
     blind: bool = False         # no visual tokens: the paper's ablation
+    local: bool = False         # convolutions in the transformer's MLPs, see ConvSwiGLU
 
     @classmethod
     def from_dict(cls, d):
-        dit = {k: v for k, v in d["dit"].items() if k != "precondition"}    # of older files, always true
-        known = {k: v for k, v in d.items() if k not in ("torch_bicubic", "stablesr")}
-        return cls(**known | {"dit": DiTConfig(**dit), "vit": ViTConfig(**d["vit"]), "vae": old_vae(d["vae"])})
+        d = without_old_fields(d)
+        parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": TinyVAEConfig(**d["vae"])}
+        return cls(**d | parts)
 
 
 class TinyVOSR(VOSR):
+    """VOSR with a vision transformer that learned beside the flow, since nobody has pretrained one so small."""
+
     Config = TinyVOSRConfig
     stablesr = True     # its wavelet brings back fewer blotches of JPEG
 
     def networks(self, cfg):
-        return TinyVAE(cfg.vae), ViT(cfg.vit), TinyDiT(cfg.dit)
+        return TinyVAE(cfg.vae), ViT(cfg.vit), TinyDiT(cfg.dit, cfg.local)
 
     def tokens(self, x):
+        """As `VOSR.tokens`; a blind model has one token of zeros."""
         if self.cfg.blind:
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         return super().tokens(x)
@@ -244,9 +369,16 @@ class TinyVOSR(VOSR):
         return F.interpolate(lq, size, mode="bicubic").clamp(0, 1)
 
 
+# ---- the prior, a Stable Diffusion of 9.4 million parameters, and the two systems around it
+
 UNET = UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
                   norm_groups=16)
-PROMPT_TOKENS = 8       # of each of the two prompts that the prior learned
+PROMPT_TOKENS = 8       # of each of the two prompts that the prior learned: photos, and degraded images
+
+
+def is_prior(name):
+    """Whether prior_tiny.safetensors holds the parameter of that name."""
+    return name.startswith(("unet.", "vae.", "prompts")) and "lora_" not in name
 
 
 @dataclass
@@ -254,7 +386,7 @@ class TinyS3DiffConfig(S3DiffConfig):
     unet: UNetConfig = field(default_factory=lambda: replace(UNET))
     vae: TinyVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
     r_vae: int = 8
-    vae_targets: str = "encoder"
+    vae_targets: str = "encoder"        # TinyVAE's one convolution
     denet_widths: tuple = (16, 16, 32, 32)
     t: int = 250                # at 999 errors of eps would count 14.6 times
     guidance: float = 1.1
@@ -264,30 +396,27 @@ class TinyS3DiffConfig(S3DiffConfig):
 
     @classmethod
     def from_dict(cls, d):
-        known = {k: v for k, v in d.items() if k != "start_noise"}
-        return cls(**known | {"unet": UNetConfig(**d["unet"]), "vae": old_vae(d["vae"])})
+        d = without_old_fields(d)
+        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"])})
 
 
 class TinyS3Diff(S3Diff):
     """S3Diff around the tiny prior: no text encoder, so prompts are parameters; nothing is added to the LQ latent."""
 
     Config = TinyS3DiffConfig
-    start_noise = 0.0
 
     def __init__(self, cfg):
-        self.tokens = cfg.tokens
         super().__init__(cfg)
+        self.register_buffer("prompts", torch.zeros(2, cfg.tokens, cfg.unet.context_dim))   # positive, negative
 
-    def autoencoder(self, cfg):
-        return TinyVAE(cfg)
+    def networks(self, cfg):
+        return UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths), TinyVAE(cfg.vae)
+
+    def noise(self, z, generator=None):
+        return torch.zeros_like(z)
 
     def describe(self, text):
         raise WeightError("this model never saw a text, so its prompts cannot be changed")
-
-
-def is_prior(name):
-    """Whether prior_tiny.safetensors holds the parameter of that name."""
-    return name.startswith(("unet.", "vae.", "prompts")) and "lora_" not in name
 
 
 @dataclass
@@ -301,12 +430,13 @@ class TinyGramSRConfig(GramSRConfig):
 
     @classmethod
     def from_dict(cls, d):
-        vit = DINOv3Config(**d["vit"])
-        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": old_vae(d["vae"]), "vit": vit})
+        d = without_old_fields(d)
+        parts = {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])}
+        return cls(**d | parts)
 
 
 class TinyGramSR(GramSR):
-    """GramSR around the tiny prior, whose two prompts are what CSD compares."""
+    """GramSR around the tiny prior, whose two prompts are what CSD compares; its vision transformer learns, too."""
 
     Config = TinyGramSRConfig
 
@@ -314,12 +444,13 @@ class TinyGramSR(GramSR):
         super().__init__(cfg)
         self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))    # good, bad
 
-    def autoencoder(self, cfg):
-        return TinyVAE(cfg)
+    def networks(self, cfg):
+        return UNet(cfg.unet), TinyVAE(cfg.vae), DINOv3(cfg.vit)
 
     def csd_conditions(self, context):
-        good, bad = (prompt.expand(len(context), -1, -1) for prompt in self.prompts.split(1))
-        return good, bad
+        """What CSD compares: the prior's good and bad prompt for each image -> two of (B, 8, D)"""
+        good, bad = self.prompts
+        return good.expand(len(context), -1, -1), bad.expand(len(context), -1, -1)
 
 
 # ---- how they are trained: fields of each trainer's Stage

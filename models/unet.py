@@ -1,11 +1,11 @@
-"""The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, told by tokens what is in the picture.
+"""The UNet of Stable Diffusion 2.1 and SD-Turbo: predicts the noise in a latent, conditioned on tokens.
 
 Papers:  Latent Diffusion, 2112.10752; SD-Turbo, 2311.17042.
 Weights: unet/diffusion_pytorch_model.safetensors of sd-turbo (S3Diff) or stable-diffusion-2-1-base (GramSR).
 Left out: SD 1.x's convolutional projections, class and size conditions, more than one transformer layer a block.
 
-Every map of the way down is kept for the way up (skips). C, in every forward: matrices of the layers' adapters
-(lora.py), one for each of ten blocks.
+Feature maps are halved on the way down and doubled on the way up, where each resnet also gets the map that the way down
+had at its resolution (a skip). C, in every forward: which adapters are on, and their matrices (lora.py).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.dit import timestep_embedding
-from models.lora import Conv2d, ExactConv2d, Linear
+from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, Linear, of_block
 from models.support.strips import Checkpointing
 
 
@@ -26,7 +26,7 @@ class UNetConfig:
     widths: tuple = (320, 640, 1280, 1280)      # of the resolutions
     num_heads: tuple = (5, 10, 20, 20)          # trap: diffusers calls these attention_head_dim
     layers_per_block: int = 2
-    context_dim: int = 1024                     # of the tokens that describe the picture
+    context_dim: int = 1024                     # width of the tokens it is conditioned on
     norm_groups: int = 32
 
 
@@ -37,6 +37,8 @@ def alphas_cumprod():
 
 
 class TimeEmbedding(nn.Module):
+    """An MLP on the sinusoids of t.  (B, D) -> (B, inner)"""
+
     def __init__(self, D, inner):
         super().__init__()
         self.linear_1 = nn.Linear(D, inner)
@@ -47,7 +49,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + two rounds of norm, SiLU, convolution, the time between.  (B, c_in, h, w) -> (B, c_out, h, w)"""
+    """x + two rounds of norm, SiLU, convolution; the time is added between.  (B, c_in, h, w) -> (B, c_out, h, w)"""
 
     def __init__(self, cfg, c_in, c_out):
         super().__init__()
@@ -56,18 +58,18 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(4 * cfg.widths[0], c_out)
         self.norm2 = nn.GroupNorm(cfg.norm_groups, c_out, eps=1e-5)
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_shortcut = Conv2d(c_in, c_out, 1)
+        self.conv_shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x, temb, C):
         h = self.conv1(F.silu(self.norm1(x)), C)
         h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)), C)
-        return h + (self.conv_shortcut(x, C) if hasattr(self, "conv_shortcut") else x)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, C)
+        return h + shortcut
 
 
 class Attention(nn.Module):
-    """Tokens look at the context, or at each other.  x: (B, N, D), context: (B, M, D') -> (B, N, D)"""
+    """Tokens attend to the context, or to each other.  x: (B, N, D); context: (B, M, D') -> (B, N, D)"""
 
     def __init__(self, D, context_dim, nh):
         super().__init__()
@@ -78,13 +80,19 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(D, D)])
 
     def forward(self, x, context, C):
-        q, k, v = (y.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
-                   for y in (self.to_q(x, C), self.to_k(context, C), self.to_v(context, C)))
+        def in_heads(y):
+            return y.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
+
+        q = in_heads(self.to_q(x, C))
+        k = in_heads(self.to_k(context, C))
+        v = in_heads(self.to_v(context, C))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2), C)
 
 
 class GEGLU(nn.Module):
+    """Values times the GELU of gates, both linear in x.  (B, N, D) -> (B, N, inner)"""
+
     def __init__(self, D, inner):
         super().__init__()
         self.proj = Linear(D, 2 * inner)
@@ -95,15 +103,19 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """(B, N, D) -> same shape"""
+
     def __init__(self, D):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])  # 1 is dropout there
+        self.net = nn.ModuleList([GEGLU(D, 4 * D), nn.Identity(), Linear(4 * D, D)])  # the public net.1 is dropout
 
     def forward(self, x, C):
         return self.net[2](self.net[0](x, C), C)
 
 
 class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, MLP, each after a norm and added to x.  (B, N, D) -> same shape"""
+
     def __init__(self, D, context_dim, nh):
         super().__init__()
         self.norm1 = nn.LayerNorm(D)
@@ -121,7 +133,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x + a transformer over all cells, which also looks at the context.  (B, D, h, w) -> same shape"""
+    """x + a transformer whose tokens are the cells of the map.  (B, D, h, w) -> same shape"""
 
     def __init__(self, cfg, D, nh):
         super().__init__()
@@ -133,7 +145,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x, context, C):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = self.proj_in(tokens, C).type_as(x)
-        tokens = self.proj_out(self.transformer_blocks[0](tokens, context, C), C)
+        tokens = self.transformer_blocks[0](tokens, context, C)
+        tokens = self.proj_out(tokens, C)
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -149,7 +162,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, c, h, w) -> (B, c, *size)"""
+    """(B, c, h, w) -> (B, c, *size), which is twice as large, or one less where the way down had rounded up"""
 
     def __init__(self, c):
         super().__init__()
@@ -160,7 +173,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Resnets of one resolution, a transformer after each unless nh is 0, then maybe half the resolution."""
+    """Resnets of one resolution, a transformer after each unless nh is 0, then (but at the end) half the resolution."""
 
     def __init__(self, cfg, c_in, c_out, nh, downsample):
         super().__init__()
@@ -171,7 +184,7 @@ class DownBlock(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
 
     def forward(self, x, temb, context, C):
-        """-> the map, all maps on the way to it"""
+        """(B, c_in, h, w) -> (B, c_out, h/2, w/2), list of all maps on the way to it"""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb, C)
@@ -185,6 +198,8 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Resnet, transformer, resnet at the lowest resolution.  (B, c, h, w) -> same shape"""
+
     def __init__(self, cfg, c, nh):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(cfg, c, c) for _ in range(2))
@@ -197,7 +212,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """As DownBlock, but resnets also see a map of the way down, and the resolution doubles at the end."""
+    """As DownBlock, but each resnet also gets a skip, and (but in the last block) the resolution doubles."""
 
     def __init__(self, cfg, c_in, c_out, c_skips, nh, upsample):
         super().__init__()
@@ -208,12 +223,17 @@ class UpBlock(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def forward(self, x, skips, size, temb, context, C):
-        """skips: one map a resnet; size: (h, w) of the next block's maps, or None"""
+        """x: (B, c_in, h, w); skips: a map for each resnet; size: (h', w') of the next block's maps, or None
+
+        -> (B, c_out, h', w')
+        """
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips)):
             x = resnet(torch.cat([x, skip], dim=1), temb, C)
             if self.attentions:
                 x = self.attentions[i](x, context, C)
-        return self.upsamplers[0](x, size, C) if hasattr(self, "upsamplers") else x
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x, size, C)
+        return x
 
 
 class UNet(Checkpointing, nn.Module):
@@ -251,24 +271,29 @@ class UNet(Checkpointing, nn.Module):
         """Modules by their block id; conv_in goes with the first."""
         return [*self.down_blocks, self.mid_block, *self.up_blocks, self.conv_out]
 
-    def forward(self, z, t, context, C=None):
+    def forward(self, z, t, context, C=NO_ADAPTERS):
         """The noise in a latent.
 
         z: (B, in_channels, h, w) noisy latent; t: integer or (B,); context: (B, N, context_dim)
-        C: for each block id {adapter: (B or 1, r, r)}; None = all adapters as they are -> (B, out_channels, h, w)
+        C: {adapter: (B or 1, blocks, r, r) or 1}, see lora.py; without it all adapters are off
+        -> (B, out_channels, h, w)
         """
-        C = C or [None] * len(self.blocks)
         n = len(self.down_blocks)
-        t = (t if torch.is_tensor(t) else torch.full((1,), t, device=z.device)).expand(len(z))
-        temb = timestep_embedding(t, self.cfg.widths[0]).to(self.time_embedding.linear_1.weight.dtype)
-        temb = self.time_embedding(temb)
-        x = self.conv_in(z, C[0])
+        C_of = [of_block(C, i) for i in range(len(self.blocks))]
+
+        if not torch.is_tensor(t):
+            t = torch.full((1,), t, device=z.device)
+        temb = timestep_embedding(t.expand(len(z)), self.cfg.widths[0])
+        temb = self.time_embedding(temb.to(self.time_embedding.linear_1.weight.dtype))
+
+        x = self.conv_in(z, C_of[0])
         skips = [x]
-        for block, C_block in zip(self.down_blocks, C):
-            x, more = self.run(block, x, temb, context, C_block)
-            skips += more
-        x = self.run(self.mid_block, x, temb, context, C[n])
-        for block, C_block in zip(self.up_blocks, C[n + 1 :]):
-            mine = [skips.pop() for _ in block.resnets]
-            x = self.run(block, x, mine, skips[-1].shape[2:] if skips else None, temb, context, C_block)
-        return self.conv_out(F.silu(self.conv_norm_out(x)), C[-1])
+        for block, C_block in zip(self.down_blocks, C_of[:n]):
+            x, maps = self.run(block, x, temb, context, C_block)
+            skips += maps
+        x = self.run(self.mid_block, x, temb, context, C_of[n])
+        for block, C_block in zip(self.up_blocks, C_of[n + 1 :]):
+            of_this_block = [skips.pop() for _ in block.resnets]
+            size = skips[-1].shape[2:] if skips else None
+            x = self.run(block, x, of_this_block, size, temb, context, C_block)
+        return self.conv_out(F.silu(self.conv_norm_out(x)), C_of[-1])

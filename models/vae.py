@@ -4,21 +4,24 @@ Papers:  Latent Diffusion, 2112.10752 (the KL autoencoder, f = 8); VOSR, 2604.03
 Weights: vae/diffusion_pytorch_model.safetensors of any Stable Diffusion; sd21_lwdecoder.pth of VOSR.
 Left out: training losses, LDM's own key names.
 
-Large pictures are computed exactly, in strips (strips.py). C: the matrices of an encoder layer's adapters (lora.py).
+    image (B, 3, H, W) -> Encoder: 2 resnets a level, halved three times; attention -> mean, std (B, 4, H/8, W/8) -> z
+    z -> Decoder: attention; 3 resnets a level, doubled three times -> image
+
+C, an argument of all layers, switches their adapters on: {adapter: matrix or 1}, see lora.py.
+`self.run(layer, x, C)` is layer(x, C); for large images it computes the same in less memory, see support/strips.py.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain, pairwise
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.lora import Conv2d, ExactConv2d, Linear
-from models.support import precision
-from models.support.strips import Checkpointing, attention, fixed, in_strips, norm_silu_conv
+from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, Linear, of_block
+from models.support import strips
 
-SD_VAE_SCALE = 0.18215  # one over the deviation of SD's latents; diffusion happens on latents times this
+SD_VAE_SCALE = 0.18215  # 1 / standard deviation of SD's latents; diffusion happens on latents times this
 
 
 @dataclass
@@ -26,7 +29,7 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    widths: tuple = (128, 256, 512, 512)  # n levels make a factor of 2^(n-1)
+    widths: tuple = (128, 256, 512, 512)  # channels of each level; n levels make a factor of 2^(n-1)
     layers_per_block: int = 2
     norm_groups: int = 32
     scaling_factor: float = SD_VAE_SCALE
@@ -49,10 +52,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, C=None):
-        h = norm_silu_conv(self.norm1, partial(self.conv1, C=C), x)
-        h = norm_silu_conv(self.norm2, partial(self.conv2, C=C), h, into=h)
-        return in_strips(lambda h, x: h + (self.conv_shortcut(x, C) if self.conv_shortcut else x), h, x, into=h)
+    def forward(self, x, C=NO_ADAPTERS):
+        h = self.conv1(F.silu(self.norm1(x)), C)
+        h = self.conv2(F.silu(self.norm2(h)), C)
+        return h + self.shortcut(x, C)
+
+    def shortcut(self, x, C=NO_ADAPTERS):
+        return x if self.conv_shortcut is None else self.conv_shortcut(x, C)
 
 
 def rename_old_attention(module, state_dict, prefix, *_):
@@ -73,122 +79,133 @@ class Attention(nn.Module):
         self.to_q = Linear(channels, channels)
         self.to_k = Linear(channels, channels)
         self.to_v = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list, since the public names count
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
-    def forward(self, x, C=None):
-        h = fixed(self.group_norm, x)(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
-        q, k, v = (to(h, C).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
-        h = self.to_out[0](attention(q, k, v).squeeze(1), C)
+    def forward(self, x, C=NO_ADAPTERS):
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
+        q, k, v = self.to_q(h, C), self.to_k(h, C), self.to_v(h, C)
+        h = self.to_out[0](strips.attention(q, k, v), C)
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
+    """Resnet, attention, resnet, at the lowest resolution.  (B, c, h, w) -> same shape"""
+
     def __init__(self, channels, groups):
         super().__init__()
         self.attentions = nn.ModuleList([Attention(channels, groups)])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
-    def forward(self, x, C=None):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, C), C), C)
+    def forward(self, x, C=NO_ADAPTERS):
+        x = self.resnets[0](x, C)
+        x = self.attentions[0](x, C)
+        return self.resnets[1](x, C)
 
 
 class Downsample(nn.Module):
     """(B, c, H, W) -> (B, c, H/2, W/2)"""
 
+    rate = 0.5  # rows out per row in
+
     def __init__(self, channels):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x, C=None):
-        # trap: padded at the right and bottom only
-        return in_strips(lambda x: self.conv(F.pad(x, (0, 1, 0, 1)), C), x, rate=0.5)
+    def forward(self, x, C=NO_ADAPTERS):
+        return self.conv(F.pad(x, (0, 1, 0, 1)), C)  # trap: padded at the right and bottom only
 
 
 class Upsample(nn.Module):
     """(B, c, H, W) -> (B, c, 2H, 2W)"""
 
+    rate = 2
+
     def __init__(self, channels):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
-        return in_strips(lambda x: self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), x, rate=2)
+    def forward(self, x, C=NO_ADAPTERS):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"), C)
 
 
-class Level(nn.Module):
-    """Resnets of one resolution, then the step to the next one; without a forward, which would hold on to its input."""
-
-    def __init__(self, c_in, c_out, layers, groups, step=None):
-        super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
-        if step is Downsample:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
-        if step is Upsample:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
-
-    def __iter__(self):
-        return (layer for layers in self.children() for layer in layers)
+def resnets(c_in, c_out, layers, groups):
+    """The resnets of one level, of which the first changes the width."""
+    return nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
 
 
 # ---- the two halves
 
-class Encoder(Checkpointing, nn.Module):
-    """Picture to latent statistics.  (B, in_channels, H, W) -> (B, out_channels, H/8, W/8)
+class Encoder(strips.InStrips, nn.Module):
+    """Image to latent statistics.  (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, H/8, W/8)
 
-    C: for each block id {adapter: (B or 1, r, r)}; blocks are the levels, the middle, conv_in with conv_out
+    C: {adapter: (B or 1, blocks, r, r) or 1}; the blocks are the levels, the middle, conv_in with conv_out
     """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
-        steps = [Downsample] * (len(widths) - 1) + [None]
         self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(Level(c_in, c_out, layers, groups, step)
-                                         for c_in, c_out, step in zip([widths[0], *widths], widths, steps))
+        self.down_blocks = nn.ModuleList()  # a level each; dicts, whose keys give the public names
+        for c_in, c_out in pairwise([widths[0], *widths]):
+            self.down_blocks.append(nn.ModuleDict({"resnets": resnets(c_in, c_out, layers, groups)}))
+            if len(self.down_blocks) < len(widths):
+                self.down_blocks[-1]["downsamplers"] = nn.ModuleList([Downsample(c_out)])
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x, C=None):
-        *C_levels, C_mid, C_ends = C or [None] * (len(self.down_blocks) + 2)
-        x = in_strips(partial(self.conv_in, C=C_ends), x)
+    def forward(self, x, C=NO_ADAPTERS):
+        *C_levels, C_mid, C_ends = [of_block(C, i) for i in range(len(self.down_blocks) + 2)]
+        x = self.run(self.conv_in, x, C_ends)
         for level, C_level in zip(self.down_blocks, C_levels):
-            for layer in level:
+            for layer in chain(*level.values()):
                 x = self.run(layer, x, C_level)
-        return norm_silu_conv(self.conv_norm_out, partial(self.conv_out, C=C_ends), self.mid_block(x, C_mid))
+        x = self.mid_block(x, C_mid)
+        return self.conv_out(F.silu(self.conv_norm_out(x)), C_ends)
 
 
-class Decoder(Checkpointing, nn.Module):
-    """The encoder backwards, one more resnet a level.  (B, in_channels, h, w) unscaled -> (B, out_channels, 8h, 8w)"""
+class Decoder(strips.InStrips, nn.Module):
+    """The encoder backwards, one more resnet a level.  (B, in_channels, h, w) unscaled -> (B, out_channels, 8h, 8w)
+
+    C: {adapter: 1}, the same for all layers: no matrices here
+    """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
         super().__init__()
         widths = widths[::-1]  # deepest first
-        steps = [Upsample] * (len(widths) - 1) + [None]
         self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(Level(c_in, c_out, layers + 1, groups, step)
-                                       for c_in, c_out, step in zip([widths[0], *widths], widths, steps))
+        self.up_blocks = nn.ModuleList()
+        for c_in, c_out in pairwise([widths[0], *widths]):
+            self.up_blocks.append(nn.ModuleDict({"resnets": resnets(c_in, c_out, layers + 1, groups)}))
+            if len(self.up_blocks) < len(widths):
+                self.up_blocks[-1]["upsamplers"] = nn.ModuleList([Upsample(c_out)])
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, z):
-        x = self.mid_block(in_strips(self.conv_in, z))
+    def forward(self, z, C=NO_ADAPTERS):
+        x = self.mid_block(self.conv_in(z, C), C)
         for level in self.up_blocks:
-            for layer in level:
-                x = self.run(layer, x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+            for layer in chain(*level.values()):
+                x = self.run(layer, x, C)
+        if strips.needed(x):
+            return strips.norm_silu_conv(self.conv_norm_out, self.conv_out, x, C)
+        return self.conv_out(F.silu(self.conv_norm_out(x)), C)
 
 
 # ---- the models
 
-def mean_and_deviation(h):
+def mean_and_std(h):
+    """What an encoder returns is mean and log variance.  (B, 2c, h, w) -> mean, std, each (B, c, h, w)"""
     mean, logvar = h.chunk(2, dim=1)
     return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
 
-def draw(mean, std, generator=None):
-    """A sample, or the mean; noise from the generator's device in float32: one seed, one noise everywhere."""
+def mode_or_sample(mean, std, generator=None):
+    """The mean, or with a generator a sample.  mean, std: (B, c, h, w) -> like mean
+
+    Noise comes from the generator's device in float32: one seed, one noise everywhere.
+    """
     if generator is None:
         return mean
     noise = torch.randn(mean.shape, generator=generator, device=generator.device)
@@ -196,32 +213,35 @@ def draw(mean, std, generator=None):
 
 
 class VAE(nn.Module):
-    """Pictures are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance."""
+    """Images are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
         self.config = c = config
         self.factor = 2 ** (len(c.widths) - 1)  # pixels per latent cell side
-        self.blocks = len(c.widths) + 2  # of the encoder, that adapters tell apart
+        self.blocks = len(c.widths) + 2  # of the encoder, each with a C of its own
         self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)
         self.decoder = Decoder(c.latent_channels, c.out_channels, c.widths, c.layers_per_block, c.norm_groups)
-        self.quant_conv = precision.ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.post_quant_conv = precision.ExactConv2d(c.latent_channels, c.latent_channels, 1)
+        self.quant_conv = ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
+        self.post_quant_conv = ExactConv2d(c.latent_channels, c.latent_channels, 1)
 
-    def moments(self, x, C=None):
-        """Mean and deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 4, h, w), unscaled"""
-        return mean_and_deviation(self.quant_conv(self.encoder(x, C=C)))
+    def moments(self, x, C=NO_ADAPTERS):
+        """Mean and standard deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 4, h, w), unscaled; C: of Encoder"""
+        return mean_and_std(self.quant_conv(self.encoder(x, C)))
 
-    def encode(self, x, generator=None, C=None):
+    def encode(self, x, generator=None, C=NO_ADAPTERS):
         """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
-        return draw(*self.moments(x, C), generator) * self.config.scaling_factor
+        mean, std = self.moments(x, C)
+        return mode_or_sample(mean, std, generator) * self.config.scaling_factor
 
-    def decode(self, z):
-        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped"""
-        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
+    def decode(self, z, C=NO_ADAPTERS):
+        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped; C: of Decoder"""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor), C)
 
 
-class LightDecoder(Decoder):  # VOSR's, for SD's latents
+class LightDecoder(Decoder):
+    """VOSR's decoder for Stable Diffusion's latents, half as wide and without post_quant_conv."""
+
     def __init__(self, in_channels=4, out_channels=3, block_out_channels=(64, 128, 256, 256), layers_per_block=2):
         super().__init__(in_channels, out_channels, block_out_channels, layers_per_block, groups=32)
 

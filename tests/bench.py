@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from models.clip import TextConfig, TextEncoder  # noqa: E402
 from models.flow import guided  # noqa: E402
 from models.gramsr import SETS, GramSR, GramSRConfig  # noqa: E402
-from models.lora import LoRA  # noqa: E402
+from models.support import fast_lora  # noqa: E402
 from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
 from models.support.graphs import replay  # noqa: E402
 from models.support.tokens import FixedTokens  # noqa: E402
@@ -242,11 +242,11 @@ def with_numbers(network, generator, device):
 @contextmanager
 def beside():
     """In here, or in a function that is wrapped with it, no adapter is folded into its layer's weight."""
-    rule, LoRA.folding_pays = LoRA.folding_pays, lambda *_: False
+    rule, fast_lora.folding_pays = fast_lora.folding_pays, lambda *_: False
     try:
         yield
     finally:
-        LoRA.folding_pays = rule
+        fast_lora.folding_pays = rule
 
 
 class S3:

@@ -101,23 +101,19 @@ def embedder(case, get):
     return {"context": make_adapter(c["adapter"], salt)(vit(normalised(*tensors(get, "image"))))}
 
 
-@torch.no_grad()
-def three_branch(case, get):
+def three_branch(case, get):        # the plain sum of three passes, as it stands; in float64, since three passes' errors add up
     c = case["config"]
-    model = make_gramsr({"unet": c}, case["fill"]["salt"])
+    model = make_gramsr({"unet": c}, case["fill"]["salt"]).requires_grad_(False)
     model.cfg.t, = get("timestep")
-    z, context = tensors(get, "latent", "context")
+    model.double()
+    z, context = (x.double() for x in tensors(get, "latent", "context"))
     scale = dict(zip(("pixel", "semantic", "texture"), (1, 1, 1))) | c["scale"]
     layer = model.unet.conv_in.s
     assert all(layer[adapter] == scale[name] for name in SETS for adapter in SETS[name] if adapter in layer)
 
-    def alone(name):
-        on = {adapter: torch.eye(model.cfg.ranks[name])[None] for adapter in SETS[name]}
-        return model.unet(z, model.cfg.t, context, [on] * len(model.unet.blocks))
-
     return {"eps_base": model.prior(z, model.cfg.t, context), "eps_pix": model.predict(z, context, (1, 0, 0)),
             "eps_pix_sem": model.predict(z, context, (1, 1, 0)), "eps_pix_sem_tex": model.predict(z, context),
-            "eps_sem_alone": alone("semantic"), "eps_tex_alone": alone("texture"),
+            "eps_sem_alone": model.residual(z, context, "semantic"), "eps_tex_alone": model.residual(z, context, "texture"),
             **{f"eps_guided_{'_'.join(map(str, scales))}": model.predict(z, context, scales) for scales in get("guidance")}}
 
 
@@ -138,7 +134,7 @@ def pipeline(case, get):
     source = official_uint8(x * 0.5 + 0.5)
     out = {"input": x, "latent": z, "context": context, "fix_source_uint8_hwc": source}
     for prefix, scales in [("", (1, 1, 1)), *((f"guided_{'_'.join(map(str, scales))}_", scales) for scales in c["guidance"])]:
-        z0 = model.clean(z, context, scales)
+        z0 = model.clean(z, model.predict(z, context, scales))
         image = model.vae.decode(z0).clamp(-1, 1)
         before = official_uint8(image * 0.5 + 0.5)
         final = official_uint8(adain(from_uint8(before), from_uint8(source), stablesr=True))

@@ -17,8 +17,8 @@ from cases_vosr import fill_module, known, tensors
 
 from models.clip import TextConfig, TextEncoder, Tokenizer
 from models.denet import DegradationEstimator
-from models.discriminator import AugmentPlan, Discriminator, augment, multilevel_loss
-from models.support import strips
+from models import discriminator
+from models.discriminator import Discriminator, multilevel_loss
 from models.support.imaging import adain, low_frequencies, pad_to_multiple
 from models.support.tiles import tile_boxes
 from models.lora import Conv2d, Linear, Modulation
@@ -83,7 +83,7 @@ def degradation_embedding(case, get):
     fill_trained([(f"modulation.{name}", p) for name, p in model.named_parameters()], case["fill"]["salt"])
     out = {}
     for network in ("vae", "unet"):
-        C = out[f"{network}_matrices"] = model.matrices(network, *tensors(get, "scores"))
+        C = out[f"{network}_matrices"] = model.matrices(network, *tensors(get, "scores")).mT     # officially transposed
         out |= {f"{network}_block{i}": C[:, i] for i in range(C.shape[1])}
     return out
 
@@ -96,7 +96,10 @@ def lora(case, get):
     layer.add_adapter("default", c["r"], c["lora_alpha"])
     fill_module(torch.nn.ModuleDict({"layer": layer}), case["fill"]["salt"])
     x, C = tensors(get, "x", "C")
-    return {"base": layer(x, {}), "y": layer(x, {"default": C})}
+    with torch.enable_grad():       # the plain way, and the fast one
+        y = layer(x, {"default": C.mT})
+    torch.testing.assert_close(layer(x, {"default": C.mT}), y, atol=1e-4, rtol=1e-4)
+    return {"base": layer(x), "y": y.detach()}
 
 
 @torch.no_grad()
@@ -140,7 +143,7 @@ def degradation_estimator(case, get):
 def lpips(case, get):
     model = fill_module(LPIPS(case["config"]["net"]), case["fill"]["salt"])
     a, b = tensors(get, "a", "b")
-    levels = model.levels(a, b)
+    levels = model.layer_distances(a, b)
     levels = {f"level{i}": level.view(-1, 1, 1, 1) for i, level in enumerate(levels.unbind(1))}
     return {"lpips": model(a, b).view(-1, 1, 1, 1), **levels}
 
@@ -239,19 +242,20 @@ def tile_spans(size, tile, pad):
 
 def in_step(network, tiles):
     """network of each tile, in threads that meet at every group norm, which has the statistics of all tiles."""
-    statistics, found, barrier = strips.statistics, {}, threading.Barrier(len(tiles), timeout=600)
+    found, barrier = {}, threading.Barrier(len(tiles), timeout=600)
 
-    def shared(x, groups):
-        found[threading.get_ident()] = x[0, 0].numel(), *statistics(x, groups)
+    def shared(norm, x):
+        groups = x.unflatten(1, (norm.num_groups, -1))
+        found[threading.get_ident()] = x[0, 0].numel(), torch.var_mean(groups, (2, 3, 4), correction=0, keepdim=True)
         barrier.wait()
-        cells, means, variances = zip(*found.values())
+        cells, statistics = zip(*found.values())
         barrier.wait()
-        shares = (torch.tensor(cells) / sum(cells)).view(-1, 1, 1)
         # official: what tiles share counts several times, and the variance of their means is left out
-        return tuple((shares * torch.stack(s)).sum(0) for s in (means, variances))
+        variance, mean = (sum(n * s for n, s in zip(cells, column)) / sum(cells) for column in zip(*statistics))
+        y = ((groups - mean) * (variance + norm.eps).rsqrt()).flatten(1, 2)
+        return y * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
 
-    with patch.multiple(strips, plain=lambda *_: False, rows_at_a_time=lambda *_: 10**9, statistics=shared), \
-            ThreadPoolExecutor(len(tiles)) as pool:
+    with patch.object(torch.nn.GroupNorm, "forward", shared), ThreadPoolExecutor(len(tiles)) as pool:
         return list(pool.map(torch.no_grad()(network), tiles))
 
 
@@ -296,12 +300,16 @@ def vae_tiled(case, get):
 
 @torch.no_grad()
 def diffaug(case, get):
-    x, steps = torch.from_numpy(get("x")), []
-    plan = AugmentPlan(*map(get, ("brightness", "saturation", "contrast")),
-                       # official: x is the height
-                       *(list(zip(get(f"{what}_x"), get(f"{what}_y"))) for what in ("translation", "cutout")))
-    augment(x, plan, steps)
-    return {f"after_{name}": picture for name, picture in steps}
+    x, out = torch.from_numpy(get("x")), {}
+    for change in (discriminator.brightness, discriminator.saturation, discriminator.contrast,
+                   discriminator.translation, discriminator.cutout):
+        name = change.__name__
+        if name in ("translation", "cutout"):       # official: x is the height
+            draws = list(zip(get(f"{name}_x"), get(f"{name}_y")))
+        else:
+            draws = get(name)
+        x = out[f"after_{name}"] = change(x, draws)
+    return out
 
 
 def make_discriminator(config, salt=""):

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, DINOv3ViTConfig, DINOv3V
 from models.gram import normalised
 from models.gramsr import SETS
 from models.support.imaging import color_fix, pad_to_multiple, resize
-from models.lora import ALPHA
+from models.lora import ALPHA, adapted_layers
 from models.s3diff import ADAPTER
 
 
@@ -101,7 +101,7 @@ class S3DiffReference(Autoencoder):
         for network, layers in self.layers.items():
             C = self.model.matrices(network, scores)
             for block, layer in layers:
-                layer.de_mod = C[block][ADAPTER[network]].to(self.like)
+                layer.de_mod = C[ADAPTER[network]][:, block].mT.to(self.like)
 
     def describe(self):
         """-> features of the good text and of the bad one, one after the other as the official code does"""
@@ -131,8 +131,8 @@ class GramSRReference(Autoencoder):
             for name, r in cfg.ranks.items():
                 for adapter in SETS[name]:
                     alpha = r if name == "texture" else ALPHA
-                    self.unet.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=model.layers[adapter]), adapter)
-            self.unet.set_adapter(list(model.layers))
+                    self.unet.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=adapted_layers(model.unet, adapter)), adapter)
+            self.unet.set_adapter(list(model.only(*cfg.ranks)))
         self.vit = DINOv3ViTModel(DINOv3ViTConfig(      # not on the meta device: it would lose its table of positions
             patch_size=vit.patch_size, hidden_size=vit.embed_dim, intermediate_size=int(vit.embed_dim * vit.mlp_ratio), num_register_tokens=vit.registers,
             num_hidden_layers=vit.depth, num_attention_heads=vit.num_heads, use_gated_mlp=vit.gated_mlp)).to(model.vit.norm.weight.device)

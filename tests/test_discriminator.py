@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from cases_vosr import fill_module
 
-from models.discriminator import (AugmentPlan, Blur, Discriminator, PatchDiscriminator, augment, draw_augment,
-                                  multilevel_loss)
+from models.discriminator import AugmentPlan, Blur, Discriminator, augment, draw_augment, multilevel_loss
+from models.tiny import PatchDiscriminator
 from models.vit import PRESETS, ViT, ViTConfig
 from models.support.weights import load_strictly
 
@@ -173,10 +173,7 @@ def test_draws_are_reproducible_and_in_range(H, W):
         assert set(centres) <= set(range(side + 1 - hole % 2)) and min(centres) == 0 and max(centres) == side - hole % 2
     for draws in (plan.brightness, plan.saturation, plan.contrast):
         assert 0 <= min(draws) < 0.05 and 0.95 < max(draws) < 1
-    steps = []
-    out = augment(x, plan, steps)
-    assert [name for name, _ in steps] == ["brightness", "saturation", "contrast", "translation", "cutout"]
-    assert out.shape == x.shape and out is steps[-1][1] and x.eq(1).all()
+    assert augment(x, plan).shape == x.shape and x.eq(1).all()
 
 
 def test_gradient_flows_through_the_augmentation():

@@ -1,4 +1,4 @@
-"""Layers with adapters: against peft, against the formula, folded and beside. Run: python -m pytest tests/test_lora.py"""
+"""Layers with adapters: against peft, and against the formula. Run: python -m pytest tests/test_lora.py"""
 
 import copy
 
@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.lora import Conv2d, Linear, LoRA, Modulation, add_lora
+from models.lora import Conv2d, Linear, Modulation, adapted_layers, add_lora, of_block, repeated
 from models.s3diff import UNET_TARGETS, VAE_TARGETS
 from models.unet import UNet, UNetConfig
+from models.support.fast_lora import merge
 from models.vae import VAE, VAEConfig
 
 REFERENCE = "a reference for this test only"
@@ -28,17 +29,22 @@ def make(kind, r=3, names=("default",), B=2):
     return layer, torch.randn(B, *shape)
 
 
-def beside(layer, x, C=None):
+def on(layer):
+    """All adapters of a layer, without a matrix."""
+    return dict.fromkeys(layer.lora_A, 1)
+
+
+def beside(layer, x, C):
     """The layer as training computes it, with every adapter beside the base weight."""
     with torch.enable_grad():
         return layer(x, C).detach()
 
 
-def delta(layer, name, M=None):
-    """s B C^T A as a change of the weight, by loops over what the formula says; M: (r, r)"""
+def delta(layer, name, C=None):
+    """s B C A as a change of the weight, by loops over what the formula says; C: (r, r)"""
     A, B = layer.lora_A[name].weight.flatten(1), layer.lora_B[name].weight.flatten(1)
-    M = torch.eye(len(A)).to(A) if M is None else M
-    return (8 / len(A) * torch.einsum("or,kr,ki->oi", B, M, A)).view_as(layer.weight)      # h'_r = sum_k h_k M_kr
+    C = torch.eye(len(A)).to(A) if C is None else C
+    return (8 / len(A) * torch.einsum("or,rk,ki->oi", B, C, A)).view_as(layer.weight)
 
 
 def with_weight(layer, x, W):
@@ -54,8 +60,8 @@ class Net(nn.Module):
         self.conv = conv(3, 8, 3, stride=2, padding=1)
         self.fc = linear(8, 5)
 
-    def forward(self, x):
-        return self.fc(self.conv(x).flatten(2).mT)
+    def forward(self, x, *C):
+        return self.fc(self.conv(x, *C).flatten(2).mT, *C)
 
 
 def peft_twin(ours, r):
@@ -75,14 +81,17 @@ def test_equals_peft(r):
     ours = Net(Linear, Conv2d)
     for name in add_lora(ours, ["conv", "fc"], "default", r):
         nn.init.normal_(ours.get_submodule(name).lora_B["default"].weight, std=0.1)
-    theirs, x = peft_twin(ours, r), torch.randn(2, 3, 9, 6)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(beside(ours.conv, x), theirs.conv(x))
+    theirs, x, C = peft_twin(ours, r), torch.randn(2, 3, 9, 6), {"default": 1}
+    torch.testing.assert_close(ours(x, C), theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(beside(ours.conv, x, C), theirs.conv(x))
     for name in ("conv", "fc"):
         layer = theirs.get_submodule(name)
         layer.merge()
         assert not torch.equal(layer.base_layer.weight, ours.get_submodule(name).weight)
-        torch.testing.assert_close(ours.get_submodule(name).fuse(), layer.base_layer.weight)
+    merge(ours)
+    assert not any("lora" in name for name in ours.state_dict())
+    for name in ("conv", "fc"):
+        torch.testing.assert_close(ours.get_submodule(name).weight, theirs.get_submodule(name).base_layer.weight)
 
 
 def test_starts_as_peft_does():
@@ -124,6 +133,7 @@ def test_chooses_the_layers_that_peft_chooses(network, targets):
     expected = [name for name, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     chosen = add_lora(ours, targets, "default", 2)
     assert chosen and sorted(chosen) == sorted(expected)
+    assert adapted_layers(ours, "default") == chosen and adapted_layers(ours, "other") == []
     assert {k for k in ours.state_dict() if "lora_" in k} == {k for k in theirs.state_dict() if "lora_" in k}
 
 
@@ -137,64 +147,29 @@ def test_nothing_matches():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded_equals_beside(kind, monkeypatch):
-    """One C for all pictures is folded into the weight, for this call only: the base weight keeps its bits."""
-    folds = []
-    original = LoRA.fuse
-    monkeypatch.setattr(LoRA, "fuse", lambda self, C=None: folds.append(1) or original(self, C))
-    layer, x = make(kind)
-    before = copy.deepcopy(layer.state_dict())
-    for C in (None, {}, {"default": torch.randn(1, 3, 3)}):
-        one_way, other_way = layer(x, C), beside(layer, x, C)
-        assert len(folds) == 1, "folded without gradients, and only then"
-        folds.clear()
-        torch.testing.assert_close(one_way, other_way, atol=1e-4, rtol=1e-5)
-        W = layer.weight if C == {} else layer.weight + delta(layer, "default", C and C["default"][0])
-        torch.testing.assert_close(one_way, with_weight(layer, x, W), atol=1e-4, rtol=1e-5)
-    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    assert layer.fuse().data_ptr() != layer.weight.data_ptr() and layer.fuse().shape == layer.weight.shape
-
-
-@torch.no_grad()
-def test_folds_only_where_it_pays():
-    """A matrix as large as the weight for a single pixel would cost more than the two narrow ones."""
-    linear, conv = Linear(64, 64), Conv2d(64, 64, 3, padding=1)
-    assert not linear.folding_pays(1, None) and linear.folding_pays(100, None)
-    assert not conv.folding_pays(32, None) and conv.folding_pays(64, None)
-    C = {"default": torch.zeros(2, 4, 4)}
-    assert not linear.folding_pays(10**6, C) and linear.folding_pays(10**6, {"default": C["default"][:1]})
-    with torch.enable_grad():
-        assert not linear.folding_pays(10**6, None)
-    assert Conv2d(3, 4, 3, stride=2, padding=1).pixels(torch.zeros(2, 3, 9, 6)) == 2 * 5 * 3 and linear.pixels(torch.zeros(2, 7, 64)) == 14
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_picture_has_its_own_matrix(kind):
+def test_each_image_has_its_own_matrix(kind):
     layer, x = make(kind)
     C = torch.randn(2, 3, 3)
     y = layer(x, {"default": C})
     for i in range(2):
         torch.testing.assert_close(y[i : i + 1], layer(x[i : i + 1], {"default": C[i : i + 1]}), atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(y[i : i + 1], with_weight(layer, x[i : i + 1], layer.weight + delta(layer, "default", C[i])), atol=1e-4, rtol=1e-5)
-    assert not torch.allclose(y, layer(x, {"default": C.mT}), atol=1e-2), "the first index of C meets A"
-    torch.testing.assert_close(layer(x, {"default": torch.eye(3)[None]}), layer(x), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(y, layer(x, {"default": C.mT}), atol=1e-2), "its columns meet A"
+    torch.testing.assert_close(layer(x, {"default": torch.eye(3)[None]}), layer(x, {"default": 1}), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_off_and_new_adapters_change_nothing(kind):
+def test_adapters_are_off_unless_named_and_new_ones_change_nothing(kind):
     layer, x = make(kind)
     plain = with_weight(layer, x, layer.weight)
-    assert not torch.allclose(layer(x), plain, atol=1e-2)
-    for C in ({}, {"default": torch.zeros(1, 3, 3)}):
-        torch.testing.assert_close(layer(x, C), plain)
-        torch.testing.assert_close(beside(layer, x, C), plain)
+    assert not torch.allclose(layer(x, {"default": 1}), plain, atol=1e-2)
+    assert torch.equal(layer(x), plain) and torch.equal(layer(x, {"other": 1}), plain) and torch.equal(beside(layer, x, {}), plain)
+    for run in (layer, lambda x, C: beside(layer, x, C)):
+        torch.testing.assert_close(run(x, {"default": torch.zeros(1, 3, 3)}), plain)
     layer.add_adapter("default", 3)         # anew: B is zero
-    for C in (None, {"default": 1e3 * torch.randn(2, 3, 3)}):
-        torch.testing.assert_close(layer(x, C), plain)
-    fresh, x = KINDS[kind][0](), x
-    assert torch.equal(fresh(x), with_weight(fresh, x, fresh.weight)) and torch.equal(fresh(x, {}), fresh(x))
+    for C in (1, 1e3 * torch.randn(2, 3, 3)):
+        torch.testing.assert_close(layer(x, {"default": C}), plain)
 
 
 @torch.no_grad()
@@ -204,14 +179,24 @@ def test_several_adapters_add_up(kind):
     layer.add_adapter("c", 2, alpha=2)      # another rank and scale
     nn.init.normal_(layer.lora_B["c"].weight)
     change = {"a": delta(layer, "a"), "b": delta(layer, "b"), "c": delta(layer, "c") / 4}
-    Ma, Mb = torch.randn(2, 1, 3, 3)
-    for C, names in ((None, "abc"), ({"b": torch.eye(3)[None]}, "b"), ({"a": torch.eye(3)[None], "c": torch.eye(2)[None]}, "ac")):
+    C_a, C_b = torch.randn(2, 1, 3, 3)
+    for names in ("abc", "b", "ca"):
         expected = with_weight(layer, x, layer.weight + sum(change[name] for name in names))
+        C = dict.fromkeys(names, 1)
         torch.testing.assert_close(layer(x, C), expected, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(beside(layer, x, C), expected, atol=1e-4, rtol=1e-5)
-    C = {"a": Ma, "b": Mb.expand(2, -1, -1)}    # of one picture, and of each
-    expected = with_weight(layer, x, layer.weight + delta(layer, "a", Ma[0]) + delta(layer, "b", Mb[0]))
+    C = {"a": C_a, "b": C_b.expand(2, -1, -1), "c": 1}      # of one image, of each, and none
+    expected = with_weight(layer, x, layer.weight + delta(layer, "a", C_a[0]) + delta(layer, "b", C_b[0]) + change["c"])
     torch.testing.assert_close(layer(x, C), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_networks_matrices():
+    """A block takes its own; a batch twice as long takes each image's again, and what holds for all stays one."""
+    C = {"each": torch.randn(2, 5, 3, 3), "all": torch.randn(1, 5, 3, 3), "plain": 1}
+    assert [getattr(of_block(C, 3)[name], "shape", None) for name in C] == [(2, 3, 3), (1, 3, 3), None]
+    assert torch.equal(of_block(C, 3)["each"], C["each"][:, 3]) and of_block(C, 3)["plain"] == 1 and of_block({}, 0) == {}
+    twice = repeated(C, 2)
+    assert torch.equal(twice["each"], torch.cat([C["each"]] * 2)) and twice["all"] is C["all"] and twice["plain"] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,14 +246,14 @@ def test_half_precision(kind, pictures):
 def test_names_and_copies():
     layer, x = make("conv", names=("default", "vae_skip"))
     assert set(layer.state_dict()) == {"weight", "bias", *(f"lora_{x}.{name}.weight" for x in "AB" for name in ("default", "vae_skip"))}
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin(x), layer(x)) and twin.s == layer.s and twin.s is not layer.s
+    twin, C = copy.deepcopy(layer), on(layer)
+    assert torch.equal(twin(x, C), layer(x, C)) and twin.s == layer.s and twin.s is not layer.s
     twin.lora_B["default"].weight.zero_()
     twin.add_adapter("more", 2)
-    assert not torch.equal(twin(x), layer(x)) and "more" not in layer.lora_A
+    assert not torch.equal(twin(x, C), layer(x, C)) and "more" not in layer.lora_A
     other = make("conv", names=("default", "vae_skip"))[0]
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), layer(x))
+    assert torch.equal(other(x, C), layer(x, C))
 
 
 # -----------------------------------------------------------------------------
@@ -299,4 +284,5 @@ def test_modulation_depends_on_scores_and_block():
     angle = 2 * torch.pi * scores.double()[:, :, None] * m.w.double()       # the formula, once more
     d = torch.cat([angle[:, 0].sin(), angle[:, 0].cos(), angle[:, 1].sin(), angle[:, 1].cos()], dim=1).float()
     d, e = m.unet_de_mlp(d), m.unet_block_mlp(m.unet_block.weight[7])
-    torch.testing.assert_close(C[:, 7].flatten(1), m.unet_fuse_mlp(torch.cat([d, e.expand(3, -1)], dim=1)), atol=1e-4, rtol=1e-4)
+    expected = m.unet_fuse_mlp(torch.cat([d, e.expand(3, -1)], dim=1)).view(3, 3, 3)
+    torch.testing.assert_close(C[:, 7], expected.mT, atol=1e-4, rtol=1e-4)      # in the file rows and columns are the other way round

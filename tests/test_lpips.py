@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cases_vosr import fill_module
 
 from models import lpips
-from models.lpips import EPS, LPIPS, NETS, SCALE, SHIFT, loss_distribution, unit
+from models.lpips import EPS, LPIPS, NETS, SCALE, SHIFT, unit
 from models.support.weights import FILES, WeightError, read_tensors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -142,7 +142,7 @@ def test_equals_the_authors_package(net):
     x, y = pictures(H=37, W=50), pictures(H=37, W=50, seed=2)
     value, levels = reference(x, y, retPerLayer=True)
     torch.testing.assert_close(model(x, y), value.flatten(), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(model.levels(x, y), torch.cat([level.flatten(1) for level in levels], dim=1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(model.layer_distances(x, y), torch.cat([level.flatten(1) for level in levels], dim=1), rtol=1e-4, atol=1e-7)
 
 
 # -----------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_equals_the_authors_package(net):
 def test_is_a_distance(net):
     model, x, y = make(net), pictures(), pictures(seed=2)
     assert model(x, y).shape == (2,) and torch.equal(model(x, x), torch.zeros(2))
-    levels = model.levels(x, y)
+    levels = model.layer_distances(x, y)
     assert levels.shape == (2, 5) and (levels > 0).all() and torch.equal(levels.sum(1), model(x, y))
     torch.testing.assert_close(model(x, y), model(y, x))
     torch.testing.assert_close(model(x[1:], y[1:]), model(x, y)[1:])
@@ -185,7 +185,7 @@ def test_gradient_where_nothing_is_seen():
     model.features[0].bias.data.fill_(-100)         # no ReLU opens
     x = pictures().requires_grad_()
     model.features[3].bias.data.fill_(-100)
-    assert not model.levels(x, pictures(seed=2))[:, :2].any()
+    assert not model.layer_distances(x, pictures(seed=2))[:, :2].any()
     model(x, pictures(seed=2)).sum().backward()
     assert not x.grad.any()
 
@@ -215,45 +215,5 @@ def test_sizes(net, side):
     assert model(pictures(1, side, side + 1), pictures(1, side, side + 1, 2)) > 0
     flat, narrow = (1, 3, side - 1, 64), (1, 3, 64, side - 1)
     for shape, other in ((flat, flat), (narrow, narrow), ((1, 3, 64, 64), (1, 3, 64, 48))):
-        with pytest.raises(ValueError, match=rf"^LPIPS wants two pictures of one size, at least {side} px a side, got \(1, 3, .*\)$"):
+        with pytest.raises(ValueError, match=rf"^LPIPS wants two images of one size, at least {side} px a side, got \(1, 3, .*\)$"):
             model(torch.zeros(shape), torch.zeros(other))
-
-
-def test_random_features():
-    """The same for everybody; blind for a picture's brightness, not for a lost edge or a new grain; a gradient everywhere, at equal pictures too."""
-    a, b = LPIPS("random"), LPIPS("random")
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-    x = torch.zeros(1, 3, 32, 32)
-    x[..., 16:] = 0.5
-    soft = F.avg_pool2d(F.pad(x, (4,) * 4, mode="replicate"), 9, stride=1)
-    grain = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert a(x, x) == 0 and a(x, x + 0.2) < 1e-6 < 0.01 < min(a(x, soft), a(x, grain))
-    y = x.clone().requires_grad_()
-    a(y, x).sum().backward()
-    assert y.grad.isfinite().all()
-
-
-# -----------------------------------------------------------------------------
-# distributions
-
-def test_distribution_forgets_places_within_a_window():
-    """What is swapped within a window costs nothing at the picture itself, what leaves it does; blur costs, and more where windows are small."""
-    net, x = LPIPS("random"), pictures(1, 64, 64)
-    net.taps = {}                                           # the picture alone
-    swapped, left = x.clone(), x.clone()
-    swapped[..., :16, :32], swapped[..., 16:32, :32] = x[..., 16:32, :32], x[..., :16, :32]
-    left[..., :32, :], left[..., 32:, :] = x[..., 32:, :], x[..., :32, :]
-    assert loss_distribution(net, x, x) == loss_distribution(net, x, swapped) == 0 < loss_distribution(net, x, left)
-    assert loss_distribution(net, x, left, side=64) == 0 < loss_distribution(net, x, swapped, side=16)
-
-
-def test_distribution_wants_the_edge_that_squares_would_blur():
-    """An edge at one of several places: by squares the mean of all is the best answer, here it is worse than any sharp one."""
-    net = LPIPS("random").requires_grad_(False)
-    edges = torch.stack([(torch.arange(32) > at).float() * 2 - 1 for at in range(12, 20)])
-    edges = edges[:, None, None].expand(-1, 3, 32, -1).contiguous()
-    soft, sharp = edges.mean(0, keepdim=True), edges[4:5]
-    by_l2, by_distribution = ([sum(float(f(guess, truth)) for truth in edges.split(1)) for guess in (soft, sharp)]
-                              for f in (F.mse_loss, lambda x, y: loss_distribution(net, x, y)))
-    assert by_l2[0] < by_l2[1] and by_distribution[0] > 2 * by_distribution[1]

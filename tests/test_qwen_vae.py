@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.support import strips
-from models.qwen_vae import LATENTS_MEAN, LATENTS_STD, QwenVAE, QwenVAEConfig, downsample, upsample
+from models.qwen_vae import LATENTS_MEAN, LATENTS_STD, QwenVAE, QwenVAEConfig, Downsample, Upsample
 
 MANIFEST = Path(__file__).resolve().parents[2] / "shared" / "manifests" / "qwen_image_vae_2d.json"
 TINY = QwenVAEConfig(base_dim=8, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, latents_mean=LATENTS_MEAN[:4], latents_std=LATENTS_STD[:4])
@@ -138,16 +138,16 @@ def test_strips_equal_whole(monkeypatch, one_thread, limit, h, w):
 
 
 @torch.no_grad()
-def test_small_pictures_take_the_plain_formulas():
+def test_layers_are_their_formulas():
     vae = tiny()
     for block, x in ((vae.encoder.down_blocks[0], torch.randn(2, 8, 12, 10)), (vae.encoder.down_blocks[2], torch.randn(2, 8, 12, 10))):
         h = block.conv2(F.silu(block.norm2(block.conv1(F.silu(block.norm1(x))))))
-        assert torch.equal(block(x), block.conv_shortcut(x) + h)
+        assert torch.equal(block(x), h + (block.conv_shortcut(x) if block.conv_shortcut else x))
     attention, x = vae.encoder.mid_block.attentions[0], torch.randn(2, 16, 12, 10)
     q, k, v = attention.to_qkv(attention.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
     h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
     assert torch.equal(attention(x), x + attention.proj(h))
-    for step in (downsample(16), upsample(16)):
+    for step in (Downsample(16), Upsample(16)):
         assert torch.equal(step(x), step.resample(x))
 
 

@@ -181,7 +181,7 @@ def overfit(stage, kind=(), steps=15):
               and "adapter" not in k}
     params = training.freeze_all_but(model, [*model.lora(stage).values(), *model.adapter.parameters()])
     vit, lpips = DINOv3(replace(SMALL.vit, gated_mlp=True)).requires_grad_(False), LPIPS().requires_grad_(False)
-    for i in range(len(lpips.taps)):
+    for i in range(len(lpips.compared)):
         torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
     g = torch.Generator().manual_seed(0)
     x = torch.nn.functional.interpolate(2 * torch.rand(2, 1, 3, 6, 6, generator=g).flatten(0, 1) - 1, (48, 48),

@@ -161,20 +161,23 @@ def test_every_layer_gets_the_matrix_of_its_block():
     cfg = UNetConfig(widths=(8, 8, 8, 8), num_heads=(1, 1, 1, 1), context_dim=6, norm_groups=4)
     model, (z, context) = tiny(cfg), inputs(1)
     layers = add_lora(model, UNET_TARGETS, "default", 2)
-    C = [{"default": torch.randn(1, 2, 2)} for _ in range(10)]
-    got = received(model, lambda: model(z, 1, context, C))
+    C = torch.randn(1, 10, 2, 2)
+    got = received(model, lambda: model(z, 1, context, {"default": C}))
     assert len(layers) == 16 * 12 + 44 + 6 + 1 + sum("conv_shortcut" in name for name in layers)
-    assert all(got[name] is C[block_of(name)] for name in layers)
-    assert got["conv_in"] is C[0]
+    assert all(torch.equal(got[name]["default"], C[:, block_of(name)]) for name in layers)
+    assert torch.equal(got["conv_in"]["default"], C[:, 0])
 
     vae = VAE(TINY_VAE).eval()
     layers = add_lora(vae, VAE_TARGETS, "vae_skip", 2)
-    C = [{"vae_skip": torch.randn(1, 2, 2)} for _ in range(6)]
-    got = received(vae, lambda: vae.encode(torch.rand(1, 3, 16, 16), C=C))
+    C = torch.randn(1, 6, 2, 2)
+    got = received(vae, lambda: vae.encode(torch.rand(1, 3, 16, 16), C={"vae_skip": C}))
     for name in layers:
         expected = 4 if "mid_block" in name else 5 if name in ("encoder.conv_in", "encoder.conv_out") else int(name.split(".")[2])
-        assert got[name] is C[expected], name
+        assert torch.equal(got[name]["vae_skip"], C[:, expected]), name
     assert len(layers) == 31
+    got = received(vae, lambda: vae.decode(torch.rand(1, 4, 2, 2), {"vae_skip": 1}))      # where Table 4 has adapters, too
+    inside = {name for name, m in vae.named_modules() if isinstance(m, LoRA) and name.startswith("decoder.")}
+    assert inside and all(got[name] == {"vae_skip": 1} for name in inside)
 
 
 # -----------------------------------------------------------------------------
@@ -185,12 +188,12 @@ def test_gradient_checkpointing_changes_nothing():
     model, (z, context) = tiny(), inputs(1, 5, 6)
     g = torch.Generator().manual_seed(2)
     for name in add_lora(model, UNET_TARGETS, "default", 2):
-        torch.nn.init.normal_(model.get_submodule(name).lora_B["default"].weight, generator=g)
-    C = torch.randn(8, 1, 2, 2, generator=g).requires_grad_()
+        torch.nn.init.normal_(model.get_submodule(name).lora_B["default"].weight, std=0.1, generator=g)
+    C = torch.randn(1, 8, 2, 2, generator=g).requires_grad_()
     grads, calls = [], []
     model.mid_block.register_forward_pre_hook(lambda *_: calls.append(1))
     for model.checkpointing in (False, True):
-        model(z, 7, context, [{"default": M} for M in C]).square().mean().backward()
+        model(z, 7, context, {"default": C}).square().mean().backward()
         grads.append({"C": C.grad, **{name: p.grad for name, p in model.named_parameters()}})
         model.zero_grad(), setattr(C, "grad", None)
     assert len(calls) == 3, "nothing is computed a second time"
