@@ -153,7 +153,7 @@ def png_with_key(depth, colour, row, key, width):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("depth, colour, row, key", [(1, 0, b"\x40", b"\0\1"), (2, 0, b"\x1b", b"\0\1"), (4, 0, b"\x01\x23", b"\0\1"),
+@pytest.mark.parametrize("depth, colour, row, key", [(1, 0, b"\x40", b"\0\1"), (1, 0, b"\xb0", b"\0\0"), (2, 0, b"\x1b", b"\0\1"), (4, 0, b"\x01\x23", b"\0\1"),
                                                      (8, 0, b"\0\1\2\3", b"\0\1"), (16, 0, b"\1\0\1\1\2\0\3\0", b"\1\1"),
                                                      (16, 2, bytes(6) + b"\1\2\3\4\5\6" + bytes(12), b"\1\2\3\4\5\6")])
 def test_transparent_value_of_any_depth(tmp_path, depth, colour, row, key):
