@@ -128,8 +128,9 @@ def upscale(name, model, path, target, lq, args):
     """
     with suppress(PictureError):
         if args.skip_existing and exists(target):
-            sr, _ = read_picture(target)
-            if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]):
+            size = tuple(round(side * args.scale) for side in lq.shape[2:])
+            sr, _ = read_picture(target, size=size)
+            if sr.shape[2:] == size:
                 return sr, None
     start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
@@ -312,7 +313,7 @@ def main(argv=None):
         with failures.at(top):
             names |= find_pictures(top, print)
     try:
-        references = find_references(names.values(), args.ref)
+        references = find_references(names.values(), args.ref, args.scale)
         models = load(args)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
