@@ -172,8 +172,9 @@ def kept_result(name, model, target, lq, args):
         return None
     with suppress(PictureError):
         if read_made(target) == settings_of(name, model, args):
-            sr, _ = read_picture(target)
-            if sr.shape[2:] == tuple(round(side * args.scale) for side in lq.shape[2:]):
+            size = tuple(round(side * args.scale) for side in lq.shape[2:])
+            sr, _ = read_picture(target, size=size)
+            if sr.shape[2:] == size:
                 return sr
     return None
 
@@ -214,7 +215,7 @@ def finish(job, lq, alpha, results, args, on_sheet):
     files = [round8(sr) for sr, _ in results]       # what they will hold is measured and shown
     for target, sr, (_, seconds), made in zip(job.targets, files, results, args.settings):
         if seconds is not None:
-            write_picture(target, sr[:, :1] if grey else sr, alpha, made)
+            write_picture(target, sr[:, :1] if grey else sr, alpha, made=made)
     hq, why = read_reference(job.name, job.references, size) if args.ref else (None, "")
     found, failed = measure(files, bicubic, hq, args.metrics, why, job.path)
     for top, target, figures, (_, seconds) in zip(args.folders, job.targets, found, results):
@@ -417,7 +418,7 @@ def main(argv=None):
         with failures.at(top):
             names |= find_pictures(top, print)
     try:
-        references = find_references(names.values(), args.ref)
+        references = find_references(names.values(), args.ref, args.scale)
         models = load(args)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")

@@ -235,9 +235,8 @@ def write(path, state):
             torch.save(state, part)
             with open(part, "rb+") as f:        # Windows syncs only what may be written
                 os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:        # torch's own writer raises RuntimeError when the disk is full
-        raise Quit(f"{path}: cannot be written ({str(e).splitlines()[0]}); "
-                   "then the same command goes on from the last checkpoint") from None
+    except OSError as e:
+        raise Quit(f"{e}; then the same command goes on from the last checkpoint") from None
 
 
 def save_checkpoint(folder, step, keep, **state):

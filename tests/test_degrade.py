@@ -346,7 +346,7 @@ def test_command_refuses_in_one_line(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
         tar.add(folder / "0.png", "0.png")
     for args, reason in (((folder, folder / "out"), "lies inside"),
-                         ((tmp_path / "tars", tmp_path / "out"), "no pictures in this folder, only 1 x .tar")):
+                         ((tmp_path / "tars", tmp_path / "out"), "no images in this folder, only 1 x .tar")):
         monkeypatch.setattr(sys, "argv", ["degrade.py", *map(str, args)])
         with pytest.raises(SystemExit, match=reason) as stop:
             module.main()

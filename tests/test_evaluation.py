@@ -126,7 +126,7 @@ def test_niqe_and_public_heads(cache):
 def test_references_that_do_not_fit(tmp_path, capsys):
     write_picture(tmp_path / "hq.png", torch.zeros(1, 3, 8, 8))
     (tmp_path / "text.png").write_text("no")
-    for ref, words in (((), "no reference named a"), ((tmp_path / "hq.png",), "is 8x8, not 16x12"), ((tmp_path / "text.png",), "is not a picture")):
+    for ref, words in (((), "no reference named a"), ((tmp_path / "hq.png",), "is 8x8, not 16x12"), ((tmp_path / "text.png",), "is not an image")):
         hq, why = read_reference(Path("a.png"), ref, (12, 16))
         assert hq is None and words in why and words in capsys.readouterr().err
     assert read_reference(Path("a.png"), [tmp_path / "hq.png"], (8, 8))[1] == ""

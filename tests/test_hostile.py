@@ -79,13 +79,13 @@ def bombs():
         tiff = tiff.replace(struct.pack("<HHIHH", short, 3, 1, 8, 0), struct.pack("<HHIHH", short, 3, 1, 20000, 0))
     jpeg, gif, bmp = (encoded(Image.new(mode, (8, 8)), kind)
                       for mode, kind in (("L", "JPEG"), ("P", "GIF"), ("RGB", "BMP")))
-    at, text = jpeg.index(b"\xff\xc0") + 5, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
+    at, text = jpeg.index(b"\xff\xc0") + 5, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3 * 10**8)))
     return {"bomb.png": png(20000, 20000, 8, 2, b""), "whole.png": encoded(Image.new("1", (10000, 10000)), "PNG"),
             "bomb.gif": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
             "bomb.bmp": bmp[:18] + struct.pack("<ii", 20000, 20000) + bmp[26:], "bomb.tif": tiff,
             "bomb.jpg": jpeg[:at] + struct.pack(">HH", 60000, 60000) + jpeg[at + 4 :],
             "bomb.ppm": b"P6 20000 20000 255\n" + bytes(100),
-            "thin.png": png(2**31 - 1, 1, 1, 0, b""), "text.png": png(1, 1, 8, 0, b"\0", text)}
+            "thin.png": png(2**31 - 1, 1, 1, 0, b""), "chunk.png": png(1, 1, 8, 0, b"\0", text)}
 
 
 def odd_pictures():
@@ -316,7 +316,7 @@ def test_degrade(pictures, tmp_path, monkeypatch, capsys):
 def test_degrade_never_overwrites_an_input(tmp_path, monkeypatch, capsys):
     """OUT_DIR/hq or OUT_DIR/lq as HR_DIR, and links."""
     for kind in ("hq", "lq"):
-        write_picture(tmp_path / kind / "a.png", torch.rand(1, 3, 35, 35))
+        write_picture(tmp_path / kind / "a.png", torch.rand(1, 3, 35, 35), software="nanoSR degrade.py")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "a.png").symlink_to(tmp_path / "hq" / "a.png")
     before = tree(tmp_path)
@@ -328,7 +328,7 @@ def test_degrade_never_overwrites_an_input(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("out", ["/proc/nothing", "file/out", "file", "z" * 300, "dangling/out"])
 def test_out_that_cannot_be_written(run, tmp_path, monkeypatch, capsys, out):  # noqa: F811
     for name in ("a.png", "b.png"):
-        write_picture(Path("in", name), torch.rand(1, 3, 40, 40))
+        write_picture(Path("in", name), torch.rand(1, 3, 40, 40), software="camera")
     Path("file").write_text("mine")
     Path("dangling").symlink_to("/proc/nowhere")
     before = tree(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from models.support import charts
+from models.support import charts, imaging
 from models.support.files import find_pictures
 from models.support.imaging import (PictureError, adain, chroma, color_fix, contact_sheet, pad_to_multiple, read_picture,
                             resize, round8, to_uint8, wavelet, write_picture)
@@ -146,20 +146,39 @@ def test_grey_profiles(tmp_path, gamma, meant):
     assert bytes_of(x)[0, 0].tolist() == [9, 100, 200], "a grey profile says nothing of colours"
 
 
-def png_with_key(depth, colour, row, key, width):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of(depth, colour, row, width, *chunks):
+    """A PNG of one row, written by hand."""
     head = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(chunks) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("depth, colour, row, key", [(1, 0, b"\x40", b"\0\1"), (2, 0, b"\x1b", b"\0\1"), (4, 0, b"\x01\x23", b"\0\1"),
+@pytest.mark.parametrize("depth, colour, row, key", [(1, 0, b"\x40", b"\0\1"), (1, 0, b"\xb0", b"\0\0"), (2, 0, b"\x1b", b"\0\1"), (4, 0, b"\x01\x23", b"\0\1"),
                                                      (8, 0, b"\0\1\2\3", b"\0\1"), (16, 0, b"\1\0\1\1\2\0\3\0", b"\1\1"),
                                                      (16, 2, bytes(6) + b"\1\2\3\4\5\6" + bytes(12), b"\1\2\3\4\5\6")])
 def test_transparent_value_of_any_depth(tmp_path, depth, colour, row, key):
-    (tmp_path / "a.png").write_bytes(png_with_key(depth, colour, row, key, 4))
+    (tmp_path / "a.png").write_bytes(png_of(depth, colour, row, 4, chunk(b"tRNS", key)))
     _, alpha = read_picture(tmp_path / "a.png")
     assert alpha.flatten().tolist() == [1, 0, 1, 1]
+
+
+def test_large_texts_and_profiles(tmp_path):
+    """Pillow refuses more than a megabyte of either; texts are not needed, profiles are."""
+    text = chunk(b"zTXt", b"Raw profile type 8bim\0\0" + zlib.compress(bytes(5_000_000)))
+    profile = chunk(b"iCCP", b"P3\0\0" + zlib.compress(icc(b"RGB ", b"P3", SRGB_CURVE, P3) + bytes(2_000_000)))
+    (tmp_path / "a.png").write_bytes(png_of(8, 2, bytes((212, 75, 47)), 1, profile, text, chunk(b"tEXt", b"XMP\0" + b"x" * 2_000_000)))
+    assert abs(bytes_of(read_picture(tmp_path / "a.png")[0])[0, 0].astype(int) - (230, 60, 30)).max() <= 2
+
+
+@pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG"), (13, None)])
+def test_high_dynamic_range_is_named(tmp_path, transfer, name):
+    lines = []
+    (tmp_path / "a.png").write_bytes(png_of(16, 2, bytes(6), 1, chunk(b"cICP", bytes((9, transfer, 0, 1)))))
+    read_picture(tmp_path / "a.png", lines.append)
+    assert lines == ([f"{tmp_path / 'a.png'}: is HDR ({name}), read as sRGB; convert it if colours look wrong"] if name else [])
 
 
 def test_hidden_colours_do_not_matter(tmp_path):
@@ -182,7 +201,7 @@ def test_only_the_first_of_several(tmp_path):
     for name in ("a.gif", "a.webp", "a.tif", "a.png", "a.mpo"):
         lines = []
         x, _ = read_picture(save(first, tmp_path / name, save_all=True, append_images=more), note=lines.append)
-        assert lines == [f"{tmp_path / name}: holds several pictures, only the first is read"] and bytes_of(x)[0, 0, 0] > 200
+        assert lines == [f"{tmp_path / name}: holds several images, only the first is read"] and bytes_of(x)[0, 0, 0] > 200
     read_picture(save(first, tmp_path / "one.tif"), note=lambda line: pytest.fail(line))
 
 
@@ -210,9 +229,21 @@ def test_bad_files_have_one_line(tmp_path):
 def test_decompression_bomb(tmp_path, monkeypatch):
     path = save(Image.new("L", (20, 20)), tmp_path / "bomb.png")
     for limit in (300, 100):  # Pillow warns above the limit and fails above twice the limit
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(PictureError, match="million pixels"):
-            read_picture(path)
+        monkeypatch.setattr(imaging, "MOST_PIXELS", limit)
+        for size in ((0, 0), (20, 19)):
+            with pytest.raises(PictureError, match="million pixels"):
+                read_picture(path, size=size)
+        assert read_picture(path, size=(20, 20))[0].shape == (1, 3, 20, 20), "as large as it should be"
+
+
+@pytest.mark.parametrize("name, data, words", [
+    ("a.jpg", b"\0\0\0\x1cftypavif\0\0\0\0mif1miaf", "is AVIF; convert"), ("a.jpg", b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "is AVIF; convert"),
+    ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC; convert"),
+    ("a.heic", b"?", "is HEIC; convert"), ("a.jpg", b"?", "is not an image of a kind that is read here; convert")])
+def test_what_it_is_by_its_bytes(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PictureError, match=f"{name}: {words}"):
+        read_picture(tmp_path / name)
 
 
 def test_find_pictures(tmp_path):
@@ -221,7 +252,7 @@ def test_find_pictures(tmp_path):
     assert [p.name for p in find_pictures(tmp_path)] == ["a.jpg", "b.PNG"]
     assert find_pictures(Path("x.txt")) == {Path("x.txt"): Path("x.txt")}
     (tmp_path / "none").mkdir()
-    with pytest.raises(PictureError, match="no pictures"):
+    with pytest.raises(PictureError, match="no images"):
         find_pictures(tmp_path / "none")
 
 

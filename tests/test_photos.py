@@ -10,6 +10,7 @@ from test_degrade import save_photos
 from torch.utils.data import DataLoader
 
 from models.support import photos as module
+from models.support.imaging import write_picture
 from models.support.photos import Photos, list_photos, photos_for
 
 
@@ -42,7 +43,7 @@ def test_photos_skip_and_name_what_is_no_good(tmp_path, capsys):
     assert {path.name for path in photos.skipped} == {"2.png", "text.png", "cut.png"}
     err = capsys.readouterr().err
     assert all(err.count(f"{name}:") == 1 for name in ("2.png", "text.png", "cut.png")) and "3 of 5 files" in err
-    with pytest.raises(ValueError, match="none of its 5 pictures"):
+    with pytest.raises(ValueError, match="none of its 5 images"):
         Photos(folder, 1000)
 
 
@@ -102,12 +103,27 @@ def test_photos_honour_orientation_and_modes(tmp_path):
 def test_list_photos(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         list_photos(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         list_photos(tmp_path)
     save_photos(tmp_path / "deep" / "er", [(8, 8)], ".JPG")
     save_photos(tmp_path, [(8, 8)])
     assert [path.name for path in list_photos(tmp_path)] == ["0.png", "0.JPG"]
     assert list_photos(tmp_path / "0.png") == [tmp_path / "0.png"]
+
+
+def test_what_is_left_out_is_printed(tmp_path, capsys):
+    """As sample.py prints it: linked folders, other kinds of files, what we wrote ourselves; and how many photos are used."""
+    folder = save_photos(tmp_path / "a", [(40, 40)] * 5)
+    (folder / "b.heic").touch(), (folder / "link").symlink_to(tmp_path), (folder / "cut.png").write_bytes(b"cut")
+    write_picture(folder / "out" / "sheet.png", torch.rand(1, 3, 40, 40))
+    photos_for(folder, 16, 0)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{folder}: left out 1 x .heic (HEIC), 1 x link to a folder, 1 x result of nanoSR (taken only if named itself)",
+                    f"{folder}: 4 photos to train on, 1 held out"]
+    (tmp_path / "links").mkdir(), (tmp_path / "links" / "a").symlink_to(folder)
+    with pytest.raises(ValueError, match="no images in this folder, only 1 x link to a folder"):
+        list_photos(tmp_path / "links")
+    assert list_photos(folder / "out" / "sheet.png") == [folder / "out" / "sheet.png"], "named, it is a photo"
 
 
 def test_lists(tmp_path, capsys):
@@ -124,7 +140,7 @@ def test_lists(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("# x\na, 2", r"a, 2: no such .*list.txt, line 2\)"), ("\nnowhere", r"nowhere: no such .*list.txt, line 2\)"), ("", "no pictures"),
+    ("# x\na, 2", r"a, 2: no such .*list.txt, line 2\)"), ("\nnowhere", r"nowhere: no such .*list.txt, line 2\)"), ("", "no images"),
     ("list.txt", r"leads back to itself .*list.txt, line 1\)"), ("other.txt", r"leads back to itself .*other.txt, line 1\)"),
     ("notes.md", r"no source of photos .*list.txt, line 1\)"), ("caf\xe9", "list.txt: is no text in UTF-8"),
 ])

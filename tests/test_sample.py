@@ -19,7 +19,7 @@ from PIL import Image
 
 import sample
 from models import vosr
-from models.support import evaluation
+from models.support import evaluation, imaging
 from models.gramsr import GramSR, GramSRConfig
 from models.support.imaging import read_picture, resize, write_picture
 from models.s3diff import S3Diff, S3DiffConfig
@@ -72,7 +72,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def picture(path, height=16, width=24, alpha=False):
     x = torch.rand(1, 4, height, width, generator=torch.Generator().manual_seed(height + width))
-    write_picture(path, x[:, :3], x[:, 3:] if alpha else None)
+    write_picture(path, x[:, :3], x[:, 3:] if alpha else None, software="camera")
     return Path(path)
 
 
@@ -101,7 +101,7 @@ def test_bad_files_do_not_stop_the_rest(run):
     picture("in/nan.png", 8, 14)
     status, out, err = run("in", "missing.png")
     assert status == 1 and names("out") == ["good.png", "sheet.png"]
-    for words in ("in/bad.png: is not a picture", "in/memory.png: not enough memory; try --tile 256",
+    for words in ("in/bad.png: is not an image", "in/memory.png: not enough memory; try --tile 256",
                   "--dtype float32", "missing.png: no such"):
         found = sum(words.replace("/", os.sep) in line for line in err)
         assert found == 2, "once when it happens, once in the list at the end"
@@ -213,6 +213,31 @@ def test_existing_results_of_another_size_are_made_anew(run):
     picture("a.png"), run("a.png", "--scale", 2)
     status, out, _ = run("a.png", "--scale", 3, "--skip-existing")
     assert status == 0 and not any("is kept" in line for line in out) and Image.open("out/a.png").size == (72, 48)
+
+
+def test_large_results_and_references_are_read(run, monkeypatch):
+    """The limit of pixels is for files of unknown origin."""
+    monkeypatch.setattr(imaging, "MOST_PIXELS", 1000)
+    picture("a.png"), picture("hq/a.png", 64, 96)
+    for flags in ((), ("--skip-existing",)):
+        status, out, err = run("a.png", "--ref", "hq", *flags)
+        assert (status, err) == (0, []) and any("is kept" in line for line in out) == bool(flags) and any("PSNR-Y" in line for line in out)
+
+
+def test_results_are_no_input(run):
+    """sample.py . twice does not upscale what it wrote."""
+    picture("a.png")
+    for again in (False, True):
+        status, out, err = run(".", "--ref", ".", "--page", "--sweep", "--scale", 1)
+        assert (status, err) == (0, []) and names("out") == ["a.png", "metrics.csv", "metrics.json", "page.html", "sheet.png", "sweep"]
+        assert any("3 x result of nanoSR" in line for line in out) == again
+    assert run("out/a.png", "--out", "two", "--scale", 1)[0] == 0 and names("two") == ["a.png", "sheet.png"]
+
+
+def test_no_reference_at_all(run):
+    picture("lq/a.png"), picture("hq/b.png")
+    status, out, err = run("lq", "--ref", "hq")
+    assert status == 1 and len(err) == 1 and "hq: has no reference for any of 1 images" in err[0] and not Path("out").exists()
 
 
 def test_grey_results_are_grey_files(run):

@@ -1,4 +1,4 @@
-"""The fast 3x3 convolution is a convolution, and stands where it pays."""
+"""The fast 3x3 convolution is a convolution, and is used where it pays.    python -m pytest tests/test_winograd.py"""
 
 import pytest
 import torch
@@ -16,20 +16,21 @@ def parts(B, C, K, H, W):
     return torch.randn(B, C, H, W), torch.randn(K, C, 3, 3) / (3 * C**0.5), torch.randn(K)
 
 
+def bound(expected, channels):
+    """How far float32 may round: a sum of n numbers by about eps sqrt(n) of its size, the transforms take one digit more."""
+    return 10 * torch.finfo(torch.float32).eps * (9 * channels) ** 0.5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("at_once", [1, 20_000, 2**22])     # a row of tiles at a time, some, all
-@pytest.mark.parametrize("B, C, K, H, W", [(1, 8, 8, 12, 16), (2, 5, 7, 13, 18), (1, 3, 4, 1, 1), (3, 4, 2, 7, 5), (1, 16, 8, 3, 33)])
+@pytest.mark.parametrize("B, C, K, H, W", [(1, 8, 8, 12, 16), (2, 5, 7, 13, 18), (1, 3, 4, 1, 1), (3, 4, 2, 7, 5), (1, 16, 8, 3, 33),
+                                           (1, 512, 256, 20, 24)])
 def test_it_is_the_convolution(B, C, K, H, W, at_once, monkeypatch):
     monkeypatch.setattr(winograd, "AT_ONCE", at_once)
     x, weight, bias = parts(B, C, K, H, W)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    assert (conv3x3(x, weight, bias) - expected).abs().max() < 5e-5
-
-
-def test_rounding_stays_small_with_many_channels():
-    x, weight, bias = parts(1, 512, 256, 20, 24)
-    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    direct, fast = ((y - expected).abs().max() for y in (F.conv2d(x, weight, bias, padding=1), conv3x3(x, weight, bias)))
-    assert fast < 1e-4 and fast < 10 * direct
+    assert (conv3x3(x, weight, bias) - expected).abs().max() < bound(expected, C)
+    coarse = F.conv2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), padding=1)
+    assert (coarse - expected).abs().max() > 10 * bound(expected, C), "the bound would notice fewer digits"
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from models.support.files import writing
 from models.support.imaging import contact_sheet, save_png
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]     # Okabe-Ito: safe for colour-blind eyes
@@ -60,12 +61,15 @@ def loss_curves(curves, path, title=""):
 
 
 class Log:
-    """log.csv: one row a call; of what is there, rows of steps after `step`, a resumed checkpoint's, are dropped."""
+    """log.csv: one row a call; of what is there, rows of steps after `step`, a resumed checkpoint's, are dropped.
+
+    Raises WriteError.
+    """
 
     def __init__(self, path, columns, step):
         self.path, self.columns = Path(path), columns
         rows = [r for r in self.rows() if int(r["step"]) <= step]
-        with open(self.path, "w", newline="") as f:
+        with writing(self.path), open(self.path, "w", newline="") as f:
             csv.DictWriter(f, columns).writeheader()
             csv.DictWriter(f, columns).writerows(rows)
 
@@ -78,7 +82,7 @@ class Log:
         return [row for row in rows if row.keys() == whole and None not in row.values()]
 
     def write(self, **row):
-        with open(self.path, "a", newline="") as f:
+        with writing(self.path), open(self.path, "a", newline="") as f:
             csv.DictWriter(f, self.columns).writerow({k: f"{v:.6g}" for k, v in row.items()})
 
     def draw(self, path, names, title):

@@ -37,18 +37,26 @@ COLUMNS = [m + end for m in METRICS for end in ("", "_bicubic")]
 NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"
 
 
-def find_references(names, ref):
-    """For each picture `ref`, or in that folder the file of its name, maybe of another suffix.
+def find_references(names, ref, scale=4):
+    """For each image `ref`, or in that folder the file of its name, maybe of another suffix, or without DIV2K's x4.
 
-    names: paths relative to the folder of pictures -> list of tuples of Path: one if all is well, none, several
+    names: paths relative to the folder of images; scale: the number after that x
+    -> list of tuples of Path: one if all is well, none, several. Raises PictureError if none has a reference.
     """
     if ref is None or ref.is_file():
         return [(ref,) if ref else ()] * len(names)
     exact, by_stem = {}, defaultdict(tuple)
-    for path, name in find_pictures(ref, print).items():
+    for path, name in find_pictures(ref, print, results=True).items():
         exact[name] = path,
         by_stem[name.with_suffix("")] += path,
-    return [exact.get(name) or by_stem[name.with_suffix("")] for name in names]
+    found = []
+    for name in names:
+        div2k = name.with_name(name.stem.removesuffix(f"x{scale:g}") or name.stem)      # 0801x4.png -> 0801
+        found.append(exact.get(name) or by_stem[name.with_suffix("")] or by_stem[div2k])
+    if found and not any(found):
+        raise PictureError(f"{ref}: has no reference for any of {len(found)} images; one of {next(iter(names))} "
+                           "would have the same name")
+    return found
 
 
 def find_niqe(path):
@@ -92,7 +100,7 @@ def read_reference(path, references, size):
             raise PictureError(f"no reference named {path.with_suffix('')}")
         if len(references) > 1:
             raise PictureError(f"{' and '.join(map(str, references))} have its name; keep the one that is meant")
-        hq, _ = read_picture(references[0], note=print)
+        hq, _ = read_picture(references[0], note=print, size=size)
         if hq.shape[-2:] != size:
             raise PictureError(f"reference {references[0]} is {hq.shape[3]}x{hq.shape[2]}, not {size[1]}x{size[0]}")
         return hq, ""

@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from models.support.files import OTHERS, PictureError, printable, whole_file
+from models.support.files import OTHERS, PictureError, first_bytes, printable, whole_file
 from models.support.profiles import scale_key, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow would hand some others to programs
+MOST_PIXELS = 2**30 // 12   # a gigabyte as float32 RGB; of an image of unknown origin
+# Pillow's limits of 1 and 64 MB are for servers; texts of Photoshop and profiles of scanners are larger
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+SIGNATURES = {b"avif": "AVIF", b"avis": "AVIF", b"ftyphe": "HEIC", b"ftypmif1": "HEIC"}    # near a file's start
+HDR = {b"\x10": "PQ", b"\x12": "HLG"}   # transfer functions in PNG's cICP chunk
 GREY = 1.5 / 255    # less chroma than this is rounding
 MADE = "Settings"   # key of the text in a PNG that says how a result was made
 
@@ -48,45 +52,53 @@ def to_pil(x):
 
 # ---- files
 
-ONE_AT_A_TIME = threading.RLock()   # what is done about warnings holds for all threads
+ONE_AT_A_TIME = threading.RLock()   # what is done about warnings and limits holds for all threads
 
 
 @contextmanager
-def open_image(path):
-    """Pillow's image of a file, so far only its header."""
+def open_image(path, most=MOST_PIXELS):
+    """Pillow's image of a file, so far only its header; most: pixels. Raises PictureError and what Pillow raises."""
+    if not (os.path.isfile(path) and os.path.getsize(path)):
+        wrong = ("no such file; check the spelling" if not os.path.exists(path)
+                 else "is a folder; name an image in it" if os.path.isdir(path)
+                 else "is empty (0 bytes); copy or download it again" if os.path.isfile(path)
+                 else "is a pipe or a device; name a file")     # which would keep us waiting for ever
+        raise PictureError(f"{path}: {wrong}")
     with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")                                 # chatter about odd metadata ...
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge picture is an error at once
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... but a huge image is an error at once
+        Image.MAX_IMAGE_PIXELS = most
         with Image.open(path, formats=FORMATS) as img:
             yield img
 
 
-def read_picture(path, note=lambda line: None):
-    """Any picture file as sRGB and alpha, turned as its EXIF orientation says; note: is told what is not read.
+def read_picture(path, note=lambda line: None, size=(0, 0)):
+    """Any image file as sRGB and alpha, turned as its EXIF orientation says; note: gets a line on what is not read.
 
+    size: (H, W) that it should have, and may have however large that is
     -> (rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None). Raises PictureError.
     """
-    if not (os.path.isfile(path) and os.path.getsize(path)):
-        wrong = ("no such file; check the spelling" if not os.path.exists(path)
-                 else "is a folder; name a picture in it" if os.path.isdir(path)
-                 else "is empty (0 bytes); copy or download it again" if os.path.isfile(path)
-                 else "is a pipe or a device; name a file")     # which would keep us waiting for ever
-        raise PictureError(f"{path}: {wrong}")
+    most = max(MOST_PIXELS, size[0] * size[1])
     try:
-        with open_image(path) as img:
+        with open_image(path, most) as img:
             if getattr(img, "is_animated", False):
-                note(printable(f"{path}: holds several pictures, only the first is read"))
+                note(printable(f"{path}: holds several images, only the first is read"))
+            transfer = first_bytes(path, 2**16).partition(b"IDAT")[0].partition(b"\0\0\0\4cICP")[2][1:2]
+            if img.format == "PNG" and transfer in HDR:
+                note(printable(f"{path}: is HDR ({HDR[transfer]}), read as sRGB; convert it if colours look wrong"))
             scale_key(img)
             img.load()
             with suppress(Exception):       # broken EXIF says nothing
                 img = ImageOps.exif_transpose(img)
             return decode(img)
+    except PictureError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        wrong = f"has more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; crop or shrink it first"
+        wrong = f"has more than {most / 1e6:.0f} million pixels; crop or shrink it first"
     except UnidentifiedImageError:
-        suffix = Path(path).suffix.lower()
-        kind = f" ({OTHERS[suffix]})" if suffix in OTHERS else ""
-        wrong = f"is not a picture of a kind that is read here{kind}; convert it to PNG"
+        kinds = [kind for signature, kind in SIGNATURES.items() if signature in first_bytes(path, 64)]
+        kinds.append(OTHERS.get(Path(path).suffix.lower(), "not an image of a kind that is read here"))
+        wrong = f"is {kinds[0]}; convert it to PNG"
     except PermissionError:
         wrong = "may not be read (permission denied); change its permissions"
     except Exception as e:                  # on broken files Pillow's decoders raise anything
@@ -129,33 +141,39 @@ def bleed(x, alpha, rgb):
     return torch.where(visible, rgb, F.interpolate(around, size, mode="bilinear"))
 
 
-def save_png(img, path, made=""):
-    """Write a Pillow image, marked as ours; made: how, for `read_made`. Raises PictureError."""
-    marks = PngInfo()
-    marks.add_text("Software", "nanoSR")        # by which a later run knows what it may overwrite
+def png_text(software="nanoSR", made=""):
+    """The text chunks of a PNG, see `save_png`."""
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Software", software)
     if made:
-        marks.add_text(MADE, made)
+        texts.add_text(MADE, made)
+    return texts
+
+
+def save_png(img, path, software="nanoSR", made=""):
+    """Write a Pillow image.
+
+    software: by it a later run knows what it may overwrite, and that a result is no input; made: how, for `read_made`
+    Raises WriteError, a PictureError.
+    """
     if Path(path).suffix.lower() != ".png":
         raise PictureError(f"{path}: results are PNG; give it the suffix .png")
-    try:
-        with whole_file(path) as part:
-            img.save(part, format="PNG", pnginfo=marks)
-    except OSError as e:
-        raise PictureError(f"{path}: cannot be written ({e.strerror or e}); choose another place") from None
+    with whole_file(path) as part:
+        img.save(part, format="PNG", pnginfo=png_text(software, made))
 
 
-def write_picture(path, rgb, alpha=None, made=""):
-    """Write a PNG.  rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None; made: see `save_png`.
+def write_picture(path, rgb, alpha=None, software="nanoSR", made=""):
+    """Write a PNG.  rgb: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) in [0, 1] or None; the rest as in `save_png`.
 
-    Raises PictureError.
+    Raises WriteError.
     """
-    save_png(to_pil(rgb[0] if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)[0]), path, made)
+    save_png(to_pil(rgb[0] if alpha is None else torch.cat([rgb, alpha.to(rgb)], dim=1)[0]), path, software, made)
 
 
 def read_made(path):
     """How a result was made, as `write_picture` was told; "" where nothing says so. Raises PictureError."""
     try:
-        with open_image(path) as img:
+        with open_image(path, most=2**40) as img:       # our own file, however large
             return img.info.get(MADE, "")
     except Exception as e:
         raise PictureError(f"{path}: cannot be read ({e})") from None

@@ -49,14 +49,8 @@ def psnr_y(x, y, border=0, luma=YCBCR, pyiqa=False):
     return _psnr(to_y(x, border, luma), to_y(y, border, luma), pyiqa)
 
 
-def gaussian_window(size, sigma):
-    g = torch.exp(-((torch.arange(size, dtype=torch.float64) - (size - 1) / 2) ** 2) / (2 * sigma**2))
-    g = torch.outer(g, g)
-    return g / g.sum()
-
-
 def correlate(x, window):
-    """Correlation where the window fits: x (H, W) -> (H - k + 1, W - k + 1)"""
+    """Correlation where the window fits.  x: (H, W), window: (h, w) -> (H - h + 1, W - w + 1)"""
     return F.conv2d(x[None, None], window.to(x)[None, None])[0, 0]
 
 
@@ -67,8 +61,11 @@ def ssim_y(x, y, border=0, luma=YCBCR, pyiqa=False):
         raise ValueError(f"SSIM needs 11 x 11 pixels, got {tuple(x.shape)} after cutting the border of {border}")
     if pyiqa:
         x, y = x.round(), y.round()
-    c1, c2, window = (0.01 * 255) ** 2, (0.03 * 255) ** 2, gaussian_window(11, 1.5)
-    mx, my, xx, yy, xy = (correlate(z, window) for z in (x, y, x * x, y * y, x * y))
+    g = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    g = g / g.sum()
+    # the window is separable, outer(g, g): columns, then rows take 22 products a pixel instead of 121
+    mx, my, xx, yy, xy = (correlate(correlate(z, g[:, None]), g[None]) for z in (x, y, x * x, y * y, x * y))
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     contrast = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
     if pyiqa:
         contrast = contrast.clamp(min=0)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from models.support.evaluation import METRICS, average
 from models.support.files import printable
-from models.support.imaging import to_pil
+from models.support.imaging import png_text, to_pil
 
 EXACT, MOST, LARGEST = 6e6, 90e6, 16e6      # pixels: of all pictures together as PNG, else as JPEG; of one picture
 TEMPLATE = Path(__file__).parents[2] / "assets" / "page.html"
@@ -36,7 +36,7 @@ def embed(x, pictures):
         size = [max(round(side * scale), 1) for side in img.size]
         kind, note = "jpeg", f"shown here as JPEG{f' at {scale:.0%} of its size' * (scale < 1)}, measured as PNG"
         img = img.resize(size, Image.Resampling.LANCZOS)        # which copies it where the size is the same
-    img.save(data, kind, quality=92, subsampling=0)             # PNG has neither
+    img.save(data, kind, quality=92, subsampling=0, pnginfo=png_text())     # each kind takes what it knows
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", note
 
 

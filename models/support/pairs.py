@@ -29,7 +29,7 @@ def write_pairs(command, names, out_dir, skip_existing, pair):
                 with stop:
                     pictures = pair(path, name)
                 for target, x in zip(targets, pictures):
-                    write_picture(target, x)
+                    write_picture(target, x, software="nanoSR degrade.py")     # which is an input
             done += 1
         except PictureError as error:
             failed += 1

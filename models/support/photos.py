@@ -13,19 +13,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.support import imaging
-from models.support.files import SUFFIXES, PictureError, is_picture, printable, walk
+from models.support.files import SUFFIXES, PictureError, find_pictures, is_picture, printable
 
 KINDS = " ".join(sorted(SUFFIXES))
 
 
 def list_photos(source):
-    """All photos of a folder, a picture, or a .txt list of such, a line each -> list of Path, each as often as named
+    """All photos of a folder, an image, or a .txt list of such, a line each -> list of Path, each as often as named
 
-    Raises FileNotFoundError, ValueError.
+    Prints what else a folder holds. Raises FileNotFoundError, ValueError.
     """
     photos = list(expand(Path(source)))
     if not photos:
-        raise ValueError(f"{source}: no pictures in it; put some there ({KINDS})")
+        raise ValueError(f"{source}: no images in it; put some there ({KINDS})")
     return photos
 
 
@@ -34,13 +34,13 @@ def expand(source, lists=(), where=""):
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder, list or file{where}; check the spelling")
     if source.is_dir():
-        yield from (path for path in walk(source)[0] if is_picture(path) and path.is_file())
+        yield from find_pictures(source, print)
     elif not source.is_file():      # to open a pipe would wait for ever
         raise ValueError(f"{source}: is a pipe or a device{where}; give a file or a folder")
     elif is_picture(source):
         yield source
     elif source.suffix.lower() != ".txt":
-        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a .txt list or a picture ({KINDS})")
+        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a .txt list or an image ({KINDS})")
     elif source.resolve() in lists:
         raise ValueError(f"{source}: this list leads back to itself{where}; remove that line")
     else:
@@ -76,7 +76,7 @@ class Photos(torch.utils.data.Dataset):
             except Exception:
                 self.pixels(file)   # says what is wrong
         if all(file in self.skipped for file in self.files):
-            raise ValueError(f"{source}: none of its {len(self)} pictures can be used for crops of {crop}; give others")
+            raise ValueError(f"{source}: none of its {len(self)} images can be used for crops of {crop}; give others")
 
     def __len__(self):
         return len(self.files)
@@ -108,7 +108,7 @@ class Photos(torch.utils.data.Dataset):
         turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))
         array = next((array for array in turn if array is not None), None)
         if array is None:
-            raise ValueError(f"{self.files[0]}: neither this nor the other {n - 1} pictures can be read; see above")
+            raise ValueError(f"{self.files[0]}: neither this nor the other {n - 1} images can be read; see above")
         rng = np.random.default_rng((self.seed, 1, i))
         y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
         array = array[y : y + self.crop, x : x + self.crop]
@@ -147,6 +147,8 @@ def photos_for(data, crop, seed, names=None, **options):
     if photos.skipped.keys() >= set(photos.files):
         raise ValueError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
     test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
+    good = len(set(photos.files) - photos.skipped.keys())
+    print(printable(f"{data}: {good} photos to train on, {len(held_out)} held out"))
     return photos, torch.stack([test[i] for i in range(16)]), names
 
 
