@@ -66,20 +66,20 @@ class Draws:
     g: torch.Tensor | None = None   # (B,) Beta(1, 1), which is uniform: r = t (1 - g), distillation only
 
     @classmethod
-    def flow(cls, z, generator, lognorm=None):
-        """For `loss_flow`. lognorm: mu, sigma of t = sigmoid(sigma N + mu), None = uniform."""
+    def flow(cls, z, generator, lognorm=None, weak=(0.05, 0.25)):
+        """For `loss_flow`. lognorm: mu, sigma of t = sigmoid(sigma N + mu), None = uniform; weak: range of w."""
         t, n, eps, m, xi, u = draw(z, generator)
         t = t[:, 0]
         if lognorm is not None:
             mu, sigma = lognorm
             t = torch.sigmoid(sigma * torch.special.ndtri(t) + mu)
-        return cls(t, n, eps, m, xi, 0.05 + 0.2 * u[0])
+        return cls(t, n, eps, m, xi, weak[0] + (weak[1] - weak[0]) * u[0])
 
     @classmethod
-    def distill(cls, z, generator):
+    def distill(cls, z, generator, weak=0.1):
         """For `loss_distill`."""
         t, n, eps, m, xi, g = draw(z, generator)
-        return cls(t, n, eps, m, xi, torch.tensor(0.1, device=z.device), g)
+        return cls(t, n, eps, m, xi, torch.tensor(weak, device=z.device), g)
 
 
 def draw(z, generator):
@@ -109,11 +109,12 @@ def conditions(z_lq, feat, d, cfg_ratio, strength):
     return noised, z_weak, mixed, torch.where(dropped[:, None, None], 0.0, feat)
 
 
-def loss_flow(dit, z_hq, z_lq, feat, d, cfg_ratio=0.1, strength=(5.0, 1.0)):
+def loss_flow(dit, z_hq, z_lq, feat, generator, cfg_ratio=0.1, strength=(5.0, 1.0), lognorm=None, weak=(0.05, 0.25)):
     """Flow matching under the mixed condition: mean of (v(z_t, t) - (eps - z_hq))^2.
 
-    z_hq, z_lq: (B, C, h, w) scaled latents; feat: (B, M, z_dims); d: Draws.flow(...) -> scalar
+    z_hq, z_lq: (B, C, h, w) scaled latents; feat: (B, M, z_dims); generator: of `Draws`, or Draws -> scalar
     """
+    d = generator if isinstance(generator, Draws) else Draws.flow(z_hq, generator, lognorm, weak)
     _, _, mixed, feat = conditions(z_lq, feat, d, cfg_ratio, strength)
     t = column(d.t)
     z_t = (1 - t) * z_hq + t * d.eps
@@ -153,13 +154,14 @@ def correction_rcgm(u, z_t, t, r, u_t, v, delta=0.01, N=2):
     return torch.where(near, u_t - way / d, (u_t * d - way) / delta) - v  # Eq. RCGM
 
 
-def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, cfg_ratio=0.1, strength=(5.0, 1.0),
-                 interval=(0.0, 1.0), **rcgm):
+def loss_distill(student, teacher, z_hq, z_lq, feat, generator, kind="rcgm", omega=0.5, cfg_ratio=0.1,
+                 strength=(5.0, 1.0), interval=(0.0, 1.0), weak=0.1, **rcgm):
     """One-step distillation: learn the teacher's guided velocity where r = t, be consistent with oneself where r < t.
 
     student, teacher: DiT with and without second time; kind: "rcgm" or "shortcut"; omega: the guidance that is
-    distilled in; the others as for `loss_flow` -> v_loss, u_loss; their sum is the loss
+    distilled in; the others as for `loss_flow` -> {"v": scalar, "u": scalar}; their sum is the loss
     """
+    d = generator if isinstance(generator, Draws) else Draws.distill(z_hq, generator, weak)
     t = d.t.amax(1)
     r = t * (1 - d.g)
     noised, z_weak, mixed, mixed_feat = conditions(z_lq, feat, d, cfg_ratio, strength)
@@ -176,4 +178,4 @@ def loss_distill(student, teacher, z_hq, z_lq, feat, d, kind="rcgm", omega=0.5, 
             target = target_shortcut(u, z_t, t, r)
         else:  # the clamp is a trust region, at first always hit
             target = u_t - correction_rcgm(u, z_t, t, r, u_t, v, **rcgm).clamp(-1, 1)
-    return F.mse_loss(u(z_t, t, t), v), F.mse_loss(u_t, target)
+    return {"v": F.mse_loss(u(z_t, t, t), v), "u": F.mse_loss(u_t, target)}
