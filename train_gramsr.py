@@ -26,7 +26,6 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +68,6 @@ class Stage(training.Stage):
 class Run(training.Run):
     """What a run of GramSR has beside the model."""
 
-    losses: Callable = None             # (hq, lq_up, generator) -> {name: scalar}
     lpips: torch.nn.Module = None
     vit: torch.nn.Module = None         # DINOv3 of the Gram loss
     niqe: object = None                 # NIQE's parameters, where they are on this disk
@@ -82,7 +80,7 @@ class Run(training.Run):
 # ---- the stages
 
 
-PUBLISHED = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR has 4000 of pixel
+PAPER = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR has 4000 of pixel
     "pixel": Stage(steps=4000),
     "semantic": Stage(steps=8501, before=4000, lambda_lpips=2.0, lambda_csd=1.0),
     # inferred: LPIPS and CSD stay; that it is stopped early by NIQE is known, not when
@@ -91,7 +89,7 @@ PUBLISHED = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR h
 }
 TINY = {name: Stage(**settings) for name, settings in GRAMSR_STAGES.items()}
 PRESETS = {     # name: config of the model, its stages
-    "sd-2.1": (GramSRConfig(ranks={}), PUBLISHED),
+    "sd-2.1": (GramSRConfig(ranks={}), PAPER),
     "tiny": (TinyGramSRConfig(), TINY),
 }
 SETTINGS = ("stage", "preset", "data", "init", "seed", "gram", "rank")      # flags that stay when a run is resumed
@@ -99,7 +97,7 @@ SETTINGS = ("stage", "preset", "data", "init", "seed", "gram", "rank")      # fl
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", required=True, choices=PUBLISHED)
+    p.add_argument("--stage", required=True, choices=PAPER)
     p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default); tiny: on S3Diff's prior")
     p.add_argument("--init", help="model to start from: the earlier stage's --out; stage pixel, tiny: --out "
                    "of train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")
@@ -112,7 +110,7 @@ def parse_args():
     p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     training.add_arguments(p)
     args = p.parse_args()
-    cfg, stages = PRESETS[args.preset]
+    _, stages = PRESETS[args.preset]
     args.tiny = args.preset == "tiny"
     if args.stage == "pixel" and args.init and not args.tiny:
         p.error("--stage pixel comes first: --init is for the later ones")
@@ -191,8 +189,11 @@ def prepare(args):
     cfg, stages = PRESETS[args.preset]
     run = Run(args, stages[args.stage])
     training.start(run)
+    run.title = f"GramSR {args.preset}, stage {args.stage}"
+    run.terms = tuple(name for name in TERMS if getattr(run.stage, f"lambda_{name}"))
+    run.columns = ("niqe",)
     torch.manual_seed(args.seed + list(SETS).index(args.stage))     # or all sets would begin alike
-    model, lpips, vit, origin = build(args, cfg, run.stage)
+    model, lpips, vit, run.origin = build(args, cfg, run.stage)
     run.is_saved = partial(is_learned, learn_vit=run.stage.learn_vit)
     # inferred: the adapter learns in each stage; the authors release a new one with each set
     trained = [*model.lora(args.stage).values(), *model.adapter.parameters()]
@@ -201,15 +202,12 @@ def prepare(args):
     run.trained = training.freeze_all_but(model, trained)
     if run.dtype != torch.float32 and not args.tiny:
         in_half(model.unet, run.dtype, adapters=False)      # earlier LoRA sets go into the files as they came
-    run.model = run.ema = model.to(run.device)
+    run.model = model.to(run.device)
+    run.ema = run.model     # no average
     run.lpips, run.vit = lpips and lpips.to(run.device), vit and vit.to(run.device)
     # a new one a stage: PiSA-SR's would go on moving what is frozen
     run.optimizer = training.adamw(run.trained, run.stage)
     run.state = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
-    run.origin = f"train_gramsr: stage {args.stage}, {args.preset}, {origin}"
-    run.title = f"GramSR {args.preset}, stage {args.stage}"
-    run.terms = tuple(name for name in TERMS if getattr(run.stage, f"lambda_{name}"))
-    run.columns = ("niqe",)
     if run.stage.crop >= 2 * BLOCK:
         run.niqe = find_niqe(None)      # None where it is not on this disk
         run.judge = "niqe" if run.niqe else "held_out"
@@ -275,6 +273,7 @@ def step(run):
             terms = run.losses(*inputs)
         training.backward(run, terms)
     run.grad_norm = training.update(run, run.optimizer)
+    training.ema_update(run.ema, run.model, run.stage.ema)
 
 
 @torch.no_grad()
@@ -319,7 +318,7 @@ def save(run):
             (run.out / name).unlink(missing_ok=True)
         run.written = names
         if run.args.tiny:
-            note = f"{run.args.preset} {run.args.stage}, step {run.step}"
+            note = f"{run.title}, step {run.step}"
             save_model(run.out / "model.safetensors", run.model.cfg, run.model.state_dict(), note=note)
     training.save_state(run, best=run.best, waited=run.waited, written=run.written)
 
@@ -335,8 +334,8 @@ def main():
         part.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(run.model.unet.blocks[:-1], run.device)
-    function = partial(losses, run.model, run.lpips, run.vit, run.stage, args.gram)
-    run.losses = training.replicate(run, run.model, function)
+    terms = partial(losses, run.model, run.lpips, run.vit, run.stage, args.gram)
+    run.losses = training.replicate(run, run.model, terms)
     open_data(run)
     training.fit(run, step, evaluate, save)
     if run.over:

@@ -61,8 +61,7 @@ class Stage(training.Stage):
 class Run(training.Run):
     """What a run of S3Diff has beside the model."""
 
-    losses: Callable = None             # stages prior and estimator: (*what is drawn) -> {name: scalar}
-    generate: Callable = None           # stage adapters: the model's forward, (lq_up, scores, context, generator) -> sr
+    generate: Callable = None           # the model's forward, (lq_up, scores, context, generator) -> sr
     discriminate: Callable = None       # D's forward, (image, "real" or "fake", plan) -> (B, 1)
     lpips: torch.nn.Module = None
     D: torch.nn.Module = None           # the discriminator
@@ -71,8 +70,8 @@ class Run(training.Run):
 
 
 @dataclass
-class Batch:
-    """What stage adapters learns from: B images, drawn."""
+class Pairs:
+    """What stage adapters draws for a micro-batch of B images."""
 
     lq_up: torch.Tensor                 # (B, 3, H, W) in [-1, 1], enlarged
     hq: torch.Tensor                    # (B, 3, H, W) in [-1, 1]
@@ -91,10 +90,12 @@ PRESETS = {     # name: config of the model, its stages
     "sd-turbo": (S3DiffConfig(), PAPER),
     "tiny": (TinyS3DiffConfig(), TINY),
 }
-PLACES = {      # of adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's; the UNet always has
-    "unet": ("", "(?!)"), "unet+encoder": (VAE_TARGETS, "encoder"),
-    "unet+decoder": (VAE_TARGETS.replace("encoder", "decoder", 1), r"finish\..*"),
-    "unet+encoder+decoder": (VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1), r"encoder|finish\..*"),
+PLACES = {      # of adapters, for --lora: names of the VAE's layers; the UNet always has some
+    "unet": "", "unet+encoder": VAE_TARGETS, "unet+decoder": VAE_TARGETS.replace("encoder", "decoder", 1),
+    "unet+encoder+decoder": VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1),
+}
+TINY_PLACES = {     # of the tiny VAE's layers
+    "unet": "", "unet+encoder": "encoder", "unet+decoder": r"finish\..*", "unet+encoder+decoder": r"encoder|finish\..*",
 }
 SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "init",
             "seed")     # flags that stay when a run is resumed
@@ -115,11 +116,11 @@ def parse_args():
     p.add_argument("--rank-unet", type=between(1, 1024, whole=True), help="of the UNet's adapters (Table 7; 32)")
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="t of the one step (Table 8; default 999, tiny 250); below 999 with that time's noise, but tiny")
+                   help="t of the one step (Table 8; default 999, tiny 250); below 999 with its noise, but tiny")
     training.add_arguments(p)
     args = p.parse_args()
-    cfg, stages = PRESETS[args.preset]
-    args.tiny = isinstance(cfg, TinyS3DiffConfig)
+    _, stages = PRESETS[args.preset]
+    args.tiny = args.preset == "tiny"
     if args.stage not in stages:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
     own = args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"
@@ -133,8 +134,9 @@ def parse_args():
 
 def build(args, cfg):
     """-> S3Diff to train, LPIPS and discriminator for its losses, a line on their origin."""
+    places = TINY_PLACES if args.tiny else PLACES
     cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
-                  vae_targets=PLACES[args.lora][args.tiny], modulation=args.modulation, t=args.start_step or cfg.t)
+                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t)
     if args.tiny:
         model, origin = build_tiny(args, cfg)
         return model, RandomLPIPS().requires_grad_(False), PatchDiscriminator(), origin
@@ -185,21 +187,21 @@ def prepare(args):
     cfg, stages = PRESETS[args.preset]
     run = Run(args, stages[args.stage])
     training.start(run)
-    model, lpips, D, origin = build(args, cfg)
+    run.title, run.terms = f"S3Diff {args.preset}, stage {args.stage}", TERMS[args.stage]
+    run.columns = ("rank_blur", "rank_noise") if args.stage == "estimator" else ()
+    model, lpips, D, run.origin = build(args, cfg)
     run.is_saved = partial(learns, args.stage)
-    run.trained = training.freeze_all_but(model, [p for name, p in model.named_parameters() if run.is_saved(name)])
+    trained = [p for name, p in model.named_parameters() if run.is_saved(name)]
+    run.trained = training.freeze_all_but(model, trained)
     if run.dtype != torch.float32 and not args.tiny:
         in_half(model.unet, run.dtype, adapters=False)      # frozen weights need no float32; official: they have it
-    run.model, run.lpips, run.D = model.to(run.device), lpips.to(run.device), D.to(run.device)
+    run.model = model.to(run.device)
     run.ema = copy.deepcopy(run.model).eval() if run.stage.ema else run.model
+    run.lpips, run.D = lpips.to(run.device), D.to(run.device)
     run.optimizer = training.adamw(run.trained, run.stage)
     run.optimizer_D = training.adamw(list(D.parameters()), run.stage)
     run.state = {"model": run.model, "ema": run.ema, "D": run.D, "G_optimizer": run.optimizer,
                  "D_optimizer": run.optimizer_D, "scaler": run.scaler}
-    run.origin = f"train_s3diff: {args.preset} {args.stage}, {origin}"
-    run.title = f"S3Diff {args.preset}, stage {args.stage}"
-    run.terms = TERMS[args.stage]
-    run.columns = ("rank_blur", "rank_noise") if args.stage == "estimator" else ()
     return run
 
 
@@ -215,8 +217,13 @@ def open_data(run):
     run.held_out = 2 * hq - 1, drawn
 
 
+def draw(run, hq, g):
+    """What the stage's function below draws from photos.  hq: (B, 3, H, W) in [0, 1]; g: generator"""
+    return DRAW[run.args.stage](run, hq, g, training.recipe(run))
+
+
 def draw_prior(run, hq, g, recipe):
-    """Photos and degraded ones, half of each.  hq: (B, 3, H, W) in [0, 1]; g: generator
+    """Photos and degraded ones, half of each.
 
     -> x (B, 3, H, W) in [-1, 1], bad (B,) 1 where x is degraded, else 0, g for the losses
     """
@@ -233,14 +240,14 @@ def draw_estimator(run, hq, g, recipe):
 
 
 def draw_adapters(run, hq, g, recipe):
-    """-> Batch"""
+    """-> Pairs"""
     if run.l2_alone:
         lq, lq_up, scores = degrade_and_score(hq, recipe, g)
     else:
         lq, lq_up = degrade(hq, recipe, g)
         scores = run.model.estimate(lq)
     negative = (torch.rand(len(hq), generator=g) < run.args.neg_prob).to(hq.device)     # online negative prompting
-    return Batch(2 * lq_up - 1, 2 * hq - 1, scores, negative, g)
+    return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative, g)
 
 
 def degrade_and_score(hq, recipe, g):
@@ -318,53 +325,56 @@ TERMS = {"prior": ("eps",), "estimator": ("blur", "noise"), "adapters": ("l2", "
 
 
 def step(run):
-    """One step of each optimizer that the stage has."""
+    """One step of the optimizer; gradients of the micro-batches are added up."""
     training.set_lr(run.optimizer, run.lr)
-    training.set_lr(run.optimizer_D, run.stage.lr_D or run.lr)
-    if run.args.stage == "adapters":
-        step_adapters(run)
-    else:
-        step_tiny(run)
-    if run.stage.ema:
-        training.ema_update(run.ema, run.model, min(run.stage.ema, (1 + run.step) / (10 + run.step)))
-
-
-def step_tiny(run):
-    """Stages prior and estimator; gradients of the micro-batches are added up."""
     for i, (hq, g) in enumerate(training.micro_batches(run)):
-        inputs = DRAW[run.args.stage](run, hq, g, training.recipe(run))
+        inputs = draw(run, hq, g)
         with training.forward(run, run.losses, i):
             terms = run.losses(*inputs)
         training.backward(run, terms)
     run.grad_norm = training.update(run, run.optimizer)
+    training.ema_update(run.ema, run.model, ema_decay(run))
+
+
+def ema_decay(run):
+    """Smaller at first, or the average would long remember the initial weights."""
+    return min(run.stage.ema, (1 + run.step) / (10 + run.step))
 
 
 def step_adapters(run):
-    """The four parts, or the first alone; gradients of the micro-batches are added up within each."""
-    stage, good = run.stage, run.model.prompts[:1]
-    run.l2_alone = run.step / stage.steps < stage.l2_alone
-    batches = [draw_adapters(run, hq, g, training.recipe(run)) for hq, g in training.micro_batches(run)]
+    """Stage adapters: the four parts, or the first alone; gradients of the micro-batches are added up in each."""
+    training.set_lr(run.optimizer, run.lr)
+    training.set_lr(run.optimizer_D, run.stage.lr_D or run.lr)
+    run.l2_alone = run.step / run.stage.steps < run.stage.l2_alone
+    batch = [draw(run, hq, g) for hq, g in training.micro_batches(run)]
 
     # ---- 1. reconstruct
-    for i, batch in enumerate(batches):
+    for i, pairs in enumerate(batch):
         with training.forward(run, run.generate, i):
-            context, target = prompts_and_targets(run.model, batch)
-            sr = run.generate(batch.lq_up, batch.scores, context, batch.generator)
-            terms = reconstruct(sr, target, None if run.l2_alone else run.lpips, stage)
+            context, target = prompts_and_targets(run.model, pairs)
+            sr = run.generate(pairs.lq_up, pairs.scores, context, pairs.generator)
+            terms = reconstruct(sr, target, None if run.l2_alone else run.lpips, run.stage)
         training.backward(run, terms)
     run.grad_norm = training.update(run, run.optimizer)
-    if run.l2_alone:
-        return
+
+    if not run.l2_alone:
+        compete(run, batch)
+    training.ema_update(run.ema, run.model, ema_decay(run))
+
+
+def compete(run, batch):
+    """Parts 2 to 4: generator against discriminator.  batch: list of Pairs, a micro-batch each"""
+    stage, good = run.stage, run.model.prompts[:1]
 
     # ---- 2. adversary
     # official: D is not frozen here, so what this leaves in its gradients teaches it a little to be deceived
     run.D.requires_grad_(False)
     results = []
-    for i, batch in enumerate(batches):
+    for i, pairs in enumerate(batch):
         with training.forward(run, run.generate, i):
-            plan = run.D.draw(batch.lq_up, batch.lq_up, batch.generator)
+            plan = run.D.draw(pairs.lq_up, pairs.lq_up, pairs.generator)
             # official: all photos, each with the good prompt; the paper: only those that have it in part 1
-            sr = run.generate(batch.lq_up, batch.scores, good.expand(len(batch.lq_up), -1, -1), batch.generator)
+            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), pairs.generator)
             terms = adversary(sr, run.D, stage, plan)
         training.backward(run, terms)
         results.append(sr.detach())
@@ -372,29 +382,29 @@ def step_adapters(run):
     training.update(run, run.optimizer)
 
     # ---- 3. real
-    for i, batch in enumerate(batches):
-        plan = run.D.draw(batch.hq, batch.lq_up, batch.generator)
+    for i, pairs in enumerate(batch):
+        plan = run.D.draw(pairs.hq, pairs.lq_up, pairs.generator)
         with training.forward(run, run.discriminate, i):
-            terms = real(batch.hq, run.discriminate, stage, plan)
+            terms = real(pairs.hq, run.discriminate, stage, plan)
         training.backward(run, terms)
     training.update(run, run.optimizer_D)
 
     # ---- 4. fake
-    for i, (batch, sr) in enumerate(zip(batches, results)):
-        plan = run.D.draw(sr, batch.lq_up, batch.generator)
+    for i, (pairs, sr) in enumerate(zip(batch, results)):
+        plan = run.D.draw(sr, pairs.lq_up, pairs.generator)
         with training.forward(run, run.discriminate, i):
             terms = fake(sr, run.discriminate, stage, plan)
         training.backward(run, terms)
     training.update(run, run.optimizer_D)
 
 
-def prompts_and_targets(model, batch):
+def prompts_and_targets(model, pairs):
     """Online negative prompting: this is what the bad prompt means.
 
     -> features of each image's prompt (B, 77, D), target (B, 3, H, W): the photo, with the bad prompt the LQ image
     """
-    context = model.prompts[batch.negative.long()]
-    return context, torch.where(batch.negative[:, None, None, None], batch.lq_up, batch.hq)
+    context = model.prompts[pairs.negative.long()]
+    return context, torch.where(pairs.negative[:, None, None, None], pairs.lq_up, pairs.hq)
 
 
 @torch.no_grad()
@@ -407,15 +417,15 @@ def evaluate(run):
     return EVALUATE[run.args.stage](run, hq, drawn)
 
 
-def evaluate_adapters(run, hq, batch):
+def evaluate_adapters(run, hq, pairs):
     """Loss of part 1 and PSNR over RGB, with the good prompt, no guidance, the mode of the posterior."""
     good, results, losses = run.ema.prompts[:1], [], []
-    for lq_up, target, scores in zip(batch.lq_up.split(1), hq.split(1), batch.scores.split(1)):
+    for lq_up, target, scores in zip(pairs.lq_up.split(1), hq.split(1), pairs.scores.split(1)):
         results.append(run.ema(lq_up, scores, good))
         losses.append(float(sum(reconstruct(results[-1], target, run.lpips, run.stage).values())))
     sr = torch.cat(results).float()
     metrics = {"held_out": sum(losses) / len(losses), "psnr": training.psnr(sr.clamp(-1, 1), hq)}
-    return metrics, {"LQ": batch.lq_up, f"result, step {run.step}": sr, "HQ": hq}
+    return metrics, {"LQ": pairs.lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
 
 def evaluate_prior(run, hq, drawn):
@@ -445,8 +455,8 @@ EVALUATE = {"prior": evaluate_prior, "estimator": evaluate_estimator, "adapters"
 def save(run):
     """The model's file, then the checkpoint: if that says that the run is over, all is there."""
     if run.rank == 0 and run.args.tiny:
-        note = f"{run.args.preset} {run.args.stage}, step {run.step}"
-        tensors = {k: v for k, v in run.ema.state_dict().items() if is_known(run.args.stage, k)}
+        note = f"{run.title}, step {run.step}"
+        tensors = {name: x for name, x in run.ema.state_dict().items() if is_known(run.args.stage, name)}
         save_model(run.out / "model.safetensors", run.model.cfg, tensors, note=note)
     elif run.rank == 0:
         training.write(run.out / "s3diff.pkl", run.model.release())
@@ -467,7 +477,7 @@ def main():
     else:
         run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run.model))
     open_data(run)
-    training.fit(run, step, evaluate, save)
+    training.fit(run, step_adapters if args.stage == "adapters" else step, evaluate, save)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import argparse
 import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,6 @@ class Run(training.Run):
     """What a run of VOSR has beside the model."""
 
     teacher: torch.nn.Module = None     # DiT of many steps, frozen; of stage distill
-    losses: Callable = None             # (hq, lq_up, generator) -> {name: scalar}
 
 
 # ---- the stages
@@ -93,8 +91,8 @@ def parse_args():
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     training.add_arguments(p)
     args = p.parse_args()
-    cfg, stages = PRESETS[args.preset]
-    args.tiny = isinstance(cfg, TinyVOSRConfig)
+    _, stages = PRESETS[args.preset]
+    args.tiny = args.preset == "tiny"
     if args.stage not in stages:
         p.error(f"preset {args.preset} has no --stage {args.stage}, only {', '.join(stages)}")
     if args.distill and args.stage != "distill":
@@ -123,7 +121,8 @@ def build(args, cfg):
     system = TinyVOSR if args.tiny else VOSR
     model, origin = system.from_pretrained(args.init).train(), f"from {args.init}"
     if args.stage == "flow" and args.tiny:
-        return new_transformers(model.vae, cfg), None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
+        origin = f"autoencoder {origin}, transformers FROM SCRATCH"
+        return new_transformers(model.vae, cfg), None, ["dit", "vit"], origin
     check_init(args, cfg, model)
     if args.stage == "distill":
         student, teacher = new_student(model, cfg, args.tiny)
@@ -176,24 +175,22 @@ def prepare(args):
     cfg, stages = PRESETS[args.preset]
     run = Run(args, stages[args.stage])
     training.start(run)
-    model, teacher, learning, origin = build(args, cfg)
+    run.title, run.terms = f"VOSR {args.preset}, stage {args.stage}", TERMS[args.stage]
+    model, teacher, learning, run.origin = build(args, cfg)
     model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
     frozen = {name: m for name, m in model.named_children() if name not in [path.split(".")[0] for path in learning]}
     if run.dtype == torch.bfloat16 and "vae" in frozen and not args.tiny:
         for m in frozen.values():               # official: the autoencoder stays in float32
             in_half(m, run.dtype)
     run.model = model.to(run.device)
-    run.teacher = teacher and teacher.to(run.device)
     run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
-    # DINOv2's mask token is for its own training
-    run.trained = [p for path in learning for k, p in model.get_submodule(path).named_parameters() if k != "mask_token"]
-    training.freeze_all_but(model, run.trained)
+    run.teacher = teacher and teacher.to(run.device)
+    run.is_saved = lambda name: name.startswith(tuple(f"{path}." for path in learning))
+    trained = [p for path in learning for name, p in model.get_submodule(path).named_parameters()
+               if name != "mask_token"]     # which DINOv2 has for its own training
+    run.trained = training.freeze_all_but(model, trained)
     run.optimizer = training.adamw(run.trained, run.stage)
     run.state = {"model": run.model, "ema": run.ema, "optimizer": run.optimizer, "scaler": run.scaler}
-    run.is_saved = lambda name: name.startswith(tuple(f"{path}." for path in learning))
-    run.origin = f"train_vosr: {args.preset} {args.stage}, {origin}"
-    run.title = f"VOSR {args.preset}, stage {args.stage}"
-    run.terms = TERMS[args.stage]
     return run
 
 
@@ -232,7 +229,8 @@ def flow_losses(model, teacher, stage, hq, lq_up, g):
     """Flow matching: the velocity from the clean latent to noise."""
     z_hq, z_lq, feat = encode(model, hq, lq_up, g)
     weak = (0.05, 0.25) if model.cfg.weak else (0.0, 0.0)
-    return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, g, strength=stage.strength, lognorm=stage.lognorm, weak=weak)}
+    loss = loss_flow(model.dit, z_hq, z_lq, feat, g, strength=stage.strength, lognorm=stage.lognorm, weak=weak)
+    return {"flow": loss}
 
 
 def distill_losses(model, teacher, stage, hq, lq_up, g):
@@ -282,23 +280,41 @@ def step(run):
 
 @torch.no_grad()
 def evaluate(run):
-    """The averaged weights on held-out photos: loss with fixed draws, PSNR over RGB of what their own sampler makes.
+    """The averaged weights on held-out photos, as the stage's function below says.
 
     -> {column of the log: value}, {column of the sheet: images in [-1, 1]}
     """
-    model, (hq, lq_up) = run.ema, run.held_out
-    if run.args.stage == "autoencoder":
-        result = model.vae.decode(model.vae.encode(hq)).float().clamp(-1, 1)
-        sheet = {"HQ": hq, f"HQ decoded, step {run.step}": result}
-    else:
-        result = restore(model, lq_up)
-        sheet = {"LQ": lq_up, f"result, step {run.step}": result, "HQ": hq}
-    if run.args.stage == "distill":
-        loss = distance_to_teacher(model, run.teacher, run.stage.omega, lq_up)
-    else:
-        terms = LOSSES[run.args.stage](model, None, run.stage, hq, lq_up, training.generator(1))
-        loss = sum(terms.values())
-    return {"held_out": float(loss), "psnr": training.psnr(result, hq)}, sheet
+    return EVALUATE[run.args.stage](run, *run.held_out)
+
+
+def evaluate_autoencoder(run, hq, lq_up):
+    """Loss with fixed draws, PSNR over RGB of what is decoded again."""
+    decoded = run.ema.vae.decode(run.ema.vae.encode(hq)).float().clamp(-1, 1)
+    metrics = {"held_out": held_out_loss(run, hq, lq_up), "psnr": training.psnr(decoded, hq)}
+    return metrics, {"HQ": hq, f"HQ decoded, step {run.step}": decoded}
+
+
+def evaluate_flow(run, hq, lq_up):
+    """Loss with fixed draws, PSNR over RGB of what the model's own sampler makes."""
+    sr = restore(run.ema, lq_up)
+    metrics = {"held_out": held_out_loss(run, hq, lq_up), "psnr": training.psnr(sr, hq)}
+    return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
+
+
+def evaluate_distill(run, hq, lq_up):
+    """Squared distance from the student's one step to the teacher's 25, since the losses aim at the student itself."""
+    z_lq, feat = run.ema.vae.encode(lq_up).float(), run.ema.tokens(lq_up)
+    eps = fixed_noise(z_lq)
+    one = sample(lambda z, t, r: guided(run.ema.dit, z, z_lq, feat, t, r), eps, 1)
+    many = sample(lambda z, t, r: guided(run.teacher, z, z_lq, feat, t, r, run.stage.omega), eps, 25)
+    sr = restore(run.ema, lq_up)
+    metrics = {"held_out": float((one - many).square().mean()), "psnr": training.psnr(sr, hq)}
+    return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
+
+
+def held_out_loss(run, hq, lq_up):
+    terms = LOSSES[run.args.stage](run.ema, None, run.stage, hq, lq_up, training.generator(1))
+    return float(sum(terms.values()))
 
 
 def restore(model, lq_up):
@@ -309,23 +325,18 @@ def restore(model, lq_up):
     return model.decode(z).float().clamp(-1, 1)
 
 
-def distance_to_teacher(model, teacher, omega, lq_up):
-    """Squared distance from the student's one step to the teacher's 25: the losses of stage distill aim at themselves."""
-    z_lq, feat = model.vae.encode(lq_up).float(), model.tokens(lq_up)
-    eps = fixed_noise(z_lq)
-    one = sample(lambda z, t, r: guided(model.dit, z, z_lq, feat, t, r), eps, 1)
-    many = sample(lambda z, t, r: guided(teacher, z, z_lq, feat, t, r, omega), eps, 25)
-    return (one - many).square().mean()
-
-
 def fixed_noise(z):
     return torch.randn(z.shape, generator=training.generator(2)).to(z)
+
+
+EVALUATE = {"autoencoder": evaluate_autoencoder, "flow256": evaluate_flow, "flow": evaluate_flow,
+            "refine": evaluate_flow, "distill": evaluate_distill, "decoder": evaluate_flow}
 
 
 def save(run):
     """The model's file, then the checkpoint: if that says that the run is over, all is there."""
     if run.rank == 0 and run.args.tiny:
-        note = f"{run.args.preset} {run.args.stage}, step {run.step}"
+        note = f"{run.title}, step {run.step}"
         save_model(run.out / "model.safetensors", run.model.cfg, run.ema.state_dict(), note=note)
     elif run.rank == 0:
         settings = {"stage": run.args.stage, "steps": run.step, "weak_cond_strength_aelq_list": [0.05, 0.25]}
@@ -340,8 +351,8 @@ def main():
     run.model.dit.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
-    losses = partial(LOSSES[args.stage], run.model, run.teacher, run.stage)
-    run.losses = training.replicate(run, run.model, losses)
+    terms = partial(LOSSES[args.stage], run.model, run.teacher, run.stage)
+    run.losses = training.replicate(run, run.model, terms)
     open_data(run)
     training.fit(run, step, evaluate, save)
 

@@ -96,16 +96,17 @@ class Run:
     micro_batches: int = 0              # of a process in each step
 
     # by `prepare` of the script: what is trained
+    title: str = ""                     # for the user: system, preset, stage
+    origin: str = ""                    # for the user: what the training starts from
+    terms: tuple = ()                   # names of the losses, columns of the log
+    columns: tuple = ()                 # more columns of the log, from evaluate
     model: torch.nn.Module = None       # the system, of which a part is trained
     ema: torch.nn.Module = None         # the system with averaged weights, which is evaluated and saved; or the model
     trained: list = None                # parameters
     optimizer: torch.optim.Optimizer = None
     state: dict = None                  # {name: module, optimizer or scaler} that checkpoints hold
     is_saved: Callable = None           # of name: do checkpoints hold this tensor of the model? The rest is --init's
-    origin: str = ""                    # a line for the user: what is trained, from what
-    title: str = ""                     # of loss.png
-    terms: tuple = ()                   # names of the losses, columns of the log
-    columns: tuple = ()                 # more columns of the log, from evaluate
+    losses: Callable = None             # what a step minimises: (*what `draw` returns) -> {name: scalar}; a `replicate`
 
     # by `resume` and `open_photos`: what it learns from
     settings: dict = None               # flags that may not change when the run is resumed
@@ -180,7 +181,10 @@ def choose_dtype(name, device, best="bfloat16"):
 
 
 def start(run):
-    """Begin a run of which args and stage are known: overrides, device, precision, processes, --out. Raises UserError."""
+    """Begin a run of which args and stage are known: overrides, device, precision, processes, --out.
+
+    Raises UserError.
+    """
     args = run.args
     given = {field.name: getattr(args, field.name, None) for field in fields(run.stage)}
     run.stage = replace(run.stage, **{name: value for name, value in given.items() if value is not None})
@@ -314,7 +318,9 @@ def learning_rate(step, steps, lr, schedule="constant", warmup=0):
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, of what learns; buffers are copied."""
+    """ema <- decay * ema + (1 - decay) * model, of what learns; buffers are copied. Nothing to do if they are one."""
+    if ema is model:
+        return
     averaged, learned = zip(*((e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad))
     torch._foreach_lerp_(averaged, learned, 1 - decay)
     for e, b in zip(ema.buffers(), model.buffers()):
@@ -468,7 +474,7 @@ def resume(run, settings):
             elif checkpoint[name]:                      # a scaler's is {} in another type
                 part.load_state_dict(checkpoint[name])
     processes = "1 process" if run.world == 1 else f"{run.world} processes"
-    print(f"{run.origin}, on {run.device} in {str(run.dtype).removeprefix('torch.')}, {processes}")
+    print(f"{run.title}: {run.origin}, on {run.device} in {str(run.dtype).removeprefix('torch.')}, {processes}")
     batch = f"batch {run.stage.batch_size} = {run.world} x {run.micro_batches} x {run.micro_batch}"
     print(f"{count(run.trained):,} parameters learn; {batch}; {run.stage}")
     return checkpoint

@@ -311,8 +311,8 @@ def load_prior(model, init=None, wanted=is_prior):
 
 
 def load_autoencoder(model):
-    """Load the embedded autoencoder, which all tiny models share."""
-    model.vae.load_state_dict(TinyVOSR.from_pretrained("vosr-tiny").vae.state_dict())
+    """Load the embedded autoencoder, which all tiny models share; adapters in it stay as they are."""
+    model.vae.load_state_dict(TinyVOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
 
 
 @dataclass

@@ -87,7 +87,7 @@ def s3diff(args, hq, device, dtype):
         g = training.generator(0)
         lq, lq_up = degrade(hq, RECIPES["s3diff"], g)
         negative = torch.rand(len(hq), generator=g).to(device) < 0.05
-        return train_s3diff.Batch(2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), negative, g)
+        return train_s3diff.Pairs(2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), negative, g)
 
     def reconstruct():
         batch = draw()

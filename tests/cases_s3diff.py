@@ -27,7 +27,7 @@ from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
 from models.support.weights import locate
-from train_s3diff import Batch, Stage, adversary, fake, prompts_and_targets, real, reconstruct
+from train_s3diff import Pairs, Stage, adversary, fake, prompts_and_targets, real, reconstruct
 from training import freeze_all_but
 
 
@@ -330,7 +330,7 @@ def train_step(case, get):
         model.prompts = describe(c, salt, [get("positive_prompt"), get("negative_prompt")])
     x_src, x_tgt, scores, u = tensors(get, "x_src", "x_tgt", "scores", "neg_draws")
 
-    context, target = prompts_and_targets(model, Batch(x_src, x_tgt, scores, u < get("neg_prob"), None))
+    context, target = prompts_and_targets(model, Pairs(x_src, x_tgt, scores, u < get("neg_prob"), None))
     y = model(x_src, scores, context)
     terms = reconstruct(y, target, judge, stage)
     loss = sum(terms.values())

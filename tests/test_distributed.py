@@ -17,7 +17,7 @@ import training
 
 def train_here(photos, out, words, stop_at):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_vosr.PRESETS, "small", (SMALL, STAGES))
+        patch.setitem(train_vosr.PRESETS, "tiny", (SMALL, STAGES))
         launch(patch, photos, out, *words, stop_at=stop_at)
 
 

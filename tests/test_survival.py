@@ -31,7 +31,7 @@ STEPS, SAVE_EVERY = 15, 3
 
 def vosr(patch, photos, out, **more):  # noqa: F811
     stages = {"autoencoder": replace(test_train.STAGES["autoencoder"], steps=STEPS, save_every=SAVE_EVERY)}
-    patch.setitem(train_vosr.PRESETS, "small", (test_train.SMALL, stages))
+    patch.setitem(train_vosr.PRESETS, "tiny", (test_train.SMALL, stages))
     test_train.launch(patch, photos, out, "autoencoder", *more.pop("more", ()), **more)
 
 

@@ -36,7 +36,7 @@ STAGES = {"autoencoder": replace(STAGE, crop=32, recipes=()), "flow": STAGE, "re
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
-    monkeypatch.setitem(train_vosr.PRESETS, "small", (SMALL, STAGES))
+    monkeypatch.setitem(train_vosr.PRESETS, "tiny", (SMALL, STAGES))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="small"):
+def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="tiny"):
     """Run a stage in this process; stop_at: steps after which Ctrl-C comes."""
     runs.watch_less(monkeypatch), runs.stop_after(monkeypatch, stop_at)
     monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", preset, "--stage", stage, "--data", str(photos),
@@ -58,10 +58,10 @@ def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="small")
     train_vosr.main()
 
 
-def train(monkeypatch, photos, out, stage, *more, preset="small", **kwargs):
+def train(monkeypatch, photos, out, stage, *more, preset="tiny", **kwargs):
     """`launch` -> the tensors it wrote."""
     launch(monkeypatch, photos, out, stage, *more, preset=preset, **kwargs)
-    return load_file(out / ("model.safetensors" if preset == "small" else "checkpoints/ema_model.safetensors"))
+    return load_file(out / ("model.safetensors" if preset == "tiny" else "checkpoints/ema_model.safetensors"))
 
 
 def newest(out):
@@ -94,7 +94,7 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
     for name in ("log.csv", "loss.png", "sheet.png"):
         assert (tmp_path / "rcgm" / name).stat().st_size > 0
     said = capsys.readouterr().out
-    assert "small distill, from" in said and "float32" in said and "batch 2 = 1 x 2 x 1" in said
+    assert "VOSR tiny, stage distill: from" in said and "float32" in said and "batch 2 = 1 x 2 x 1" in said
     Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
     assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path / "rcgm"),
                         "--out", str(tmp_path / "out")]) == 0
@@ -104,7 +104,7 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
 def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
     """At first the picture is the one without it; then only it has changed, and distilled models only are taken."""
     train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
-    with pytest.raises(training.UserError, match="is no one-step model of preset small, from which stage decoder starts"):
+    with pytest.raises(training.UserError, match="is no one-step model of preset tiny, from which stage decoder starts"):
         launch(monkeypatch, photos, tmp_path / "no", "decoder", "--init", tmp_path / "flow")
     before = train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
     after = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)

@@ -26,7 +26,7 @@ from models.tiny import TinyGramSR, TinyGramSRConfig, TinyS3Diff, TinyS3DiffConf
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import DINOv3, DINOv3Config
-from train_gramsr import PUBLISHED, is_learned, losses
+from train_gramsr import PAPER, is_learned, losses
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = GramSRConfig(
@@ -36,7 +36,7 @@ SMALL = GramSRConfig(
 )
 SMALL_TINY = TinyGramSRConfig(unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(finish=8), vit=SMALL.vit)
 SMALL_STAGES = {name: replace(stage, steps=4, before=4 * i, batch_size=2, lr=1e-3, crop=48, rank=2, patience=0)
-                for i, (name, stage) in enumerate(PUBLISHED.items())}
+                for i, (name, stage) in enumerate(PAPER.items())}
 TERMS = {"pixel": ["l2"], "semantic": ["l2", "lpips", "csd"], "texture": ["l2", "lpips", "csd", "gram"]}
 
 
@@ -367,7 +367,7 @@ def test_public_sizes():
     adapter = training.count(model.adapter.parameters())
     for stage in SETS:
         assert training.count(model.lora(stage).values()) + adapter == 5_892_768
-    assert [s.before + s.steps for s in PUBLISHED.values()] == [4000, 12_501, 53_001]
+    assert [s.before + s.steps for s in PAPER.values()] == [4000, 12_501, 53_001]
 
 
 def test_the_wrong_init(monkeypatch, photos, trained, tmp_path):  # noqa: F811

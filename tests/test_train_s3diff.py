@@ -26,7 +26,7 @@ from models.tiny import TinyS3Diff, TinyS3DiffConfig, TinyVAEConfig, is_prior
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
-from train_s3diff import Batch, Stage, adversary, prior_losses, prompts_and_targets, reconstruct
+from train_s3diff import Pairs, Stage, adversary, prior_losses, prompts_and_targets, reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = S3DiffConfig(unet=UNetConfig(widths=(16, 16), num_heads=(1, 1), layers_per_block=1, context_dim=8,
@@ -156,7 +156,7 @@ def test_negative_prompting():
     torch.nn.init.normal_(model.prompts)
     x_src, x_tgt, scores = random_batch()
     with torch.no_grad():
-        batch = Batch(x_src, x_tgt, scores, torch.tensor([True, False]), None)
+        batch = Pairs(x_src, x_tgt, scores, torch.tensor([True, False]), None)
         context, target = prompts_and_targets(model, batch)
         y = model(x_src, scores, context)
         terms = reconstruct(y, target, lpips, STAGE)
