@@ -83,7 +83,7 @@ class Pairs:
 # ---- the stages
 
 
-# official: the paper's steps, the code counts 50 epochs; 4 GPUs x 4 photos x 4 parts
+# the paper's steps, the code counts 50 epochs; officially 4 GPUs x 4 photos x 4 parts
 PAPER = {"adapters": Stage(steps=30_000, batch_size=64, lr=2e-5)}
 TINY = {name: Stage(**settings) for name, settings in S3DIFF_STAGES.items()}
 PRESETS = {     # name: config of the model, its stages
