@@ -1,85 +1,112 @@
-"""Train S3Diff: adapters on a frozen SD-Turbo, from pairs of good photos and bad copies.
+"""Train S3Diff: adapters on a frozen SD-Turbo, from pairs of photos and their degraded copies.
 
     python train_s3diff.py --data PHOTOS --out runs/s3diff
     torchrun --nproc_per_node=4 train_s3diff.py --data photos.txt --out runs/s3diff --micro-batch 4 --checkpointing
 
 A step has four parts, each with its own backward and its own step of an optimizer:
-    1. reconstruct   the target by L2 and LPIPS; one picture in twenty has the bad prompt, and the bad picture as target
-    2. adversary     all pictures with the good prompt: make the discriminator D take them for photos
+
+    1. reconstruct   the target by L2 and LPIPS; one image in twenty has the bad prompt, and its LQ image as target
+    2. adversary     all images with the good prompt: make the discriminator D take them for photos
     3. real          D is to know photos
-    4. fake          D is to know the pictures of part 2
+    4. fake          D is to know the images of part 2
+
 Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients.
 
-A tiny S3Diff (--preset tiny) has a tiny Stable Diffusion, trained here too (--stage prior), and its own estimator of
-the degradation (--stage estimator); each stage, adapters being the last, goes on from the --init that the one before
-has left.
+    adapters    the above
+    and, ours, with --preset tiny, before it:
+    prior       a tiny Stable Diffusion, in place of SD-Turbo
+    estimator   of the degradation, in place of the authors'
 
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds s3diff.pkl, laid
 out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv,
-loss.png, sheet.png (of held-out photos).
+loss.png and sheet.png (LQ | result | HQ of held-out photos; of a prior noisy | denoised | HQ; of an estimator none).
 """
 
 import argparse
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 
 import training
-from degrade import RECIPES, apply, degrade, draw_plan, severity
+from degrade import apply, degrade, draw_plan, severity
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
 from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_trained
-from models.tiny import (S3DIFF_STAGES, PatchDiscriminator, RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, TinyVOSR,
-                         is_prior)
-from models.unet import alphas_cumprod
-from models.vit import PRESETS as VITS, ViT
 from models.support.arguments import between
 from models.support.precision import in_half
-from models.support.weights import (EMBEDDED, PRIOR, fetch, load_strictly, read_foundation, read_tensors,
-                                    save_model)
+from models.support.weights import fetch, load_strictly, read_tensors, save_model
+from models.tiny import (S3DIFF_STAGES, PatchDiscriminator, RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, is_prior,
+                         load_autoencoder, load_prior)
+from models.unet import alphas_cumprod
+from models.vit import PRESETS as VITS, ViT
 
 
 @dataclass
-class Recipe:
-    """What the paper fixes; --steps, --batch-size, --lr and --save-every override it."""
+class Stage(training.Stage):
+    """Hyper-parameters of a stage of S3Diff."""
 
-    steps: int = 30_000                 # of the paper; the code counts 50 epochs
-    batch_size: int = 64                # of all processes together; officially 4 GPUs x 4 photos x 4 parts
-    lr: float = 2e-5                    # for the generator
-    lr_D: float = 0.0                   # for D, constant; 0 = as the generator's
-    crop: int = 512                     # pixels, cut out, never shrunk
+    recipes: tuple = ("s3diff",)
+    lr_D: float = 0.0                   # learning rate of D, constant; 0 = as the generator's
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
-    looks_from: float = 0.0             # share of the steps with L2 alone and the true scores, three times as fast
-    schedule: str = "constant"          # or "cosine"
-    warmup: int = 0                     # steps
-    ema: float = 0.0                    # decay of the average that is saved; 0 = what is trained itself
-    recipes: tuple = ("s3diff",)        # of degrade.py, by turns
-    branches_per: str = "batch"         # of each recipe; "image": all that a batch shares, anew for each picture
-    save_every: int = 500               # steps
+    l2_alone: float = 0.0               # ours: share of the steps, the first, with L2 alone and true scores: faster
 
 
-TINY = TinyS3DiffConfig()
-TINY_RECIPES = {name: Recipe(**settings) for name, settings in S3DIFF_STAGES.items()}
-PRESETS = {"sd-turbo": (S3DiffConfig(), {"adapters": Recipe()}), "tiny": (TINY, TINY_RECIPES)}
-PLACES = {      # of the adapters, for --lora: names of the VAE's layers, SD-Turbo's and the tiny one's
-    "unet": ("", "(?!)"), "unet+encoder": (VAE_TARGETS, "encoder"),
-    "unet+decoder": (VAE_TARGETS.replace("encoder", "decoder", 1), r"finish\..*"),
-    "unet+encoder+decoder": (VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1), r"encoder|finish\..*"),
+@dataclass
+class Run(training.Run):
+    """What a run of S3Diff has beside the model."""
+
+    generate: Callable = None           # the model's forward, (lq_up, scores, context, generator) -> sr
+    discriminate: Callable = None       # D's forward, (image, "real" or "fake", plan) -> (B, 1)
+    lpips: torch.nn.Module = None
+    D: torch.nn.Module = None           # the discriminator
+    optimizer_D: torch.optim.Optimizer = None
+    l2_alone: bool = False              # this step has L2 alone, and true scores
+
+
+@dataclass
+class Pairs:
+    """What stage adapters draws for a micro-batch of B images."""
+
+    lq_up: torch.Tensor                 # (B, 3, H, W) in [-1, 1], enlarged
+    hq: torch.Tensor                    # (B, 3, H, W) in [-1, 1]
+    scores: torch.Tensor                # (B, 2) in [0, 1], blur and noise of the LQ image
+    negative: torch.Tensor              # (B,) bool: part 1 has the bad prompt, and the LQ image as target
+    generator: torch.Generator          # of the posterior's samples and D's augmentations
+
+
+# ---- the stages
+
+
+# the paper's steps, the code counts 50 epochs; officially 4 GPUs x 4 photos x 4 parts
+PAPER = {"adapters": Stage(steps=30_000, batch_size=64, lr=2e-5)}
+TINY = {name: Stage(**settings) for name, settings in S3DIFF_STAGES.items()}
+PRESETS = {     # name: config of the model, its stages
+    "sd-turbo": (S3DiffConfig(), PAPER),
+    "tiny": (TinyS3DiffConfig(), TINY),
 }
+PLACES = {      # of adapters, for --lora: names of the VAE's layers; the UNet always has some
+    "unet": "", "unet+encoder": VAE_TARGETS, "unet+decoder": VAE_TARGETS.replace("encoder", "decoder", 1),
+    "unet+encoder+decoder": VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1),
+}
+TINY_PLACES = {     # of the tiny VAE's layers
+    "unet": "", "unet+encoder": "encoder", "unet+decoder": r"finish\..*", "unet+encoder+decoder": r"encoder|finish\..*",
+}
+SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "init",
+            "seed")     # flags that stay when a run is resumed
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stage", default="adapters", choices=TINY, help="adapters (default); others: tiny only")
     p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default); tiny: all trained here")
-    p.add_argument("--stage", default="adapters", choices=TINY_RECIPES, help="adapters (default); others: tiny only")
     p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new "
-                   "adapters on SD-Turbo, or on the embedded tiny prior; none: random numbers, the paper's Figure 9)")
+                   "adapters on SD-Turbo, or on the embedded tiny prior; none: on random weights, ours)")
     # the paper's ablations
     p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; unet+encoder)")
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
@@ -89,63 +116,30 @@ def parse_args():
     p.add_argument("--rank-unet", type=between(1, 1024, whole=True), help="of the UNet's adapters (Table 7; 32)")
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
-                   help="t of the one step; below 999 with that time's noise (Table 8; default 999)")
+                   help="t of the one step (Table 8; default 999, tiny 250); below 999 with its noise, but tiny")
     training.add_arguments(p)
     args = p.parse_args()
-    if args.stage not in PRESETS[args.preset][1]:
+    _, stages = PRESETS[args.preset]
+    args.tiny = args.preset == "tiny"
+    if args.stage not in stages:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
     own = args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"
-    if args.preset != "tiny" and args.init and own:
+    if args.init and own and not args.tiny:
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
     return args
 
 
-# ---- networks
-
-
-def is_known(stage, name):
-    """Whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has learned."""
-    return is_prior(name) or stage != "prior" and name.startswith("denet.") or stage == "adapters"
-
-
-def take_over(model, init, wanted):
-    """Give a model the wanted tensors of a tiny one, in folder init or else of what is embedded.
-
-    -> a line on their origin. Raises WeightError.
-    """
-    path = Path(init, "model.safetensors") if init else PRIOR
-    if init:
-        tensors = read_tensors(path)
-    else:       # the prior, and the estimator, which is in S3Diff's file
-        known = read_tensors(EMBEDDED["s3diff-tiny"])
-        tensors = read_foundation() | {k: v for k, v in known.items() if k.startswith("denet.")}
-    tensors = {k: v for k, v in tensors.items() if wanted(k)}
-    load_strictly(model, tensors, path, [k for k in model.state_dict() if k not in tensors])
-    model.float()       # the file has float16
-    return f"from {path}"
-
-
-def build_tiny(args, cfg):
-    """The tiny networks: the autoencoder of all tiny models, what args.init has, the rest new -> as `build`"""
-    model, origin = TinyS3Diff(cfg), "FROM SCRATCH"
-    model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))      # learned, where SD has a text encoder
-    for conv in model.denet.conv_first:     # blind for brightness, so that grain and edges are what it sees first
-        conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
-    if cfg.vae == TINY.vae:     # tests have smaller ones
-        # with its finish: straight from the linear decoder, an adversary's textures become a weave
-        model.vae.load_state_dict(TinyVOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
-    if args.init != "none" and (args.init or args.stage != "prior"):
-        origin = take_over(model, args.init, is_prior if args.stage == "estimator" else lambda name: True)
-    return model, RandomLPIPS().requires_grad_(False), PatchDiscriminator(), origin
+# ---- build: the networks, and which of them learn
 
 
 def build(args, cfg):
-    """Networks -> S3Diff to train, LPIPS and discriminator for its losses, a line on their origin."""
-    tiny = args.preset == "tiny"
+    """-> S3Diff to train, LPIPS and discriminator for its losses, a line on their origin."""
+    places = TINY_PLACES if args.tiny else PLACES
     cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
-                  vae_targets=PLACES[args.lora][tiny], modulation=args.modulation, t=args.start_step or cfg.t)
-    if tiny:
-        return build_tiny(args, cfg)
+                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t)
+    if args.tiny:
+        model, origin = build_tiny(args, cfg)
+        return model, RandomLPIPS().requires_grad_(False), PatchDiscriminator(), origin
     if args.init:
         model, origin = S3Diff.from_pretrained(args.init), f"from {args.init}"
         model.cfg.t = cfg.t
@@ -159,233 +153,311 @@ def build(args, cfg):
     return model, LPIPS.from_pretrained("vgg"), Discriminator(vit), origin
 
 
-# ---- what a stage learns, and from what
+def build_tiny(args, cfg):
+    """-> TinyS3Diff with the autoencoder of all tiny models, what --init has, the rest new; a line on its origin"""
+    model, origin = TinyS3Diff(cfg), "FROM SCRATCH"
+    model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))      # learned, where SD has a text encoder
+    for conv in model.denet.conv_first:     # blind for brightness, so that grain and edges are what it sees first
+        conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
+    # with its convolutions: straight from the linear decoder, an adversary's textures become a weave
+    load_autoencoder(model)
+    if args.init == "none" or args.stage == "prior" and not args.init:
+        return model, origin
+    everything = args.stage != "estimator"      # which begins anew
+    path = load_prior(model, args.init, wanted=lambda name: everything or is_prior(name))
+    return model, f"from {path}"
 
 
 def learns(stage, name):
     """Whether a stage trains the parameter of that name."""
     if stage == "prior":
         return is_prior(name) and not name.startswith("vae.")
-    return name.startswith("denet.") if stage == "estimator" else is_trained(name) and name != "modulation.w"
+    if stage == "estimator":
+        return name.startswith("denet.")
+    return is_trained(name) and name != "modulation.w"
 
 
-def draw(stage, model, hq, recipe, g, told=False):
-    """What the losses of a stage take: arguments of `denoise`, `tell`, or `reconstruct` (from x_src on).
+def is_known(stage, name):
+    """Whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has learned."""
+    return stage == "adapters" or is_prior(name) or stage == "estimator" and name.startswith("denet.")
 
-    hq: (B, 3, H, W) photos in [0, 1]; recipe: of degrade.py; g: generator of all draws; told: scores as the plans say
+
+def prepare(args):
+    """Networks, what is to be learned, optimizers.  -> Run"""
+    cfg, stages = PRESETS[args.preset]
+    run = Run(args, stages[args.stage])
+    training.start(run)
+    run.title, run.terms = f"S3Diff {args.preset}, stage {args.stage}", TERMS[args.stage]
+    run.columns = ("rank_blur", "rank_noise") if args.stage == "estimator" else ()
+    model, lpips, D, run.origin = build(args, cfg)
+    run.is_saved = partial(learns, args.stage)
+    trained = [p for name, p in model.named_parameters() if run.is_saved(name)]
+    run.trained = training.freeze_all_but(model, trained)
+    if run.dtype != torch.float32 and not args.tiny:
+        in_half(model.unet, run.dtype, adapters=False)      # frozen weights need no float32; official: they have it
+    run.model = model.to(run.device)
+    run.ema = copy.deepcopy(run.model).eval() if run.stage.ema else run.model
+    run.lpips, run.D = lpips.to(run.device), D.to(run.device)
+    run.optimizer = training.adamw(run.trained, run.stage)
+    run.optimizer_D = training.adamw(list(D.parameters()), run.stage)
+    run.state = {"model": run.model, "ema": run.ema, "D": run.D, "G_optimizer": run.optimizer,
+                 "D_optimizer": run.optimizer_D, "scaler": run.scaler}
+    return run
+
+
+# ---- data: photos, and what a stage draws from them
+
+
+def open_data(run):
+    """Photos to learn from; held-out ones, and what is drawn from them."""
+    hq = training.open_photos(run)
+    run.l2_alone = run.stage.l2_alone > 0       # held-out photos have true scores, too
+    recipe = replace(run.recipes[0], branches_per="image")
+    drawn = DRAW[run.args.stage](run, hq, training.generator(0), recipe)
+    run.held_out = 2 * hq - 1, drawn
+
+
+def draw(run, hq, g):
+    """What the stage's function below draws from photos.  hq: (B, 3, H, W) in [0, 1]; g: generator"""
+    return DRAW[run.args.stage](run, hq, g, training.recipe(run))
+
+
+def draw_prior(run, hq, g, recipe):
+    """Photos and degraded ones, half of each.
+
+    -> x (B, 3, H, W) in [-1, 1], bad (B,) 1 where x is degraded, else 0, g for the losses
     """
-    if stage == "prior":
-        good = len(hq) // 2         # the others become bad
-        x = torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]])
-        return 2 * x - 1, (torch.arange(len(hq)) >= good).long(), g
-    if told or stage == "estimator":
-        lq, lq_up, scores = degrade_and_tell(hq, recipe, g)
+    good = len(hq) // 2
+    x = torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]])
+    bad = (torch.arange(len(hq)) >= good).long()
+    return 2 * x - 1, bad, g
+
+
+def draw_estimator(run, hq, g, recipe):
+    """-> lq (B, 3, h, w) in [0, 1], true scores (B, 2)"""
+    lq, _, scores = degrade_and_score(hq, recipe, g)
+    return lq, scores
+
+
+def draw_adapters(run, hq, g, recipe):
+    """-> Pairs"""
+    if run.l2_alone:
+        lq, lq_up, scores = degrade_and_score(hq, recipe, g)
     else:
         lq, lq_up = degrade(hq, recipe, g)
-        scores = model.estimate(lq)
-    if stage == "estimator":
-        return lq, scores
-    return 2 * lq_up - 1, 2 * hq - 1, scores, torch.rand(len(hq), generator=g), g
+        scores = run.model.estimate(lq)
+    negative = (torch.rand(len(hq), generator=g) < run.args.neg_prob).to(hq.device)     # online negative prompting
+    return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative, g)
 
 
-def degrade_and_tell(hq, recipe, g):
+def degrade_and_score(hq, recipe, g):
     """Degrade each photo by a plan of its own, and say how badly.  -> lq, lq_up, (B, 2) of `severity`"""
-    parts = []
+    lqs, lqs_up, scores = [], [], []
     for one in hq.split(1):
         plan = draw_plan(recipe, 1, g)
         lq, lq_up = apply(plan, one)
-        parts.append((lq, lq_up, severity(plan, one, lq)))
-    return [torch.cat(x) for x in zip(*parts)]
+        lqs.append(lq)
+        lqs_up.append(lq_up)
+        scores.append(severity(plan, one, lq))
+    return torch.cat(lqs), torch.cat(lqs_up), torch.cat(scores)
 
 
-def denoise(model, x, bad, g):
-    """Stage prior: Stable Diffusion's own training, on photos and bad pictures; each has its prompt, one in ten none.
+DRAW = {"prior": draw_prior, "estimator": draw_estimator, "adapters": draw_adapters}
 
-    x: (B, 3, H, W) in [-1, 1]; bad: (B,) 1 where x is bad, 0 where it is a photo; g: of times, noise and the untold
-    -> {name: loss}
+
+# ---- the losses, of which a stage has one, and stage adapters four
+# -> {name: scalar}, summed up
+
+
+def prior_losses(model, x, bad, g):
+    """Stable Diffusion's own training: the noise that was added, with the prompt of good or bad images, or with none.
+
+    x: (B, 3, H, W) in [-1, 1]; bad: (B,) 1 where x is degraded, 0 where it is a photo; g: generator of all draws
     """
     z, T = model.vae.encode(x), 1000
     t = (torch.rand(len(z), generator=g) * T).long()
     ends = torch.rand(len(z), generator=g)      # S3Diff and GramSR work near the ends: one in ten each there
     t = torch.where(ends < 0.1, t % 100 + 900, torch.where(ends < 0.2, t % 10, t))
-    eps, told = torch.randn(z.shape, generator=g).to(z), (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)
+    eps = torch.randn(z.shape, generator=g).to(z)
+    prompted = (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)      # one in ten has no prompt
     a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
     z_t = a.sqrt() * z + (1 - a).sqrt() * eps
-    error = (model.unet(z_t, t.to(z.device), told * model.prompts[bad]) - eps).float().square().mean((1, 2, 3))
+    predicted = model.unet(z_t, t.to(z.device), prompted * model.prompts[bad])
+    error = (predicted - eps).float().square().mean((1, 2, 3))
     snr = (a / (1 - a)).flatten()
-    return ({"eps": (error * snr.clamp(max=5) / snr).mean()},)      # min-SNR weights, 2303.09556
+    return {"eps": (error * snr.clamp(max=5) / snr).mean()}     # min-SNR weights, 2303.09556
 
 
-def tell(model, lq, scores):
-    """Stage estimator.  lq: (B, 3, h, w) in [0, 1]; scores: (B, 2), what `severity` says -> {name: loss}"""
+def estimator_losses(model, lq, scores):
+    """How far estimates are from true scores.  lq: (B, 3, h, w) in [0, 1]; scores: (B, 2)"""
     blur, noise = (model.denet(lq) - scores).abs().mean(0)
-    return ({"blur": blur, "noise": noise},)
+    return {"blur": blur, "noise": noise}
 
 
-# ---- the losses
-# x_src, x_tgt: (B, 3, H, W) in [-1, 1], the enlarged LQ picture and the photo; scores: (B, 2), of the estimator
-
-
-def reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g=None):
-    """Part 1, without LPIPS where that is None.
-
-    u: (B,) uniform draws, below neg_prob: the bad prompt, and its picture; g: of the posterior's samples
-    -> {name: loss}, y
-    """
-    negative = (u < neg_prob).to(x_src.device)
-    y = model(x_src, scores, model.prompts[negative.long()], g)
-    # online negative prompting: this is what the bad prompt means
-    target = torch.where(negative.view(-1, 1, 1, 1), x_src, x_tgt)
-    terms = {"l2": recipe.lambda_l2 * F.mse_loss(y, target)}
+def reconstruct(sr, target, lpips, stage):
+    """Part 1. sr, target: (B, 3, H, W) in [-1, 1]; lpips: None = L2 alone"""
+    terms = {"l2": stage.lambda_l2 * F.mse_loss(sr, target)}
     if lpips:
-        terms["lpips"] = recipe.lambda_lpips * lpips(y, target).mean()
-    return terms, y     # Eq. S3Diff (6)
+        terms["lpips"] = stage.lambda_lpips * lpips(sr, target).mean()
+    return terms        # Eq. S3Diff (6)
 
 
-def adversary(model, D, recipe, x_src, scores, g=None, plan=None):
-    """Part 2. plan: of `D.draw`, None = Discriminator sees y as it is -> {name: loss}, y"""
-    # official: all photos, each with the good prompt; the paper: only those that have it in part 1
-    y = model(x_src, scores, model.prompts[:1].expand(len(x_src), -1, -1), g)
-    return {"gan": recipe.lambda_gan * D(y, "generator", plan).mean()}, y.detach()  # Eq. S3Diff (6)
+def adversary(sr, D, stage, plan=None):
+    """Part 2. sr: (B, 3, H, W) in [-1, 1]; plan: of `D.draw`, None = D sees sr as it is"""
+    return {"gan": stage.lambda_gan * D(sr, "generator", plan).mean()}      # Eq. S3Diff (6)
 
 
-def generator_losses(model, lpips, D, recipe, neg_prob, part, x_src, x_tgt, scores, u, g):
-    """Parts 1 and 2 as one function, which DDP can wrap.  part: reconstruct, regress (without LPIPS), adversary"""
-    if part != "adversary":
-        lpips = lpips if part == "reconstruct" else None
-        return reconstruct(model, lpips, recipe, neg_prob, x_src, x_tgt, scores, u, g)
-    return adversary(model, D, recipe, x_src, scores, g, D.draw(x_src, x_src, g))
+def real(hq, D, stage, plan=None):
+    """Part 3. hq: (B, 3, H, W) in [-1, 1]; D: the discriminator or its replica"""
+    return {"d_real": stage.lambda_gan * D(hq, "real", plan).mean()}
 
 
-def discriminator_loss(D, recipe, x, target, plan=None):
-    """Parts 3 and 4. x: (B, 3, H, W) in [-1, 1]; target: real or fake -> {name: loss}"""
-    return ({f"d_{target}": recipe.lambda_gan * D(x, target, plan).mean()},)
+def fake(sr, D, stage, plan=None):
+    """Part 4. sr: (B, 3, H, W) in [-1, 1], without gradient"""
+    return {"d_fake": stage.lambda_gan * D(sr, "fake", plan).mean()}
 
 
-# ---- what is measured on held-out photos
+LOSSES = {"prior": prior_losses, "estimator": estimator_losses}
+TERMS = {"prior": ("eps",), "estimator": ("blur", "noise"), "adapters": ("l2", "lpips", "gan", "d_real", "d_fake")}
+
+
+# ---- step, evaluate, save
+
+
+def step(run):
+    """One step of the optimizer; gradients of the micro-batches are added up."""
+    training.set_lr(run.optimizer, run.lr)
+    for i, (hq, g) in enumerate(training.micro_batches(run)):
+        inputs = draw(run, hq, g)
+        with training.forward(run, run.losses, i):
+            terms = run.losses(*inputs)
+        training.backward(run, terms)
+    run.grad_norm = training.update(run, run.optimizer)
+    training.ema_update(run.ema, run.model, ema_decay(run))
+
+
+def ema_decay(run):
+    """Smaller at first, or the average would long remember the initial weights."""
+    return min(run.stage.ema, (1 + run.step) / (10 + run.step))
+
+
+def step_adapters(run):
+    """Stage adapters: the four parts, or the first alone; gradients of the micro-batches are added up in each."""
+    training.set_lr(run.optimizer, run.lr)
+    training.set_lr(run.optimizer_D, run.stage.lr_D or run.lr)
+    run.l2_alone = run.step / run.stage.steps < run.stage.l2_alone
+    batch = [draw(run, hq, g) for hq, g in training.micro_batches(run)]
+
+    # ---- 1. reconstruct
+    for i, pairs in enumerate(batch):
+        with training.forward(run, run.generate, i):
+            context, target = prompts_and_targets(run.model, pairs)
+            sr = run.generate(pairs.lq_up, pairs.scores, context, pairs.generator)
+            terms = reconstruct(sr, target, None if run.l2_alone else run.lpips, run.stage)
+        training.backward(run, terms)
+    run.grad_norm = training.update(run, run.optimizer)
+
+    if not run.l2_alone:
+        compete(run, batch)
+    training.ema_update(run.ema, run.model, ema_decay(run))
+
+
+def compete(run, batch):
+    """Parts 2 to 4: generator against discriminator.  batch: list of Pairs, a micro-batch each"""
+    stage, good = run.stage, run.model.prompts[:1]
+
+    # ---- 2. adversary
+    # official: D is not frozen here, so what this leaves in its gradients teaches it a little to be deceived
+    run.D.requires_grad_(False)
+    results = []
+    for i, pairs in enumerate(batch):
+        with training.forward(run, run.generate, i):
+            plan = run.D.draw(pairs.lq_up, pairs.lq_up, pairs.generator)
+            # official: all photos, each with the good prompt; the paper: only those that have it in part 1
+            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), pairs.generator)
+            terms = adversary(sr, run.D, stage, plan)
+        training.backward(run, terms)
+        results.append(sr.detach())
+    run.D.requires_grad_(True)
+    training.update(run, run.optimizer)
+
+    # ---- 3. real
+    for i, pairs in enumerate(batch):
+        plan = run.D.draw(pairs.hq, pairs.lq_up, pairs.generator)
+        with training.forward(run, run.discriminate, i):
+            terms = real(pairs.hq, run.discriminate, stage, plan)
+        training.backward(run, terms)
+    training.update(run, run.optimizer_D)
+
+    # ---- 4. fake
+    for i, (pairs, sr) in enumerate(zip(batch, results)):
+        plan = run.D.draw(sr, pairs.lq_up, pairs.generator)
+        with training.forward(run, run.discriminate, i):
+            terms = fake(sr, run.discriminate, stage, plan)
+        training.backward(run, terms)
+    training.update(run, run.optimizer_D)
+
+
+def prompts_and_targets(model, pairs):
+    """Online negative prompting: this is what the bad prompt means.
+
+    -> features of each image's prompt (B, 77, D), target (B, 3, H, W): the photo, with the bad prompt the LQ image
+    """
+    context = model.prompts[pairs.negative.long()]
+    return context, torch.where(pairs.negative[:, None, None, None], pairs.lq_up, pairs.hq)
 
 
 @torch.no_grad()
-def look_adapters(run):
-    """-> held-out loss, columns of the sheet; the good prompt, no guidance, the mode of the posterior"""
-    x_src, x_tgt, scores = run.test[:3]
-    pairs = zip(x_src.split(1), x_tgt.split(1), scores.split(1))
-    parts = [reconstruct(run.ema, run.lpips, run.recipe, 0.0, *pair, torch.ones(1)) for pair in pairs]
-    loss = sum(float(sum(terms.values())) for terms, _ in parts) / len(parts)
-    return loss, {"LQ": x_src, f"result, step {run.step}": torch.cat([y for _, y in parts]).float(), "HQ": x_tgt}
+def evaluate(run):
+    """The averaged weights on held-out photos, as the stage's function below says.
+
+    -> {column of the log: value}, {column of the sheet: images in [-1, 1]}
+    """
+    hq, drawn = run.held_out
+    return EVALUATE[run.args.stage](run, hq, drawn)
 
 
-@torch.no_grad()
-def look_prior(run):
-    """-> held-out loss, columns of the sheet: photos with the noise of t = 300, and denoised with the good prompt"""
-    model, hq, t = run.ema, run.held_out, 300
-    loss = float(denoise(model, *run.test[:2], training.generator(1))[0]["eps"])
+def evaluate_adapters(run, hq, pairs):
+    """Loss of part 1 and PSNR over RGB, with the good prompt, no guidance, the mode of the posterior."""
+    good, results, losses = run.ema.prompts[:1], [], []
+    for lq_up, target, scores in zip(pairs.lq_up.split(1), hq.split(1), pairs.scores.split(1)):
+        results.append(run.ema(lq_up, scores, good))
+        losses.append(float(sum(reconstruct(results[-1], target, run.lpips, run.stage).values())))
+    sr = torch.cat(results).float()
+    metrics = {"held_out": sum(losses) / len(losses), "psnr": training.psnr(sr.clamp(-1, 1), hq)}
+    return metrics, {"LQ": pairs.lq_up, f"result, step {run.step}": sr, "HQ": hq}
+
+
+def evaluate_prior(run, hq, drawn):
+    """Loss with fixed draws, and PSNR of photos with the noise of t = 300, denoised with the good prompt."""
+    model, (x, bad, _), t = run.ema, drawn, 300
+    loss = prior_losses(model, x, bad, training.generator(1))["eps"]
     a, z = alphas_cumprod()[t].item(), model.vae.encode(hq)
     z_t = a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=training.generator(2)).to(z)
     eps = model.unet(z_t, t, model.prompts[:1].expand(len(z), -1, -1))
     denoised = model.vae.decode(model.clean(z_t, eps, t)).float()
-    return loss, {"noisy": model.vae.decode(z_t / a**0.5), f"denoised, step {run.step}": denoised, "HQ": hq}
+    metrics = {"held_out": float(loss), "psnr": training.psnr(denoised.clamp(-1, 1), hq)}
+    return metrics, {"noisy": model.vae.decode(z_t / a**0.5), f"denoised, step {run.step}": denoised, "HQ": hq}
 
 
-@torch.no_grad()
-def look_estimator(run):
-    """-> columns of the log: held-out loss, rank correlation of each score with what the plan did"""
-    lq, scores = run.test
+def evaluate_estimator(run, hq, drawn):
+    """Loss, and rank correlation of each estimated score with the true one; no images."""
+    lq, scores = drawn
     ranks = torch.stack([run.ema.denet(lq), scores]).argsort(1).argsort(1).float()      # (2, B, 2)
     blur, noise = (float(torch.corrcoef(pair)[0, 1]) for pair in ranks.unbind(2))
-    return {"held_out": float(sum(tell(run.ema, lq, scores)[0].values())), "rank_blur": blur, "rank_noise": noise}
+    loss = float(sum(estimator_losses(run.ema, lq, scores).values()))
+    return {"held_out": loss, "rank_blur": blur, "rank_noise": noise}, {}
 
 
-def evaluate(run):
-    """The averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
-    if run.args.stage == "estimator":
-        return look_estimator(run), {}
-    loss, sheet = (look_prior if run.args.stage == "prior" else look_adapters)(run)
-    _, y, hq = sheet.values()
-    return {"held_out": loss, "psnr": training.psnr(y.clamp(-1, 1), hq)}, sheet
-
-
-# ---- a run, part by part; `run` holds what the parts share
-
-
-def prepare(args):
-    """Networks, what is to be learned, optimizers.  -> run"""
-    cfg, recipes = PRESETS[args.preset]
-    run = training.begin(args, recipes[args.stage])
-    model, lpips, D, origin = build(args, cfg)
-    run.origin = f"train_s3diff: {args.preset} {args.stage}, {origin}"
-    run.learns = partial(learns, args.stage)
-    run.params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if run.learns(k)])
-    if run.dtype != torch.float32 and args.preset != "tiny":
-        in_half(model.unet, run.dtype, adapters=False)      # frozen weights need no float32; official: they have it
-    run.model, run.lpips, run.D = model.to(run.device), lpips.to(run.device), D.to(run.device)
-    run.ema = copy.deepcopy(run.model).eval() if run.recipe.ema else run.model
-    run.G_optimizer, run.D_optimizer = (torch.optim.AdamW(params, run.recipe.lr, weight_decay=1e-2, fused=True)
-                                        for params in (run.params, list(run.D.parameters())))
-    run.columns = ["rank_blur", "rank_noise"] if args.stage == "estimator" else []
-    run.state = {name: getattr(run, name) for name in ("model", "ema", "D", "G_optimizer", "D_optimizer", "scaler")}
-    return run
-
-
-def open_data(run):
-    """Photos to learn from and held-out ones, and their degradation."""
-    args, recipe = run.args, run.recipe
-    photos, hq, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
-    run.recipes = [replace(RECIPES[name], branches_per=recipe.branches_per) for name in recipe.recipes]
-    hq, one_by_one = hq.to(run.device), replace(run.recipes[0], branches_per="image")
-    test = draw(args.stage, run.model, hq, one_by_one, training.generator(0), told=recipe.looks_from > 0)
-    run.test = [x.to(run.device) if torch.is_tensor(x) else x for x in test]
-    run.held_out = 2 * hq - 1
-    run.batches = training.batches(photos, range(run.step, recipe.steps), recipe.batch_size, run.rank, run.share,
-                                   run.micro, args.workers, run.device)
-
-
-def step(run):
-    """One step of each optimizer that the stage has."""
-    training.set_lr(run.G_optimizer, run.lr)
-    training.set_lr(run.D_optimizer, run.recipe.lr_D or run.lr)
-    batch, recipe = [], run.recipes[run.step % len(run.recipes)]
-    looks = run.step / run.recipe.steps >= run.recipe.looks_from
-    for i in range(run.parts):
-        # the same draws, whoever computes this part
-        g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
-        hq = next(run.batches).to(run.device, non_blocking=True)
-        batch.append(draw(run.args.stage, run.model, hq, recipe, g, told=not looks))
-
-    part = [] if run.args.stage != "adapters" else ["reconstruct" if looks else "regress"]
-    for inputs in batch:
-        training.backward(run, run.generate, *part, *inputs)
-    run.grad_norm = run.health.step(run.G_optimizer, run.scaler)
-    if part and looks:
-        compete(run, batch)
-    if run.recipe.ema:
-        training.ema_update(run.ema, run.model, min(run.recipe.ema, (1 + run.step) / (10 + run.step)))
-
-
-def compete(run, batch):
-    """Parts 2 to 4: generator against discriminator."""
-    fakes = []
-    # official: D is not frozen here, so what this leaves in its gradients teaches it a little to be deceived
-    run.D.requires_grad_(False)
-    for inputs in batch:
-        fakes += training.backward(run, run.generate, "adversary", *inputs)
-    run.D.requires_grad_(True)
-    run.health.step(run.G_optimizer, run.scaler)
-
-    for x_src, x_tgt, _, _, g in batch:
-        training.backward(run, run.judge, x_tgt, "real", run.D.draw(x_tgt, x_src, g))
-    run.health.step(run.D_optimizer, run.scaler)
-    for y, (x_src, _, _, _, g) in zip(fakes, batch):
-        training.backward(run, run.judge, y, "fake", run.D.draw(y, x_src, g))
-    run.health.step(run.D_optimizer, run.scaler)
+EVALUATE = {"prior": evaluate_prior, "estimator": evaluate_estimator, "adapters": evaluate_adapters}
 
 
 def save(run):
     """The model's file, then the checkpoint: if that says that the run is over, all is there."""
-    if run.rank == 0 and run.args.preset == "tiny":
-        tensors = {k: v for k, v in run.ema.state_dict().items() if is_known(run.args.stage, k)}
-        note = f"tiny {run.args.stage}, step {run.step}"
-        save_model(run.out / "model.safetensors", run.model.cfg, tensors, note)
+    if run.rank == 0 and run.args.tiny:
+        note = f"{run.title}, step {run.step}"
+        tensors = {name: x for name, x in run.ema.state_dict().items() if is_known(run.args.stage, name)}
+        save_model(run.out / "model.safetensors", run.model.cfg, tensors, note=note)
     elif run.rank == 0:
         training.write(run.out / "s3diff.pkl", run.model.release())
     training.save_state(run)
@@ -394,22 +466,18 @@ def save(run):
 def main():
     args = parse_args()
     run = prepare(args)
-    training.resume(run, ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step",
-                          "data", "init", "seed"))
+    training.resume(run, SETTINGS)
     for part in (run.model.unet, *run.model.vae.children()):
         part.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(run.model.unet.blocks[:-1], run.device)
-    run.generate = partial({"prior": denoise, "estimator": tell}.get(args.stage, generator_losses), run.model)
     if args.stage == "adapters":
-        run.generate = partial(run.generate, run.lpips, run.D, run.recipe, args.neg_prob)
-    run.judge = partial(discriminator_loss, run.D, run.recipe)
-    if run.world > 1:
-        run.generate = training.replicate(run.model, run.generate, run.device)
-        run.judge = training.replicate(run.D, run.judge, run.device)
+        run.generate = training.replicate(run, run.model, run.model.forward)
+        run.discriminate = training.replicate(run, run.D, run.D.forward)
+    else:
+        run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run.model))
     open_data(run)
-    terms = {"prior": ["eps"], "estimator": ["blur", "noise"], "adapters": ["l2", "lpips", "gan", "d_real", "d_fake"]}
-    training.fit(run, terms[args.stage], step, evaluate, save, f"S3Diff {args.preset}, stage {args.stage}")
+    training.fit(run, step_adapters if args.stage == "adapters" else step, evaluate, save)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,14 @@ and so on from stage to stage: refine, distill, decoder. Full size, on several G
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
+    flow256     flow at 256 pixels, the paper's first size
+    flow        from noise to the clean latent, under the LQ latent and visual tokens
+    distill     one step of a student for 25 of its teacher, which is a flow
+    and, ours, with --preset tiny:
+    autoencoder pixels to latents and back; full sizes take a public one
+    refine      flow again, on harsher degradations
+    decoder     convolutions that mend what the one-step model decodes
+
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds the model for
 sample.py (EMA weights: model.safetensors, or args.json and checkpoints/ as the authors have them), checkpoint-*.pt,
 log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos; of an autoencoder HQ | HQ decoded).
@@ -14,7 +22,6 @@ log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos; of an auto
 
 import argparse
 import copy
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -22,9 +29,9 @@ import torch
 import torch.nn.functional as F
 
 import training
-from degrade import RECIPES, degrade
-from models.dit import DiT, DiTConfig
-from models.flow import Draws, guided, loss_distill, loss_flow, sample
+from degrade import degrade
+from models.dit import DiT
+from models.flow import guided, loss_distill, loss_flow, sample
 from models.support.precision import in_half
 from models.support.weights import save_model, save_release
 from models.tiny import VOSR_STAGES, TinyDiT, TinyVOSR, TinyVOSRConfig
@@ -32,57 +39,60 @@ from models.vosr import SIZES, VOSR
 
 
 @dataclass
-class Stage:
-    """What a stage's paper fixes; --steps, --batch-size, --lr, --save-every and --distill override it."""
+class Stage(training.Stage):
+    """Hyper-parameters of a stage of VOSR."""
 
-    steps: int
-    batch_size: int                     # of all processes together
-    lr: float
-    crop: int = 512                     # pixels
-    shrink: bool = False                # photos to the crop's size first
     flip: bool = False
-    recipes: tuple = ("vosr",)          # of degrade.py, by turns
-    branches_per: str = "batch"         # of each recipe, see degrade.Recipe
+    recipes: tuple = ("vosr",)
     betas: tuple = (0.9, 0.95)
-    weight_decay: float = 0.01
     ema: float = 0.9999
-    schedule: str = "constant"          # or "cosine"
-    warmup: int = 0                     # steps
     strength: tuple = (5.0, 1.0)        # mu, sigma of the LQ condition's strength
     lognorm: tuple | None = None        # mu, sigma of the flow's times; None = uniform
     distill: str = "rcgm"               # or "shortcut": the loss of stage distill
     omega: float = 0.5                  # the teacher's guidance there
-    save_every: int = 500               # steps
+
+
+@dataclass
+class Run(training.Run):
+    """What a run of VOSR has beside the model."""
+
+    teacher: torch.nn.Module = None     # DiT of many steps, frozen; of stage distill
+
+
+# ---- the stages
 
 
 AUTHORS = {     # of the authors' code
-    "flow": Stage(400_001, 8, 5e-5, save_every=10_000),
-    "distill": Stage(100_001, 32, 2e-5, save_every=5_000),
+    "flow": Stage(steps=400_001, batch_size=8, lr=5e-5, save_every=10_000),
+    "distill": Stage(steps=100_001, batch_size=32, lr=2e-5, save_every=5_000),
 }
-PAPER = {       # of the paper, as far as known: for 100 million pictures, and the machines for them
-    "flow256": Stage(400_000, 1024, 1e-4, crop=256, shrink=True, save_every=10_000),
-    "flow": Stage(400_000, 256, 5e-5, save_every=10_000),
-    "distill": Stage(50_000, 32, 2e-5, save_every=5_000),
+PAPER = {       # of the paper, as far as known: for 100 million photos, and the machines for them
+    "flow256": Stage(steps=400_000, batch_size=1024, lr=1e-4, crop=256, shrink=True, save_every=10_000),
+    "flow": Stage(steps=400_000, batch_size=256, lr=5e-5, save_every=10_000),
+    "distill": Stage(steps=50_000, batch_size=32, lr=2e-5, save_every=5_000),
 }
-TINY_STAGES = {name: Stage(**settings) for name, settings in VOSR_STAGES.items()}
-TERMS = {"autoencoder": ("all", "first_k"), "distill": ("v", "u"), "decoder": ("L1",)}    # of the loss; elsewhere "flow"
-FINISH = 96         # channels of what stage decoder adds to TinyVAE
+TINY = {name: Stage(**settings) for name, settings in VOSR_STAGES.items()}
+PRESETS = {     # name: config of the model, its stages
+    "tiny": (TinyVOSRConfig(), TINY),
+    "0.5b": (SIZES["0.5b"], AUTHORS), "0.5b-paper": (SIZES["0.5b"], PAPER),
+    "1.4b": (SIZES["1.4b"], AUTHORS), "1.4b-paper": (SIZES["1.4b"], PAPER),
+}
 ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
-PRESETS = {"tiny": (TinyVOSRConfig(), TINY_STAGES), "0.5b": (SIZES["0.5b"], AUTHORS), "1.4b": (SIZES["1.4b"], AUTHORS),
-           "0.5b-paper": (SIZES["0.5b"], PAPER), "1.4b-paper": (SIZES["1.4b"], PAPER)}
+FINISH = 96         # channels of what stage decoder adds to TinyVAE
+SETTINGS = ("stage", "preset", "ablate", "distill", "data", "init", "seed")     # flags that stay when a run is resumed
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", required=True, choices=sorted({*TINY_STAGES, *PAPER}))
+    p.add_argument("--stage", required=True, choices=sorted({*TINY, *PAPER}))
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
     p.add_argument("--init", help="start from the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without visual tokens, or with no weak condition")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     training.add_arguments(p)
     args = p.parse_args()
-    cfg, stages = PRESETS[args.preset]
-    args.tiny = isinstance(cfg, TinyVOSRConfig)
+    _, stages = PRESETS[args.preset]
+    args.tiny = args.preset == "tiny"
     if args.stage not in stages:
         p.error(f"preset {args.preset} has no --stage {args.stage}, only {', '.join(stages)}")
     if args.distill and args.stage != "distill":
@@ -96,154 +106,237 @@ def parse_args():
     return args
 
 
-# ---- what a stage learns, and from what
+# ---- build: the networks, and which of them learn
 
 
-def networks(args, cfg):
+def build(args, cfg):
     """-> VOSR to train, its frozen teacher (DiT) or None, names of the modules that learn, a line on their origin."""
-    name = args.stage
-    if name == "autoencoder":
+    if args.stage == "autoencoder":
         return TinyVOSR(cfg), None, ["vae"], "FROM SCRATCH"
     if not args.init:
         model = VOSR.with_frozen(cfg)
         model.dit = DiT(cfg.dit)
         return model, None, ["dit"], "transformer FROM SCRATCH"
-    system, transformer = (TinyVOSR, TinyDiT) if args.tiny else (VOSR, DiT)
-    start, origin = system.from_pretrained(args.init).train(), f"from {args.init}"
-    if name == "flow" and args.tiny:
-        model = TinyVOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
-        model.vae.load_state_dict(start.vae.state_dict(), strict=False)
-        return model, None, ["dit", "vit"], f"autoencoder {origin}, transformers FROM SCRATCH"
-    if start.cfg.dit != replace(cfg.dit, auxiliary_time_cond=name == "decoder"):
-        kind = f"{'one' if name == 'decoder' else 'many'}-step model of preset {args.preset}"
-        raise training.Quit(f"{args.init}: is no {kind}, from which stage {name} starts: {start.cfg.dit}")
-    if name == "decoder":
-        model = TinyVOSR(replace(start.cfg, vae=replace(start.cfg.vae, finish=FINISH)))
-        model.load_state_dict(start.state_dict(), strict=False)     # all but the decoder
-        return model, None, ["vae.finish"], origin
-    if name != "distill":
-        return start, None, ["dit", "vit"] if name == "refine" else ["dit"], origin
-    teacher, start.dit = start.dit.requires_grad_(False), transformer(replace(cfg.dit, auxiliary_time_cond=True))
-    start.dit.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
-    kept = {k: getattr(start.cfg, k) for k in ("light_decoder", "weak", *["blind"] * args.tiny)}
-    start.cfg = replace(cfg, dit=start.dit.cfg, steps=1, guidance=1.0, **kept)
-    return start, teacher, ["dit"], origin
+
+    system = TinyVOSR if args.tiny else VOSR
+    model, origin = system.from_pretrained(args.init).train(), f"from {args.init}"
+    if args.stage == "flow" and args.tiny:
+        origin = f"autoencoder {origin}, transformers FROM SCRATCH"
+        return new_transformers(model.vae, cfg), None, ["dit", "vit"], origin
+    check_init(args, cfg, model)
+    if args.stage == "distill":
+        student, teacher = new_student(model, cfg, args.tiny)
+        return student, teacher, ["dit"], origin
+    if args.stage == "decoder":
+        return new_decoder(model), None, ["vae.finish"], origin
+    if args.stage == "refine":
+        return model, None, ["dit", "vit"], origin
+    return model, None, ["dit"], origin
 
 
-def losses(name, stage, model, teacher, hq, lq, g):
-    """Terms of the loss, which is their sum.
+def check_init(args, cfg, model):
+    """Raise UserError where the model of --init is not one that the stage can start from."""
+    one_step = args.stage == "decoder"
+    if model.cfg.dit != replace(cfg.dit, auxiliary_time_cond=one_step):
+        kind = f"{'one' if one_step else 'many'}-step model of preset {args.preset}"
+        raise training.UserError(f"{args.init}: is no {kind}, from which stage {args.stage} starts: {model.cfg.dit}")
 
-    name, stage: a key of TINY_STAGES or AUTHORS and its Stage; teacher: DiT, in stage distill only
-    hq, lq: (B, 3, H, W) in [-1, 1]; g: generator of all draws -> {name: scalar}
+
+def new_transformers(vae, cfg):
+    """The tiny model around an autoencoder that is trained already."""
+    model = TinyVOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
+    model.vae.load_state_dict(vae.state_dict(), strict=False)       # all but the convolutions after the decoder
+    return model
+
+
+def new_student(model, cfg, tiny):
+    """-> a model whose transformer begins as that of a many-step model but is told a second time r, the old one"""
+    teacher = model.dit.requires_grad_(False)
+    transformer = TinyDiT if tiny else DiT
+    model.dit = transformer(replace(cfg.dit, auxiliary_time_cond=True))
+    model.dit.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
+    kept = {"light_decoder": model.cfg.light_decoder, "weak": model.cfg.weak}
+    if tiny:
+        kept["blind"] = model.cfg.blind
+    model.cfg = replace(cfg, dit=model.dit.cfg, steps=1, guidance=1.0, **kept)
+    return model, teacher
+
+
+def new_decoder(model):
+    """The tiny model with new convolutions after its decoder."""
+    cfg = replace(model.cfg, vae=replace(model.cfg.vae, finish=FINISH))
+    finished = TinyVOSR(cfg)
+    finished.load_state_dict(model.state_dict(), strict=False)
+    return finished
+
+
+def prepare(args):
+    """Networks, what is to be learned, optimizer.  -> Run"""
+    cfg, stages = PRESETS[args.preset]
+    run = Run(args, stages[args.stage])
+    training.start(run)
+    run.title, run.terms = f"VOSR {args.preset}, stage {args.stage}", TERMS[args.stage]
+    model, teacher, learning, run.origin = build(args, cfg)
+    model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
+    frozen = {name: m for name, m in model.named_children() if name not in [path.split(".")[0] for path in learning]}
+    if run.dtype == torch.bfloat16 and "vae" in frozen and not args.tiny:
+        for m in frozen.values():               # official: the autoencoder stays in float32
+            in_half(m, run.dtype)
+    run.model = model.to(run.device)
+    run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
+    run.teacher = teacher and teacher.to(run.device)
+    run.is_saved = lambda name: name.startswith(tuple(f"{path}." for path in learning))
+    trained = [p for path in learning for name, p in model.get_submodule(path).named_parameters()
+               if name != "mask_token"]     # which DINOv2 has for its own training
+    run.trained = training.freeze_all_but(model, trained)
+    run.optimizer = training.adamw(run.trained, run.stage)
+    run.state = {"model": run.model, "ema": run.ema, "optimizer": run.optimizer, "scaler": run.scaler}
+    return run
+
+
+# ---- data: photos, and what a stage draws from them
+
+
+def open_data(run):
+    """Photos to learn from; held-out ones with their LQ images, an equal share of them by each recipe."""
+    hq = training.open_photos(run)
+    lq_up = []
+    for recipe, some in zip(run.recipes, hq.chunk(max(len(run.recipes), 1))):
+        lq_up.append(degrade(some, replace(recipe, branches_per="image"), training.generator(0))[1])
+    run.held_out = 2 * hq - 1, 2 * torch.cat(lq_up or [hq]) - 1
+
+
+def draw(run, hq, g):
+    """Degrade photos, unless the stage has no recipe.  hq: (B, 3, H, W) in [0, 1]; g: generator
+
+    -> hq, lq_up (B, 3, H, W) in [-1, 1], g for the losses
     """
-    if name == "autoencoder":
-        return dict(zip(TERMS[name], model.vae.loss(hq, g)))
-    if name == "decoder":
-        z_lq = model.vae.encode(lq).float()
-        T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)     # all temperatures that are of use
-        eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
-        return {"L1": F.l1_loss(model.decode(model.restore(z_lq, lq, eps, 1, 1.0, model.cfg.weak)), hq)}
+    lq_up = degrade(hq, training.recipe(run), g)[1] if run.recipes else hq
+    return 2 * hq - 1, 2 * lq_up - 1, g
+
+
+# ---- the losses, of which a stage has one
+# model: VOSR; teacher: DiT, of stage distill; hq, lq_up: (B, 3, H, W) in [-1, 1]; g: generator of all draws
+# -> {name: scalar}, summed up
+
+
+def autoencoder_losses(model, teacher, stage, hq, lq_up, g):
+    """Squared errors of the image from all channels of the latent, and from the first k of them."""
+    return dict(zip(("all", "first_k"), model.vae.loss(hq, g)))
+
+
+def flow_losses(model, teacher, stage, hq, lq_up, g):
+    """Flow matching: the velocity from the clean latent to noise."""
+    z_hq, z_lq, feat = encode(model, hq, lq_up, g)
+    weak = (0.05, 0.25) if model.cfg.weak else (0.0, 0.0)
+    loss = loss_flow(model.dit, z_hq, z_lq, feat, g, strength=stage.strength, lognorm=stage.lognorm, weak=weak)
+    return {"flow": loss}
+
+
+def distill_losses(model, teacher, stage, hq, lq_up, g):
+    """v: the teacher's velocity where the student's step has no length; u: steps that agree with each other."""
+    z_hq, z_lq, feat = encode(model, hq, lq_up, g)
+    weak = 0.1 if model.cfg.weak else 0.0
+    return loss_distill(model.dit, teacher, z_hq, z_lq, feat, g, kind=stage.distill, omega=stage.omega,
+                        strength=stage.strength, weak=weak)
+
+
+def decoder_losses(model, teacher, stage, hq, lq_up, g):
+    """L1 between the photo and the image that the frozen one-step model makes."""
+    z_lq = model.vae.encode(lq_up).float()
+    T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)     # all temperatures that are of use
+    eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
+    z = model.restore(z_lq, lq_up, eps, 1, 1.0, model.cfg.weak)
+    return {"L1": F.l1_loss(model.decode(z), hq)}
+
+
+def encode(model, hq, lq_up, g):
+    """-> latents of both, (B, C, h, w) float32, and visual tokens of the LQ image, (B, M, z_dims)"""
     with torch.no_grad():
-        z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq, g).float()
-    feat = model.tokens(lq)
-    d = Draws.distill(z_hq, g) if name == "distill" else Draws.flow(z_hq, g, stage.lognorm)
-    if model.cfg.weak == 0:
-        d.w = torch.zeros_like(d.w)
-    if name != "distill":
-        return {"flow": loss_flow(model.dit, z_hq, z_lq, feat, d, strength=stage.strength)}
-    terms = loss_distill(model.dit, teacher, z_hq, z_lq, feat, d, stage.distill, stage.omega, strength=stage.strength)
-    return dict(zip(TERMS[name], terms))
+        z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq_up, g).float()
+    return z_hq, z_lq, model.tokens(lq_up)
+
+
+LOSSES = {"autoencoder": autoencoder_losses, "flow256": flow_losses, "flow": flow_losses, "refine": flow_losses,
+          "distill": distill_losses, "decoder": decoder_losses}
+TERMS = {"autoencoder": ("all", "first_k"), "flow256": ("flow",), "flow": ("flow",), "refine": ("flow",),
+         "distill": ("v", "u"), "decoder": ("L1",)}
+
+
+# ---- step, evaluate, save
+
+
+def step(run):
+    """One step of the optimizer; gradients of the micro-batches are added up."""
+    training.set_lr(run.optimizer, run.lr)
+    for i, (hq, g) in enumerate(training.micro_batches(run)):
+        inputs = draw(run, hq, g)
+        with training.forward(run, run.losses, i):
+            terms = run.losses(*inputs)
+        training.backward(run, terms)
+    run.grad_norm = training.update(run, run.optimizer)
+    training.ema_update(run.ema, run.model, run.stage.ema)
 
 
 @torch.no_grad()
 def evaluate(run):
-    """Of the averaged weights: held-out loss with fixed draws, PSNR over RGB of what their own sampler makes.
+    """The averaged weights on held-out photos, as the stage's function below says.
 
-    Distillation has a moving target: there the loss is the distance from the student's one step to the teacher's 25.
-    -> {column of the log: value}, {column of the sheet: pictures}
+    -> {column of the log: value}, {column of the sheet: images in [-1, 1]}
     """
-    name, model, (hq, lq) = run.args.stage, run.ema, run.test
-    if name == "autoencoder":
-        sr = model.vae.decode(model.vae.encode(hq))
-    else:
-        cfg, z_lq, feat = model.cfg, model.vae.encode(lq).float(), model.tokens(lq)
-        eps = torch.randn(z_lq.shape, generator=training.generator(2)).to(z_lq)
-        z = model.restore(z_lq, lq, cfg.temperature * eps, cfg.steps, cfg.guidance, cfg.weak)
-        sr = model.decode(z)
-    if name == "distill":
-        one = sample(lambda z, t, r: guided(model.dit, z, z_lq, feat, t, r), eps, 1)
-        many = sample(lambda z, t, r: guided(run.teacher, z, z_lq, feat, t, r, run.recipe.omega), eps, 25)
-        loss = (one - many).square().mean()
-    else:
-        terms = losses(name, run.recipe, model, run.teacher, hq, lq, training.generator(1))
-        loss = sum(terms.values())
-    sr = sr.float().clamp(-1, 1)
-    sheet = {"LQ": lq, f"result, step {run.step}": sr, "HQ": hq}
-    if name == "autoencoder":
-        sheet = {"HQ": hq, f"HQ decoded, step {run.step}": sr}
-    return {"held_out": float(loss), "psnr": training.psnr(sr, hq)}, sheet
+    return EVALUATE[run.args.stage](run, *run.held_out)
 
 
-# ---- a run, part by part; `run` holds what the parts share
+def evaluate_autoencoder(run, hq, lq_up):
+    """Loss with fixed draws, PSNR over RGB of what is decoded again."""
+    decoded = run.ema.vae.decode(run.ema.vae.encode(hq)).float().clamp(-1, 1)
+    metrics = {"held_out": held_out_loss(run, hq, lq_up), "psnr": training.psnr(decoded, hq)}
+    return metrics, {"HQ": hq, f"HQ decoded, step {run.step}": decoded}
 
 
-def prepare(args):
-    """Networks, what is to be learned, optimizer.  -> run"""
-    cfg, stages = PRESETS[args.preset]
-    run = training.begin(args, stages[args.stage])
-    stage = run.recipe
-    model, teacher, names, origin = networks(args, cfg)
-    run.origin = f"train_vosr: {args.preset} {args.stage}, {origin}"
-    model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
-    frozen = {k: m for k, m in model.named_children() if k not in {name.split(".")[0] for name in names}}
-    if run.dtype == torch.bfloat16 and "vae" in frozen and not args.tiny:
-        for m in frozen.values():               # official: the autoencoder stays in float32
-            in_half(m, run.dtype)
-    run.model, run.teacher = model.to(run.device), teacher and teacher.to(run.device)
-    run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
-    learning = [model.get_submodule(name) for name in names]
-    run.params = [p for m in learning for k, p in m.named_parameters() if k != "mask_token"]
-    training.freeze_all_but(model, run.params)
-    run.optimizer = torch.optim.AdamW(run.params, stage.lr, stage.betas, weight_decay=stage.weight_decay, fused=True)
-    run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
-    run.learns, run.columns = lambda name: name.startswith(tuple(f"{module}." for module in names)), []
-    return run
+def evaluate_flow(run, hq, lq_up):
+    """Loss with fixed draws, PSNR over RGB of what the model's own sampler makes."""
+    sr = restore(run.ema, lq_up)
+    metrics = {"held_out": held_out_loss(run, hq, lq_up), "psnr": training.psnr(sr, hq)}
+    return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
 
-def open_data(run):
-    """Photos to learn from and held-out ones, and their degradation."""
-    args, stage = run.args, run.recipe
-    photos, hq, run.photos = training.photos_for(args.data, stage.crop, args.seed, run.photos, flip=stage.flip,
-                                                 shrink=stage.shrink)
-    run.recipes = [replace(RECIPES[k], branches_per=stage.branches_per) for k in stage.recipes]
-    hq = hq.to(run.device)
-    lq = torch.cat([degrade(some, replace(recipe, branches_per="image"), training.generator(0))[1]
-                    for some, recipe in zip(hq.chunk(len(run.recipes)), run.recipes)])
-    run.test = 2 * hq - 1, 2 * lq - 1
-    run.batches = training.batches(photos, range(run.step, stage.steps), stage.batch_size, run.rank, run.share,
-                                   run.micro, args.workers, run.device)
+def evaluate_distill(run, hq, lq_up):
+    """Squared distance from the student's one step to the teacher's 25, since the losses aim at the student itself."""
+    z_lq, feat = run.ema.vae.encode(lq_up).float(), run.ema.tokens(lq_up)
+    eps = fixed_noise(z_lq)
+    one = sample(lambda z, t, r: guided(run.ema.dit, z, z_lq, feat, t, r), eps, 1)
+    many = sample(lambda z, t, r: guided(run.teacher, z, z_lq, feat, t, r, run.stage.omega), eps, 25)
+    sr = restore(run.ema, lq_up)
+    metrics = {"held_out": float((one - many).square().mean()), "psnr": training.psnr(sr, hq)}
+    return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
 
-def step(run):
-    """One optimizer step; parts of a batch are computed one after another."""
-    training.set_lr(run.optimizer, run.lr)
-    for i in range(run.parts):
-        hq = next(run.batches).to(run.device, non_blocking=True)
-        # the same draws, whoever computes this part
-        g = training.generator(run.args.seed, run.step, run.rank * run.parts + i)
-        lq = hq if run.args.stage == "autoencoder" else degrade(hq, run.recipes[run.step % len(run.recipes)], g)[1]
-        alone = run.world > 1 and i < run.parts - 1     # gradients are averaged with the last part
-        hq, lq = 2 * hq - 1, 2 * lq - 1
-        with run.losses.no_sync() if alone else nullcontext():
-            training.backward(run, lambda: (run.losses(hq, lq, g),))
-    run.grad_norm = run.health.step(run.optimizer, run.scaler)
-    training.ema_update(run.ema, run.model, run.recipe.ema)
+def held_out_loss(run, hq, lq_up):
+    terms = LOSSES[run.args.stage](run.ema, None, run.stage, hq, lq_up, training.generator(1))
+    return float(sum(terms.values()))
+
+
+def restore(model, lq_up):
+    """What the model makes of LQ images, always from the same noise.  -> like lq_up"""
+    cfg, z_lq = model.cfg, model.vae.encode(lq_up).float()
+    eps = cfg.temperature * fixed_noise(z_lq)
+    z = model.restore(z_lq, lq_up, eps, cfg.steps, cfg.guidance, cfg.weak)
+    return model.decode(z).float().clamp(-1, 1)
+
+
+def fixed_noise(z):
+    return torch.randn(z.shape, generator=training.generator(2)).to(z)
+
+
+EVALUATE = {"autoencoder": evaluate_autoencoder, "flow256": evaluate_flow, "flow": evaluate_flow,
+            "refine": evaluate_flow, "distill": evaluate_distill, "decoder": evaluate_flow}
 
 
 def save(run):
     """The model's file, then the checkpoint: if that says that the run is over, all is there."""
     if run.rank == 0 and run.args.tiny:
-        note = f"{run.args.preset} {run.args.stage}, step {run.step}"
+        note = f"{run.title}, step {run.step}"
         save_model(run.out / "model.safetensors", run.model.cfg, run.ema.state_dict(), note=note)
     elif run.rank == 0:
         settings = {"stage": run.args.stage, "steps": run.step, "weak_cond_strength_aelq_list": [0.05, 0.25]}
@@ -254,15 +347,14 @@ def save(run):
 def main():
     args = parse_args()
     run = prepare(args)
-    training.resume(run, ("stage", "preset", "ablate", "distill", "data", "init", "seed"))
+    training.resume(run, SETTINGS)
     run.model.dit.checkpointing = args.checkpointing
     if args.compile:
         training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
-    run.losses = partial(losses, args.stage, run.recipe, run.model, run.teacher)
-    if run.world > 1:
-        run.losses = training.replicate(run.model, run.losses, run.device)
+    terms = partial(LOSSES[args.stage], run.model, run.teacher, run.stage)
+    run.losses = training.replicate(run, run.model, terms)
     open_data(run)
-    training.fit(run, TERMS.get(args.stage, ["flow"]), step, evaluate, save, f"VOSR {args.preset}, stage {args.stage}")
+    training.fit(run, step, evaluate, save)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ What was tried beside them is in tests/RESULTS.md.
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -33,7 +34,7 @@ from models.gramsr import GramSR, GramSRConfig
 from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, of_block
 from models.lpips import imagenet_scaled, unit
 from models.s3diff import S3Diff, S3DiffConfig
-from models.support.weights import WeightError
+from models.support.weights import EMBEDDED, PRIOR, WeightError, load_strictly, read_foundation, read_tensors
 from models.unet import UNet, UNetConfig
 from models.vit import DINOv3, DINOv3Config, ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
@@ -419,6 +420,30 @@ class TinyS3Diff(S3Diff):
         raise WeightError("this model never saw a text, so its prompts cannot be changed")
 
 
+def load_prior(model, init=None, wanted=is_prior):
+    """Load the tiny prior, around which a TinyS3Diff or a TinyGramSR learns; the rest of the model stays as it is.
+
+    init: --out of train_s3diff.py, None = the embedded prior and degradation estimator
+    wanted: function of a tensor's name: load it, too -> path of the file. Raises WeightError.
+    """
+    if init:
+        path = Path(init, "model.safetensors")
+        tensors = read_tensors(path)
+    else:
+        path = PRIOR
+        estimator = {k: v for k, v in read_tensors(EMBEDDED["s3diff-tiny"]).items() if k.startswith("denet.")}
+        tensors = read_foundation() | estimator
+    tensors = {k: v for k, v in tensors.items() if wanted(k)}
+    load_strictly(model, tensors, path, may_miss=[k for k in model.state_dict() if k not in tensors])
+    model.float()       # files have float16
+    return path
+
+
+def load_autoencoder(model):
+    """Load the embedded autoencoder, which all tiny models share; adapters in it stay as they are."""
+    model.vae.load_state_dict(TinyVOSR.from_pretrained("vosr-tiny").vae.state_dict(), strict=False)
+
+
 @dataclass
 class TinyGramSRConfig(GramSRConfig):
     unet: UNetConfig = field(default_factory=lambda: replace(UNET))
@@ -455,32 +480,33 @@ class TinyGramSR(GramSR):
 
 # ---- how they are trained: fields of each trainer's Stage
 
-COSINE = dict(crop=128, schedule="cosine")
-FLOW = dict(**COSINE, batch_size=8, flip=True, strength=(7.0, 1.0))
-BOTH = dict(**FLOW, recipes=("s3diff", "vosr"), branches_per="image")
+COMMON = dict(crop=128, schedule="cosine")
+BOTH = dict(recipes=("s3diff", "vosr"), branches_per="image")
+FLOW = dict(**COMMON, batch_size=8, flip=True, strength=(7.0, 1.0), warmup=100, ema=0.998)
 VOSR_STAGES = {
-    "autoencoder": dict(**FLOW | {"batch_size": 16}, steps=3000, lr=3e-3, ema=0.99, betas=(0.9, 0.999),
-                        weight_decay=0.0),
-    "flow": dict(**FLOW, steps=2600, lr=8e-4, recipes=("s3diff",), ema=0.998, warmup=100, lognorm=(1.0, 1.2)),
-    "refine": dict(**BOTH, steps=3600, lr=5e-4, ema=0.998, warmup=100, lognorm=(1.5, 1.2)),
-    "distill": dict(**BOTH, steps=40, lr=5e-5, ema=0.8, warmup=5, omega=1.0),
-    "decoder": dict(**BOTH, steps=1500, lr=1e-3, ema=0.99, warmup=50, betas=(0.9, 0.99), weight_decay=0.0),
+    "autoencoder": dict(**COMMON, batch_size=16, flip=True, steps=3000, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0,
+                        ema=0.99, recipes=()),
+    "flow": dict(**FLOW, steps=2600, lr=8e-4, lognorm=(1.0, 1.2), recipes=("s3diff",)),
+    "refine": dict(**FLOW, **BOTH, steps=3600, lr=5e-4, lognorm=(1.5, 1.2)),
+    "distill": dict(**FLOW | BOTH | dict(steps=40, lr=5e-5, warmup=5, ema=0.8, omega=1.0)),
+    "decoder": dict(**COMMON, **BOTH, batch_size=8, flip=True, steps=1500, lr=1e-3, warmup=50, betas=(0.9, 0.99),
+                    weight_decay=0.0, ema=0.99),
 }
-THREE = ("s3diff", "s3diff", "vosr")        # two in three as the papers degrade, one harsher
+HARSHER = ("s3diff", "s3diff", "vosr")      # two steps in three as the papers degrade, one harsher
 S3DIFF_STAGES = {
-    "prior": dict(**COSINE, steps=6000, batch_size=16, lr=6e-4, warmup=300, ema=0.999,
+    "prior": dict(**COMMON, batch_size=16, steps=6000, lr=6e-4, warmup=300, ema=0.999,
                   recipes=("s3diff", "vosr", "s3diff")),
-    "estimator": dict(**COSINE | {"crop": 256}, steps=1500, batch_size=4, lr=1e-3, warmup=100, ema=0.99,
+    "estimator": dict(**COMMON | dict(crop=256), batch_size=4, steps=1500, lr=1e-3, warmup=100, ema=0.99,
                       recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": dict(**COSINE, steps=4000, batch_size=8, lr=1e-3, warmup=100, ema=0.999, recipes=THREE,
-                     branches_per="image", lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, looks_from=0.75),
+    "adapters": dict(**COMMON, batch_size=8, steps=4000, lr=1e-3, warmup=100, ema=0.999, recipes=HARSHER,
+                     branches_per="image", lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_alone=0.75),
 }
+GRAMSR = dict(**COMMON, batch_size=8, rank=16, recipes=HARSHER)
 # by gradients at the end of stage pixel: LPIPS half of L2's, Gram ten times, CSD 3 %; at 30 % the tiny prior, which
 # hardly knows its prompts, weaves a lattice
-PERCEPTUAL = dict(**COSINE, recipes=THREE, batch_size=8, rank=16, steps=250, lr=5e-4, lambda_lpips=0.015,
-                  lambda_csd=0.003, guidance=3.0)
+PERCEPTUAL = dict(**GRAMSR, steps=250, lr=5e-4, lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0)
 GRAMSR_STAGES = {
-    "pixel": dict(**COSINE, recipes=THREE, batch_size=8, rank=16, steps=5000, lr=1e-3, warmup=50, learn_vit=True),
+    "pixel": dict(**GRAMSR, steps=5000, lr=1e-3, warmup=50, learn_vit=True),
     "semantic": dict(**PERCEPTUAL, before=5000),
     "texture": dict(**PERCEPTUAL, before=5250, lambda_gram=0.4),
 }

@@ -9,7 +9,6 @@ pixel's 16 new ones, fitted in closed form. L1, AdamW, EMA. It is embedded nowhe
 import argparse
 import copy
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,22 +17,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training  # noqa: E402
-from degrade import RECIPES, degrade  # noqa: E402
+from degrade import degrade  # noqa: E402
 from models.support.imaging import round8  # noqa: E402
-from models.vae import ResBlock  # noqa: E402
+from models.tiny import HARSHER, ResBlock  # noqa: E402
 
 
-@dataclass
-class Recipe:
-    steps: int = 2000
-    batch_size: int = 8
-    lr: float = 4e-4
-    crop: int = 128                     # pixels, cut out
-    schedule: str = "cosine"
-    warmup: int = 200                   # steps
-    ema: float = 0.999
-    recipes: tuple = ("s3diff", "s3diff", "vosr")       # of degrade.py, by turns: those of S3Diff and GramSR
-    save_every: int = 250               # steps
+# photos, crops and degradations are those of the tiny S3Diff and GramSR
+STAGE = training.Stage(steps=2000, batch_size=8, lr=4e-4, schedule="cosine", warmup=200, betas=(0.9, 0.99), weight_decay=0.0, ema=0.999, crop=128,
+                       recipes=HARSHER, branches_per="image", save_every=250)
 
 
 class Baseline(nn.Module):
@@ -83,55 +74,54 @@ class Baseline(nn.Module):
 
 
 def prepare(args):
-    """Network, optimizer.  -> run"""
-    run = training.begin(args, Recipe())
+    """Network, optimizer.  -> training.Run"""
+    run = training.Run(args, STAGE)
+    training.start(run)
     run.origin = "baseline: FROM SCRATCH"
     run.model = Baseline(args.width).to(run.device)
     run.ema = copy.deepcopy(run.model).eval()
-    run.params = training.freeze_all_but(run.model, [p for k, p in run.model.named_parameters() if k != "wiener.weight"])
-    run.optimizer = torch.optim.AdamW(run.params, run.recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    run.trained = training.freeze_all_but(run.model, [p for k, p in run.model.named_parameters() if k != "wiener.weight"])
+    run.optimizer = training.adamw(run.trained, run.stage)
     run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
-    run.learns, run.columns = lambda name: True, []
+    run.is_saved, run.terms, run.title = lambda name: True, ("l1",), "control group"
     return run
 
 
-def pair(run, hq, step, part=0):
-    """-> HQ, LQ (B, 3, h, w) in [0, 1]"""
-    g = training.generator(run.args.seed, step, part)
-    return hq, round8(degrade(hq, run.recipes[step % len(run.recipes)], g)[0])
+def small(hq, recipe, g):
+    """-> LQ (B, 3, h, w) in [0, 1]"""
+    return round8(degrade(hq, recipe, g)[0])
 
 
 def open_data(run):
     """Photos to learn from and held-out ones, their degradation; the linear guess, if the run begins."""
-    args, recipe = run.args, run.recipe
-    photos, hq, run.photos = training.photos_for(args.data, recipe.crop, args.seed, run.photos, flip=True)
-    run.recipes = [replace(RECIPES[name], branches_per="image") for name in recipe.recipes]
-
-    def batches(steps):
-        return training.batches(photos, steps, recipe.batch_size, run.rank, run.share, run.micro, args.workers, run.device)
-
-    lq = round8(degrade(hq, run.recipes[0], training.generator(0))[0])
-    run.test = hq.to(run.device), lq.to(run.device)
+    hq = training.open_photos(run)
+    run.held_out = hq, small(hq, run.recipes[0], training.generator(0))
     if run.step == 0:
-        run.model.fit(pair(run, hq, i) for i, hq in enumerate(batches(range(min(recipe.steps, 40)))))
+        first, last = [], min(run.stage.steps, 40)
+        for run.step in range(last):
+            first += [(hq, small(hq, training.recipe(run), g)) for hq, g in training.micro_batches(run)]
+        run.model.fit(first)
         run.ema.load_state_dict(run.model.state_dict())
-    run.batches = batches(range(run.step, recipe.steps))
+        run.step = 0
+        training.open_photos(run)       # from the first one again
 
 
 def step(run):
-    """One optimizer step; parts of a batch are computed one after another."""
+    """One step of the optimizer; gradients of the micro-batches are added up."""
     training.set_lr(run.optimizer, run.lr)
-    for i in range(run.parts):
-        hq, lq = pair(run, next(run.batches).to(run.device, non_blocking=True), run.step, run.rank * run.parts + i)
-        training.backward(run, lambda: ({"l1": F.l1_loss(run.model(lq), hq)},))
-    run.grad_norm = run.health.step(run.optimizer, run.scaler)
-    training.ema_update(run.ema, run.model, min(run.recipe.ema, (1 + run.step) / (10 + run.step)))
+    for i, (hq, g) in enumerate(training.micro_batches(run)):
+        lq = small(hq, training.recipe(run), g)
+        with training.forward(run, run.model, i):
+            terms = {"l1": F.l1_loss(run.model(lq), hq)}
+        training.backward(run, terms)
+    run.grad_norm = training.update(run, run.optimizer)
+    training.ema_update(run.ema, run.model, min(run.stage.ema, (1 + run.step) / (10 + run.step)))
 
 
 @torch.no_grad()
-def look(run):
-    """The averaged weights.  -> {column of the log: value}, {column of the sheet: pictures}"""
-    hq, lq = run.test
+def evaluate(run):
+    """The averaged weights.  -> {column of the log: value}, {column of the sheet: images}"""
+    hq, lq = run.held_out
     sr = run.ema(lq)
     sheet = {"LQ": F.interpolate(lq, scale_factor=4), f"result, step {run.step}": sr, "HQ": hq}
     sheet = {title: 2 * x - 1 for title, x in sheet.items()}
@@ -150,7 +140,7 @@ def main():
     run = prepare(p.parse_args())
     training.resume(run, ("width", "data", "seed"))
     open_data(run)
-    training.fit(run, ["l1"], step, look, save, "control group")
+    training.fit(run, step, evaluate, save)
 
 
 if __name__ == "__main__":

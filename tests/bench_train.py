@@ -5,6 +5,7 @@ A row is one step, or one of its parts, in autocast's precision: degradation, lo
 """
 
 import time
+from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
 
@@ -16,36 +17,37 @@ import train_s3diff
 import train_vosr
 import training
 from degrade import RECIPES, degrade
-from models.discriminator import Discriminator, PatchDiscriminator
-from models.dit import DiT
+from models.discriminator import Discriminator
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, is_trained
 from models.support.precision import in_half
+from models.tiny import PatchDiscriminator, RandomLPIPS, TinyGramSR, TinyS3Diff, TinyVOSR
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, ViT
 from models.vosr import VOSR
 
 
 class Step:
-    """What every script does with a batch: losses under autocast, backward, Health's clipped step."""
+    """What every script does with a batch: losses under autocast, backward, a clipped step."""
 
     def __init__(self, params, device, dtype):
-        self.device, self.dtype, self.health = device, dtype, training.Health()
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.run = training.Run(None, None, device=device, dtype=dtype, scaler=scaler, micro_batches=1)
         self.optimizer = torch.optim.AdamW(params, lr=1e-6, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def __call__(self, compute):
-        with training.autocast(self.device, self.dtype):
+        self.run.sums = defaultdict(float)
+        with training.forward(self.run, compute, 0):
             terms = compute()
-        self.scaler.scale(sum(terms.values())).backward()
-        self.health.step(self.optimizer, self.scaler)
+        training.backward(self.run, terms)
+        training.update(self.run, self.optimizer)
 
 
 def vosr(args, hq, device, dtype):
     """-> {stage: {row: function}}, one after the other, and switches for checkpointing"""
     cfg, stages = train_vosr.PRESETS["tiny" if args.tiny else "0.5b"]
-    model = VOSR(cfg).to(device)
+    model = (TinyVOSR if args.tiny else VOSR)(cfg).to(device)
     frozen = {name: m for name, m in model.named_children() if name not in (("dit", "vit") if args.tiny else ("dit",))}
     if not args.tiny and dtype == torch.bfloat16:
         for m in frozen.values():
@@ -53,15 +55,16 @@ def vosr(args, hq, device, dtype):
     for name in ("flow", "distill"):
         stage, teacher = stages[name], None
         if name == "distill":
-            teacher, model.dit = model.dit.requires_grad_(False), DiT(replace(cfg.dit, auxiliary_time_cond=True)).to(device)
+            model, teacher = train_vosr.new_student(model, cfg, args.tiny)
+            model.to(device)
         ema = deepcopy(model, {id(m): m for m in frozen.values()})
         step = Step(training.freeze_all_but(model, [*model.dit.parameters()]), device, dtype)
         recipe = RECIPES[stage.recipes[0]]
 
         def whole():
             g = training.generator(0)
-            lq = degrade(hq, recipe, g)[1]
-            step(lambda: train_vosr.losses(name, stage, model, teacher, None, 2 * hq - 1, 2 * lq - 1, g))
+            lq_up = degrade(hq, recipe, g)[1]
+            step(lambda: train_vosr.LOSSES[name](model, teacher, stage, 2 * hq - 1, 2 * lq_up - 1, g))
             training.ema_update(ema, model, stage.ema)
 
         yield f"VOSR {name}", {"degradation": lambda: degrade(hq, recipe, training.generator(0)), "step": whole}, [model.dit]
@@ -70,49 +73,62 @@ def vosr(args, hq, device, dtype):
 
 def s3diff(args, hq, device, dtype):
     cfg, stages = train_s3diff.PRESETS["tiny" if args.tiny else "sd-turbo"]
-    recipe = stages["adapters"]
+    stage = stages["adapters"]
     with torch.device("meta"):
-        model = S3Diff(cfg)
+        model = (TinyS3Diff if args.tiny else S3Diff)(cfg)
     model = with_numbers(model, torch.Generator(device).manual_seed(0), device)
     params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
     in_half(model.unet, dtype, adapters=False)
     D = (PatchDiscriminator() if args.tiny else Discriminator(ViT(VITS["dino_vitb16"]))).to(device)
-    lpips = LPIPS("random" if args.tiny else "vgg").requires_grad_(False).to(device)
+    lpips = (RandomLPIPS() if args.tiny else LPIPS("vgg")).requires_grad_(False).to(device)
     G_step, D_step = Step(params, device, dtype), Step([*D.parameters()], device, dtype)
 
-    def part(step, compute):
-        """compute(x_src, x_tgt, scores, u, g) -> losses, ..."""
+    def draw():
         g = training.generator(0)
         lq, lq_up = degrade(hq, RECIPES["s3diff"], g)
-        step(lambda: compute(2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), torch.rand(len(hq), generator=g), g)[0])
+        negative = torch.rand(len(hq), generator=g).to(device) < 0.05
+        return train_s3diff.Pairs(2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), negative, g)
 
     def reconstruct():
-        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.reconstruct(model, lpips, recipe, 0.05, x_src, x_tgt, scores, u, g))
+        batch = draw()
+
+        def compute():
+            context, target = train_s3diff.prompts_and_targets(model, batch)
+            return train_s3diff.reconstruct(model(batch.lq_up, batch.scores, context, batch.generator), target, lpips, stage)
+
+        G_step(compute)
 
     def adversary():
+        batch = draw()
+
+        def compute():
+            plan = D.draw(batch.lq_up, batch.lq_up, batch.generator)
+            sr = model(batch.lq_up, batch.scores, model.prompts[:1].expand(len(hq), -1, -1), batch.generator)
+            return train_s3diff.adversary(sr, D, stage, plan)
+
         D.requires_grad_(False)
-        part(G_step, lambda x_src, x_tgt, scores, u, g: train_s3diff.adversary(model, D, recipe, x_src, scores, g, D.draw(x_src, x_src, g)))
+        G_step(compute)
         D.requires_grad_(True)
 
-    def judge():
-        for target in ("real", "fake"):
-            part(D_step, lambda x_src, x_tgt, scores, u, g:
-                 train_s3diff.discriminator_loss(D, recipe, x_tgt, target, D.draw(x_tgt, x_src, g)))
+    def discriminate():
+        for loss in (train_s3diff.real, train_s3diff.fake):
+            batch = draw()
+            D_step(lambda: loss(batch.hq, D, stage, D.draw(batch.hq, batch.lq_up, batch.generator)))
 
     def whole():
-        reconstruct(), adversary(), judge()
+        reconstruct(), adversary(), discriminate()
 
-    yield "S3Diff", {"reconstruct": reconstruct, "adversary": adversary, "judge": judge, "step": whole}, \
+    yield "S3Diff", {"reconstruct": reconstruct, "adversary": adversary, "judge": discriminate, "step": whole}, \
         [model.unet, *model.vae.children()]
 
 
 def gramsr(args, hq, device, dtype):
     cfg, stages = train_gramsr.PRESETS["tiny" if args.tiny else "sd-2.1"]
     with torch.device("meta"):
-        model = GramSR(cfg)
+        model = (TinyGramSR if args.tiny else GramSR)(cfg)
     model = with_numbers(model, torch.Generator(device).manual_seed(0), device).requires_grad_(False)
     in_half(model.unet, dtype)
-    lpips = LPIPS("random" if args.tiny else "vgg").requires_grad_(False).to(device)
+    lpips = (RandomLPIPS() if args.tiny else LPIPS("vgg")).requires_grad_(False).to(device)
     vit = DINOv3(cfg.vit if args.tiny else VITS["dinov3_vits16plus"]).requires_grad_(False).to(device)
     for name in SETS:
         stage = stages[name]
@@ -123,7 +139,7 @@ def gramsr(args, hq, device, dtype):
         def whole():
             g = training.generator(0)
             lq_up = degrade(hq, RECIPES["gramsr"], g)[1]
-            step(lambda: train_gramsr.losses(model, lpips, vit, stage, {}, 2 * lq_up - 1, 2 * hq - 1, g)[0])
+            step(lambda: train_gramsr.losses(model, lpips, vit, stage, "patches", 2 * hq - 1, 2 * lq_up - 1, g))
 
         yield f"GramSR {name}", {"step": whole}, [model.unet, *model.vae.children()]
 

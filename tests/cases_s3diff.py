@@ -28,7 +28,7 @@ from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
 from models.support.weights import locate
-from train_s3diff import Recipe, adversary, discriminator_loss, reconstruct
+from train_s3diff import Pairs, Stage, adversary, fake, prompts_and_targets, real, reconstruct
 from training import freeze_all_but
 
 
@@ -332,14 +332,16 @@ def train_step(case, get):
     c, salt = case["config"], case["fill"]["salt"]
     model, D = make_s3diff(c, salt), make_discriminator(c, salt)
     judge = fill_module(LPIPS("vgg"), salt)
-    recipe = Recipe(lambda_l2=c["lambda_l2"], lambda_lpips=c["lambda_lpips"], lambda_gan=c["lambda_gan"])
+    stage = Stage(1, 1, 0.0, lambda_l2=c["lambda_l2"], lambda_lpips=c["lambda_lpips"], lambda_gan=c["lambda_gan"])
     trained = {path_in_pkl(k): p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"}
     freeze_all_but(model, list(trained.values()))
     with torch.no_grad():
         model.prompts = describe(c, salt, [get("positive_prompt"), get("negative_prompt")])
     x_src, x_tgt, scores, u = tensors(get, "x_src", "x_tgt", "scores", "neg_draws")
 
-    terms, y = reconstruct(model, judge, recipe, get("neg_prob"), x_src, x_tgt, scores, u)
+    context, target = prompts_and_targets(model, Pairs(x_src, x_tgt, scores, u < get("neg_prob"), None))
+    y = model(x_src, scores, context)
+    terms = reconstruct(y, target, judge, stage)
     loss = sum(terms.values())
     grads = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
     out = {"x_tgt_pred_mixed": y, "loss_l2_weighted": terms["l2"], "loss_lpips_weighted": terms["lpips"], "loss": loss,
@@ -347,11 +349,12 @@ def train_step(case, get):
            **{name: grads[name.removeprefix("grad:")] for name in case["outputs"] if "grad:" in name}}
 
     before = {k: v.clone() for k, v in D.state_dict().items()}
-    terms, y = adversary(model, D, recipe, x_src, scores)
+    y = model(x_src, scores, model.prompts[:1].expand(len(x_src), -1, -1))
+    terms = adversary(y, D, stage)
     out["grad_norm_G"] = global_norm(torch.autograd.grad(terms["gan"], list(trained.values())))
     # the golden's D starts once: its next forward is the generator's step again, seen from the image
     D.load_state_dict(before)
-    y = y.requires_grad_()
+    y = y.detach().requires_grad_()
     features = D.features(y)
     heads = D.decoder[0](*features)
     per_sample = multilevel_loss(heads, "generator")
@@ -360,8 +363,8 @@ def train_step(case, get):
             **{f"head{i}": h for i, h in enumerate(heads)},
             "lossG_per_sample": per_sample, "lossG_weighted": terms["gan"],
             "grad_lossG_wrt_image": torch.autograd.grad(c["lambda_gan"] * per_sample.mean(), y)[0],
-            "lossD_real_weighted": discriminator_loss(D, recipe, x_tgt, "real")[0]["d_real"],
-            "lossD_fake_weighted": discriminator_loss(D, recipe, y.detach(), "fake")[0]["d_fake"]}
+            "lossD_real_weighted": real(x_tgt, D, stage)["d_real"],
+            "lossD_fake_weighted": fake(y.detach(), D, stage)["d_fake"]}
     levels = [torch.tensor(level) for level in get("loss_only_predictions")]
     out |= {f"loss_only_{short}": multilevel_loss(levels, target)
             for short, target in (("G", "generator"), ("real", "real"), ("fake", "fake"))}

@@ -6,7 +6,6 @@ The last two are --out folders of the tiny presets' last stages, or fewer; they 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.support.weights import EMBEDDED, PRIOR, read_config  # noqa: E402
+from models.support.weights import EMBEDDED, PRIOR  # noqa: E402
 
 
 def read(path):
@@ -24,17 +23,11 @@ def read(path):
 
 
 def embed(source, target, known):
-    """Copy a model file without the tensors that `known` has already -> its tensors. Exits where another prior is in it.
-
-    Its autoencoder is VOSR's from now on, with the edges (stage looks) that came later.
-    """
+    """Copy a model file without the tensors that `known` has already -> its tensors. Exits where another prior is in it."""
     tensors, metadata = read(source)
     learned = {k: v for k, v in tensors.items() if k not in known or not torch.equal(v, known[k])}
     if len(learned.keys() & known.keys()) > 4:      # S3Diff trains conv_in too
         sys.exit(f"{source}: did not start from this prior; {len(learned.keys() & known.keys())} tensors differ")
-    if target != PRIOR:
-        config = json.loads(metadata["config"]) | {"vae": read_config(EMBEDDED["vosr-tiny"])["vae"]}
-        metadata["config"] = json.dumps(config)
     old, said = read(target) if target.exists() else ({}, None)
     if said != metadata or old.keys() != learned.keys() or any(not torch.equal(old[k], v) for k, v in learned.items()):
         save_file(learned, target, metadata)        # trap: the same model has other bytes each time

@@ -5,7 +5,7 @@
 
 The variants of a claim differ in one thing and see as many photos; those of "systems" learn 2.6 to 2.8 million numbers each, in about the same time.
 They are measured on photos held out, under s3diff's degradation, or on the pairs of two folders: PSNR-Y, SSIM-Y, NIQE, and two distances of random
-features, which need no classifier (models/lpips.py, net "random"): RFD, that of LPIPS, and Gram, that of their Gram matrices. A claim is "seen" where
+features, which need no classifier (models/tiny.py): RFD, that of LPIPS, and Gram, that of their Gram matrices. A claim is "seen" where
 all that should be better is, by more than both standard deviations together, "not seen" where any of it is worse by as much, else "undecided". Runs
 and figures that are there stay: started again, it goes on. Curves of the runs: OUT/<claim>.png; pictures of the first seed: OUT/<claim>-sheet.png.
 """
@@ -30,11 +30,11 @@ sys.path.insert(0, str(ROOT))
 from baseline import Baseline  # noqa: E402
 from degrade import RECIPES, degrade  # noqa: E402
 from models.gram import loss_gram  # noqa: E402
-from models.lpips import LPIPS  # noqa: E402
 from models.support.charts import loss_curves  # noqa: E402
 from models.support.evaluation import METRICS, find_metrics  # noqa: E402
 from models.support.files import find_pictures  # noqa: E402
 from models.support.imaging import contact_sheet, read_picture, resize, save_png  # noqa: E402
+from models.tiny import RandomLPIPS  # noqa: E402
 from sample import find_system  # noqa: E402
 from training import choose_device, choose_dtype, generator, photos_for  # noqa: E402
 
@@ -64,8 +64,8 @@ def vosr(stage, flags="", after="", share=1.0, instead=""):
 
 
 # the good prompt takes the place of the picture's own tokens
-TEXT = "script.GramSR.tokens = lambda self, x: self.prompts[:1].expand(len(x), -1, -1) + 0 * self.adapter[2].bias"
-NARROW = "script.TINY.dit = script.replace(script.TINY.dit, hidden_size=128)"
+TEXT = "script.TinyGramSR.tokens = lambda self, x: self.prompts[:1].expand(len(x), -1, -1) + 0 * self.adapter[2].bias"
+NARROW = "cfg = script.PRESETS['tiny'][0]\ncfg.dit = script.replace(cfg.dit, hidden_size=128)"
 TRAININGS = {
     "s3diff": Training(""),
     "no prior": Training("--init none"),
@@ -214,7 +214,7 @@ def train_all(names, args):
 
 def distances():
     """-> {metric: f(x, hq)}: those of random features"""
-    random = LPIPS("random").eval()
+    random = RandomLPIPS().eval()
 
     @torch.no_grad()
     def gram(x, hq):
@@ -246,13 +246,11 @@ def pairs_of(args):
 
 
 def load(at):
-    """The system, or the control group, that a training has left in a folder; without edges and grain, which are no paper's."""
+    """The system, or the control group, that a training has left in a folder."""
     device = choose_device("auto")
     if (at / "baseline.pt").exists():
         return Baseline.from_pretrained(at).to(device)
-    model = find_system(at).from_pretrained(at, device=device)
-    model.vae.crisp = None
-    return model
+    return find_system(at).from_pretrained(at, device=device)
 
 
 def measure_all(claims, pairs, args):

@@ -5,24 +5,19 @@ Run: python -m pytest tests/test_distributed.py
 
 import csv
 import sys
-from dataclasses import replace
 
 import pytest
 import runs
 import torch
 from safetensors.torch import load_file
-from test_train import STAGE, launch, photos  # noqa: F401 (photos is a fixture)
-from test_vosr import SMALL
+from test_train import SMALL, STAGES, launch, photos  # noqa: F401 (photos is a fixture)
 
 import train_vosr
 import training
 
-STAGES = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "distill": STAGE}
-
-
 def train_here(photos, out, words, stop_at):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_vosr.PRESETS, "small", (replace(SMALL, tile=64), STAGES))
+        patch.setitem(train_vosr.PRESETS, "tiny", (SMALL, STAGES))
         launch(patch, photos, out, *words, stop_at=stop_at)
 
 
@@ -88,5 +83,5 @@ def test_each_process_needs_its_photos(photos, tmp_path, monkeypatch):  # noqa: 
     monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "autoencoder", "--data", str(photos),
                                       "--out", str(tmp_path), "--batch-size", "3"])
     monkeypatch.setattr(training, "join", lambda device: (0, 2))
-    with pytest.raises(training.Quit, match="--batch-size 3 is not 2 processes x"):
+    with pytest.raises(training.UserError, match="--batch-size 3 is not 2 processes x"):
         train_vosr.main()

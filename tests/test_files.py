@@ -156,7 +156,7 @@ def test_a_full_disk(tmp_path, kind, monkeypatch):
     if kind == "pt":        # whose writer does not say why
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
-    with pytest.raises((WriteError, training.Quit)) as e:
+    with pytest.raises((WriteError, training.UserError)) as e:
         WRITERS[kind](path)
     assert str(e.value).startswith(f"{path}: cannot be written (No space left on device); make room, or choose another folder")
     assert kind == "pt" or disk_full_or_read_only(e.value) and isinstance(e.value, PictureError)

@@ -38,7 +38,7 @@ from models.gramsr import GramSR
 from models.support.imaging import PictureError, contact_sheet, printable, read_picture, to_uint8, write_picture
 from models.support.photos import Photos, list_photos
 from models.s3diff import S3Diff
-from models.vae import TinyVAEConfig
+from models.tiny import TinyVAEConfig
 from models.vit import ViTConfig
 from models.vosr import VOSR, VOSRConfig
 from models.support.weights import MAX_PARAMETERS, read_tensors, save_model

@@ -124,12 +124,11 @@ def test_blending_in_half(dtype):
 
 
 TRAININGS = {
-    "autoencoder": (train_vosr, "--preset small --stage autoencoder"),
-    "flow": (train_vosr, "--preset small --stage flow --init {autoencoder}"),
-    "refine": (train_vosr, "--preset small --stage refine --init {flow}"),
-    "distill": (train_vosr, "--preset small --stage distill --init {flow}"),
-    "decoder": (train_vosr, "--preset small --stage decoder --init {distill}"),
-    "looks": (train_vosr, "--preset small --stage looks --init {decoder}"),
+    "autoencoder": (train_vosr, "--preset tiny --stage autoencoder"),
+    "flow": (train_vosr, "--preset tiny --stage flow --init {autoencoder}"),
+    "refine": (train_vosr, "--preset tiny --stage refine --init {flow}"),
+    "distill": (train_vosr, "--preset tiny --stage distill --init {flow}"),
+    "decoder": (train_vosr, "--preset tiny --stage decoder --init {distill}"),
     "s3diff": (train_s3diff, "--preset tiny --init none"),
     "prior": (train_s3diff, "--preset tiny --stage prior"),
     "estimator": (train_s3diff, "--preset tiny --stage estimator --init none"),
@@ -144,12 +143,10 @@ def launch(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.effect_noise((90, 90), 60).convert("RGB").save(tmp_path / "photos" / f"{i}.png")
-    stages = {name: test_train.STAGE for name in train_vosr.TINY_STAGES}
-    cfg = replace(test_train.SMALL, dit=replace(test_train.SMALL.dit, precondition=True, rope_rescale=False))
-    monkeypatch.setitem(train_vosr.PRESETS, "small", (cfg, stages))
-    small = replace(train_gramsr.TINY, unet=test_train_s3diff.SMALL_TINY.unet, vae=test_train_s3diff.SMALL_TINY.vae)
+    monkeypatch.setitem(train_vosr.PRESETS, "tiny", (test_train.SMALL, test_train.STAGES))
+    small = replace(train_gramsr.PRESETS["tiny"][0], unet=test_train_s3diff.SMALL_TINY.unet, vae=test_train_s3diff.SMALL_TINY.vae)
     monkeypatch.setitem(train_gramsr.PRESETS, "tiny",
-                        (small, {k: replace(s, crop=64) for k, s in train_gramsr.TINY_STAGES.items()}))
+                        (small, {k: replace(s, crop=64) for k, s in train_gramsr.TINY.items()}))
     test_train_s3diff.shrink(monkeypatch), runs.watch_less(monkeypatch)
     folders = {}
 

@@ -146,16 +146,16 @@ def test_the_same_words_for_another_place(monkeypatch, tmp_path):
     training.save_checkpoint(tmp_path / "a", 1, 2, settings={"data": "tr", "init": None, "seed": 0})
     assert training.load_checkpoint(tmp_path / "a", {"data": "tr", "init": None, "seed": 0})["step"] == 1
     monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(training.Quit, match="--data: .*a.tr, not tr; use that or another --out, or --moved"):
+    with pytest.raises(training.UserError, match="--data: .*a.tr, not tr; use that or another --out, or --moved"):
         training.load_checkpoint(tmp_path / "a", {"data": "tr", "init": None, "seed": 0})
     monkeypatch.chdir(tmp_path)
     os.rename("a", "c")
     monkeypatch.chdir(tmp_path / "c")
     assert training.load_checkpoint(".", {"data": "tr", "init": None, "seed": 0})["step"] == 1
     for settings in ({"data": "x"}, {"init": "x"}, {"data": "tr", "init": "../b"}):
-        with pytest.raises(training.Quit):
+        with pytest.raises(training.UserError):
             training.load_checkpoint(".", settings)
-    with pytest.raises(training.Quit, match="--seed"):
+    with pytest.raises(training.UserError, match="--seed"):
         training.load_checkpoint(".", {"data": "x", "seed": 1}, moved=True)
     assert training.load_checkpoint(".", {"data": "x", "seed": 0}, moved=True)
 

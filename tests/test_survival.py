@@ -30,15 +30,15 @@ STEPS, SAVE_EVERY = 15, 3
 
 
 def vosr(patch, photos, out, **more):  # noqa: F811
-    stages = {"autoencoder": replace(test_train.STAGE, crop=32, steps=STEPS, save_every=SAVE_EVERY)}
-    patch.setitem(train_vosr.PRESETS, "small", (replace(test_train.SMALL, tile=64), stages))
+    stages = {"autoencoder": replace(test_train.STAGES["autoencoder"], steps=STEPS, save_every=SAVE_EVERY)}
+    patch.setitem(train_vosr.PRESETS, "tiny", (test_train.SMALL, stages))
     test_train.launch(patch, photos, out, "autoencoder", *more.pop("more", ()), **more)
 
 
 def s3diff(patch, photos, out, **more):  # noqa: F811
     test_train_s3diff.shrink(patch)
     patch.setitem(train_s3diff.PRESETS, "tiny", (test_train_s3diff.SMALL_TINY,
-                                                 {"adapters": replace(test_train_s3diff.RECIPE, steps=6, save_every=2,
+                                                 {"adapters": replace(test_train_s3diff.STAGE, steps=6, save_every=2,
                                                                       crop=32)}))
     test_train_s3diff.launch(patch, photos, out, *more.pop("more", ()), **more)
 
@@ -46,7 +46,7 @@ def s3diff(patch, photos, out, **more):  # noqa: F811
 def gramsr(patch, photos, out, **more):  # noqa: F811
     test_train_gramsr.shrink(patch)
     stages = {"pixel": replace(test_train_gramsr.SMALL_STAGES["pixel"], steps=6, save_every=2)}
-    patch.setitem(train_gramsr.PRESETS, "tiny", (test_train_gramsr.SMALL, stages))
+    patch.setitem(train_gramsr.PRESETS, "tiny", (test_train_gramsr.SMALL_TINY, stages))
     test_train_gramsr.launch(patch, photos, out, "pixel", *more.pop("more", ()), **more)
 
 
@@ -135,7 +135,7 @@ def test_all_checkpoints_damaged(monkeypatch, photos, half):  # noqa: F811
     """Nothing is begun anew over what a user may still rescue."""
     for path in training.checkpoints(half):
         truncate(path)
-    with pytest.raises(training.Quit, match="no checkpoint is whole; move them away"):
+    with pytest.raises(training.UserError, match="no checkpoint is whole; move them away"):
         vosr(monkeypatch, photos, half)
 
 
@@ -148,7 +148,7 @@ def test_disk_full(monkeypatch, photos, half, straight):  # noqa: F811
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(training.Quit, match="cannot be written .*No space left.*the same command goes on"):
+    with pytest.raises(training.UserError, match="cannot be written .*No space left.*the same command goes on"):
         vosr(monkeypatch, photos, half)
     assert training.checkpoints(half) == before and not list(half.glob("*.part"))
     monkeypatch.setattr(torch, "save", save)
@@ -185,7 +185,7 @@ def test_photos_that_moved_as_a_whole(monkeypatch, photos, tmp_path, capsys, nam
     shutil.copytree(photos, tmp_path / "here")
     SCRIPTS[name](monkeypatch, tmp_path / "here", tmp_path / "out", stop_at=2)
     (tmp_path / "here").rename(tmp_path / "there")
-    with pytest.raises(training.Quit,
+    with pytest.raises(training.UserError,
                        match="--data: .* was written with .*here, not .*there; .* or --moved if it is the same"):
         SCRIPTS[name](monkeypatch, tmp_path / "there", tmp_path / "out")
     capsys.readouterr()
@@ -203,7 +203,7 @@ def test_photos_that_moved_as_a_whole(monkeypatch, photos, tmp_path, capsys, nam
 def test_flags_that_matter(monkeypatch, photos, half, flag, value):  # noqa: F811
     if flag == "--data":
         photos, flag, value = shutil.copytree(photos, half.parent / value), "--steps", STEPS
-    with pytest.raises(training.Quit, match=r"--(seed|batch-size|data): .* was written with"):
+    with pytest.raises(training.UserError, match=r"--(seed|batch-size|data): .* was written with"):
         test_train.launch(monkeypatch, photos, half, "autoencoder", flag, value)
 
 
@@ -230,22 +230,22 @@ def test_gradients_that_are_no_numbers(capsys, scaled):
     """Such a step is left out, counted and said; the others are as if it had not been."""
     weights = []
     for when in ((), (2, 4)):
-        model, health = Spoiled(when), training.Health()
-        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=scaled)
+        model, scaler = Spoiled(when), torch.amp.GradScaler("cpu", enabled=scaled)
+        run, optimizer = training.Run(None, None, scaler=scaler), torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(3 + len(when)):
             scaler.scale(model(torch.tensor([1.0, 2.0, 3.0]))).backward()
-            norm = health.step(optimizer, scaler)
+            norm = training.update(run, optimizer)
             assert (norm != norm) == (model.calls in when) and model.w.grad is None
         weights.append(model.w.detach())
-        assert health.skipped == len(when) and health.in_a_row == 0
+        assert run.skipped == len(when) and run.skipped_in_a_row == 0
     assert torch.equal(*weights) and "a step was left out, its gradient is nan (2 so far)" in capsys.readouterr().err
 
 
 def test_too_many_of_them_end_the_run(monkeypatch, photos, half):  # noqa: F811
     """With a sentence; what the checkpoints hold is what was learned before."""
     before = newest(half)["model"]
-    monkeypatch.setattr(training.Health, "__init__", lambda self: self.__dict__.update(most=5, skipped=0, in_a_row=0))
-    monkeypatch.setattr(train_vosr, "losses", lambda name, stage, model, *_: {"all": model.vae.encoder.weight.sum() * float("inf")})
-    with pytest.raises(training.Quit, match="5 steps in a row had no finite gradient"):
+    monkeypatch.setattr(training, "MAX_SKIPPED", 5)
+    monkeypatch.setitem(train_vosr.LOSSES, "autoencoder", lambda model, *_: {"all": model.vae.encoder.weight.sum() * float("inf")})
+    with pytest.raises(training.UserError, match="5 steps in a row had no finite gradient"):
         vosr(monkeypatch, photos, half)
     assert all(torch.equal(x, before[k]) for k, x in newest(half)["model"].items() if k != "vae.std")     # a buffer

@@ -13,25 +13,30 @@ import runs
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_vosr import SMALL
 
 import models.support.photos
 import sample
 import train_vosr
 import training
-from models.flow import Draws, loss_flow
-from models.vosr import VOSR
+from models.dit import DiTConfig
+from models.flow import loss_flow
+from models.tiny import TinyVAEConfig, TinyVOSR, TinyVOSRConfig
+from models.vit import ViTConfig
 
+SMALL = TinyVOSRConfig(
+    dit=DiTConfig(input_size=8, patch_size=2, in_channels=16, out_channels=8, hidden_size=32, depth=2, num_heads=2, z_dims=16,
+                  rope_rescale=False),
+    vit=ViTConfig(img_size=28, embed_dim=16, depth=1, num_heads=2),
+    vae=TinyVAEConfig(latent_channels=8), vit_input=28, steps=2, temperature=1.0, tile=64, overlap=0)
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipes=("s3diff", "vosr"), ema=0.5, schedule="cosine", warmup=2)
+STAGES = {"autoencoder": replace(STAGE, crop=32, recipes=()), "flow": STAGE, "refine": replace(STAGE, branches_per="image"),
+          "distill": STAGE, "decoder": STAGE}
 
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
-    stages = {"autoencoder": replace(STAGE, crop=32), "flow": STAGE, "refine": replace(STAGE, branches_per="image"),
-              "distill": STAGE,
-              "decoder": STAGE, "looks": replace(STAGE, crop=64, lambda_pdl=1.0)}
-    monkeypatch.setitem(train_vosr.PRESETS, "small", (replace(SMALL, tile=64), stages))
+    monkeypatch.setitem(train_vosr.PRESETS, "tiny", (SMALL, STAGES))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="small"):
+def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="tiny"):
     """Run a stage in this process; stop_at: steps after which Ctrl-C comes."""
     runs.watch_less(monkeypatch), runs.stop_after(monkeypatch, stop_at)
     monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--preset", preset, "--stage", stage, "--data", str(photos),
@@ -53,10 +58,10 @@ def launch(monkeypatch, photos, out, stage, *more, stop_at=None, preset="small")
     train_vosr.main()
 
 
-def train(monkeypatch, photos, out, stage, *more, preset="small", **kwargs):
+def train(monkeypatch, photos, out, stage, *more, preset="tiny", **kwargs):
     """`launch` -> the tensors it wrote."""
     launch(monkeypatch, photos, out, stage, *more, preset=preset, **kwargs)
-    return load_file(out / ("model.safetensors" if preset == "small" else "checkpoints/ema_model.safetensors"))
+    return load_file(out / ("model.safetensors" if preset == "tiny" else "checkpoints/ema_model.safetensors"))
 
 
 def newest(out):
@@ -81,7 +86,7 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
     for kind in ("rcgm", "shortcut"):
         train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "refine", "--distill", kind,
               "--micro-batch", 1)
-        model = VOSR.from_pretrained(tmp_path / kind)
+        model = TinyVOSR.from_pretrained(tmp_path / kind)
         assert model.cfg.dit.auxiliary_time_cond and model.cfg.steps == 1
     a, b = load_file(tmp_path / "refine" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
     # distillation trains the DiT alone
@@ -89,7 +94,7 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
     for name in ("log.csv", "loss.png", "sheet.png"):
         assert (tmp_path / "rcgm" / name).stat().st_size > 0
     said = capsys.readouterr().out
-    assert "small distill, from" in said and "float32" in said and "batch 2 = 1 x 2 x 1" in said
+    assert "VOSR tiny, stage distill: from" in said and "float32" in said and "batch 2 = 1 x 2 x 1" in said
     Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
     assert sample.main([str(tmp_path / "teal.png"), "--model", str(tmp_path / "rcgm"),
                         "--out", str(tmp_path / "out")]) == 0
@@ -99,36 +104,17 @@ def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys
 def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
     """At first the picture is the one without it; then only it has changed, and distilled models only are taken."""
     train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
-    with pytest.raises(training.Quit, match="is no one-step model of preset small, from which stage decoder starts"):
+    with pytest.raises(training.UserError, match="is no one-step model of preset tiny, from which stage decoder starts"):
         launch(monkeypatch, photos, tmp_path / "no", "decoder", "--init", tmp_path / "flow")
     before = train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
     after = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)
     assert all(torch.equal(after[k], before[k]) for k in before)
     assert {k.split(".")[1] for k in after.keys() - before.keys()} == {"finish"}
-    model, z = VOSR.from_pretrained(tmp_path / "decoder"), torch.randn(1, 8, 3, 4)
+    model, z = TinyVOSR.from_pretrained(tmp_path / "decoder"), torch.randn(1, 8, 3, 4)
     assert model.cfg.steps == 1 and model.decode(z).shape == (1, 3, 24, 32)
-    assert not torch.equal(model.decode(z), VOSR.from_pretrained(tmp_path / "one").decode(z))
+    assert not torch.equal(model.decode(z), TinyVOSR.from_pretrained(tmp_path / "one").decode(z))
     torch.nn.init.zeros_(model.vae.finish.conv_out.weight), torch.nn.init.zeros_(model.vae.finish.conv_out.bias)
-    assert torch.equal(model.decode(z), VOSR.from_pretrained(tmp_path / "one").decode(z))
-
-
-def test_looks_add_edges(monkeypatch, photos, autoencoder, tmp_path):
-    """Of which nothing else is changed: without them the picture is that of stage decoder."""
-    train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
-    train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
-    before = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)
-    after = train(monkeypatch, photos, tmp_path / "looks", "looks", "--init", tmp_path / "decoder")
-    assert all(torch.equal(after[k], before[k]) for k in before)
-    assert {k.split(".")[1] for k in after.keys() - before.keys()} == {"crisp"}
-    rows = list(csv.DictReader(open(tmp_path / "looks" / "log.csv")))
-    assert all(float(rows[-1][name]) > 0 for name in train_vosr.TERMS["looks"])
-    model, lq = VOSR.from_pretrained(tmp_path / "looks"), torch.rand(1, 3, 16, 16)
-    faithful, half = (model.upscale(lq, crisp=c, color="none") for c in (0, train_vosr.ADDS["looks"][1]))
-    assert not torch.equal(faithful, half) and torch.equal(half, model.upscale(lq, color="none"))
-    plain = VOSR.from_pretrained(tmp_path / "decoder").upscale(lq, color="none")
-    assert not torch.equal(faithful, plain)
-    torch.nn.init.zeros_(model.vae.crisp.conv_out.weight), torch.nn.init.zeros_(model.vae.crisp.conv_out.bias)
-    assert torch.equal(model.upscale(lq, crisp=0, color="none"), plain)
+    assert torch.equal(model.decode(z), TinyVOSR.from_pretrained(tmp_path / "one").decode(z))
 
 
 @pytest.mark.parametrize("ablation", train_vosr.ABLATIONS)
@@ -139,12 +125,12 @@ def test_ablations_last(monkeypatch, photos, autoencoder, tmp_path, ablation):
                                ("distill", tmp_path / "refine")):
         steps = 12 if stage == "flow" else 1        # the condition is dropped for one picture in ten
         runs[stage] = train(monkeypatch, photos, tmp_path / stage, stage, "--init", init, *more, "--steps", steps)
-        cfg = VOSR.from_pretrained(tmp_path / stage).cfg
+        cfg = TinyVOSR.from_pretrained(tmp_path / stage).cfg
         assert (cfg.blind, cfg.weak) == ((True, 0.15) if ablation == "tokens" else (False, 0.0))
     usual = train(monkeypatch, photos, tmp_path / "usual", "flow", "--init", autoencoder, "--steps", 12)
     assert any(not torch.equal(usual[k], runs["flow"][k]) for k in usual if k.startswith("dit."))
     if ablation == "tokens":
-        a = VOSR.from_pretrained(tmp_path / "distill")
+        a = TinyVOSR.from_pretrained(tmp_path / "distill")
         x = torch.rand(2, 3, 64, 64)
         assert not a.tokens(x).any() and a.upscale(x[:1, :, :16, :16]).shape == (1, 3, 64, 64)
 
@@ -194,24 +180,24 @@ def test_held_out_photos_are_never_trained_on(monkeypatch, photos, tmp_path):
 def test_overfits_one_picture():
     """Flow loss on one latent pair falls to a fraction within fifty steps."""
     torch.manual_seed(0)
-    model = VOSR(SMALL).train()
+    model = TinyVOSR(SMALL).train()
     g = torch.Generator().manual_seed(0)
     z_hq, z_lq = (torch.randn(1, 8, 8, 8, generator=g).repeat(8, 1, 1, 1) for _ in range(2))
     lq = torch.rand(1, 3, 64, 64, generator=g).repeat(8, 1, 1, 1)
     optimizer = torch.optim.AdamW([*model.dit.parameters(), *model.vit.parameters()], lr=1e-2)
     losses = []
     for step in range(60):
-        loss = loss_flow(model.dit, z_hq, z_lq, model.tokens(lq), Draws.flow(z_hq, torch.Generator().manual_seed(step)))
+        loss = loss_flow(model.dit, z_hq, z_lq, model.tokens(lq), torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
-    assert model.vit.blocks[0].attn.qkv.weight.grad.abs().sum() > 0                             # the eyes learn too
+    assert model.vit.blocks[0].attn.qkv.weight.grad.abs().sum() > 0                             # the vision encoder learns too
 
 
 def test_settings_that_matter_may_not_change(monkeypatch, photos, autoencoder):
-    with pytest.raises(training.Quit, match="--batch-size: .* was written with 2, not 4"):
+    with pytest.raises(training.UserError, match="--batch-size: .* was written with 2, not 4"):
         train(monkeypatch, photos, autoencoder, "autoencoder", "--batch-size", 4)
 
 
@@ -245,8 +231,32 @@ def test_learning_rate_and_ema():
     assert torch.allclose(a.weight, 0.9 * before + 0.1 * b.weight)
 
 
+@pytest.mark.parametrize("number, line", [(5, "5 photos found in"), (65, "65 photos found in")])
+def test_how_many_photos(monkeypatch, photos, tmp_path, capsys, number, line):
+    """Every run says how many there are and how many are held out; a line says where those are few."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(number):
+        os.link(photos / f"{i % 5}.png", folder / f"{i}.png")
+    train(monkeypatch, folder, tmp_path / "out", "autoencoder", "--steps", 1)
+    said = capsys.readouterr().out
+    assert f"{number} photos found in {folder}, {-(-number // 30)} of them held out" in said
+    assert ("these are few: the 2 crops that are evaluated come from the 1 held out" in said) == (number < 60)
+
+
+def test_log_every(monkeypatch, photos, tmp_path):
+    """A row as often as asked, and where an evaluation is due; losses are means over the steps between."""
+    logs = {}
+    for every in (1, 2, 3):
+        train(monkeypatch, photos, tmp_path / str(every), "autoencoder", "--steps", 4, "--log-every", every)
+        with open(tmp_path / str(every) / "log.csv", newline="") as f:
+            logs[every] = {int(row["step"]): row["all"] and float(row["all"]) for row in csv.DictReader(f)}
+    assert [list(log) for log in logs.values()] == [[0, 1, 2, 3, 4], [0, 2, 4], [0, 3, 4]]
+    assert logs[2][4] == pytest.approx((logs[1][3] + logs[1][4]) / 2, rel=1e-4) and logs[3][4] == pytest.approx(logs[1][4], rel=1e-4)
+
+
 def test_groups_freeze_the_rest():
-    model = VOSR(SMALL)
+    model = TinyVOSR(SMALL)
     params = training.freeze_all_but(model, list(model.dit.parameters()))
     assert len(params) == len(list(model.dit.parameters()))
     assert not any(p.requires_grad for p in [*model.vae.parameters(), *model.vit.parameters()])

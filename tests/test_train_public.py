@@ -80,7 +80,7 @@ def test_resumed_equals_uninterrupted(run):
 @pytest.mark.parametrize("size, stage, init", [("1.4b", "flow", "vosr-0.5b"), ("0.5b", "flow", "vosr-0.5b-1step"),
                                                ("0.5b", "distill", "vosr-0.5b-1step")])
 def test_a_start_that_does_not_fit(run, size, stage, init):
-    with pytest.raises(training.Quit, match=f"{init}: is no many-step model of preset {size}, from which stage {stage} starts"):
+    with pytest.raises(training.UserError, match=f"{init}: is no many-step model of preset {size}, from which stage {stage} starts"):
         run(size, stage, "--init", init)
 
 

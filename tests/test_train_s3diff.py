@@ -21,20 +21,20 @@ import train_s3diff
 import training
 from models.discriminator import Discriminator
 from models.lpips import LPIPS, NETS
-from models.s3diff import S3Diff, S3DiffConfig, is_prior, is_trained
+from models.s3diff import S3Diff, S3DiffConfig, is_trained
+from models.tiny import TinyS3Diff, TinyS3DiffConfig, TinyVAEConfig, is_prior
 from models.unet import UNetConfig, alphas_cumprod
-from models.vae import VAE, TinyVAEConfig, VAEConfig
+from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
-from train_s3diff import Recipe, adversary, denoise, reconstruct
+from train_s3diff import Pairs, Stage, adversary, prior_losses, prompts_and_targets, reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = S3DiffConfig(unet=UNetConfig(widths=(16, 16), num_heads=(1, 1), layers_per_block=1, context_dim=8,
                                      norm_groups=4),
                      vae=VAEConfig(widths=(8, 8, 8, 8), layers_per_block=1, norm_groups=4), r_unet=4, r_vae=2)
-SMALL_TINY = replace(SMALL, unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(finish=8),
-                     vae_targets="encoder",
-                     denet_widths=(8, 8, 8, 8), tokens=4)
-RECIPE = Recipe(4, 2, 1e-3, crop=64)
+SMALL_TINY = TinyS3DiffConfig(unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(finish=96), r_unet=4,
+                              r_vae=2, denet_widths=(8, 8, 8, 8), tokens=4, t=999)
+STAGE = Stage(4, 2, 1e-3, crop=64)
 
 
 def trunk():
@@ -44,7 +44,7 @@ def trunk():
 
 def shrink(patch, **changes):
     patch.setitem(train_s3diff.PRESETS, "tiny",
-                  (SMALL_TINY, {stage: replace(RECIPE, **changes) for stage in ("prior", "estimator", "adapters")}))
+                  (SMALL_TINY, {stage: replace(STAGE, **changes) for stage in ("prior", "estimator", "adapters")}))
     patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
 
 
@@ -85,7 +85,7 @@ def test_a_run_and_a_picture(monkeypatch, photos, tmp_path, capsys):  # noqa: F8
         row = list(csv.DictReader(f))[-1]
     assert all(float(row[name]) > 0 for name in ("l2", "lpips", "gan", "d_real", "d_fake", "grad_norm", "held_out",
                                                  "psnr"))
-    model = S3Diff.from_pretrained(tmp_path)
+    model = TinyS3Diff.from_pretrained(tmp_path)
     # stored in float16
     torch.testing.assert_close(checkpoint["model"]["unet.conv_in.weight"], model.unet.conv_in.weight, atol=1e-3,
                                rtol=1e-3)
@@ -136,9 +136,9 @@ def test_checkpointing_changes_nothing(monkeypatch, photos, tmp_path):  # noqa: 
 def test_ablations_train_and_load(monkeypatch, photos, tmp_path, words, check):  # noqa: F811
     checkpoint = launch(monkeypatch, photos, tmp_path, "--steps", 1, *words)
     assert check(checkpoint["model"]) and all(x.isfinite().all() for x in checkpoint["model"].values())
-    model = S3Diff.from_pretrained(tmp_path)
+    model = TinyS3Diff.from_pretrained(tmp_path)
     assert model.upscale(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
-    with pytest.raises(training.Quit, match="use that or another --out"):
+    with pytest.raises(training.UserError, match="use that or another --out"):
         launch(monkeypatch, photos, tmp_path, "--steps", 1, "--seed", 1)
 
 
@@ -150,15 +150,18 @@ def random_batch(B=2, side=64):
 
 
 def test_negative_prompting():
-    """A draw below neg_prob: the bad prompt, and the bad picture is the target; the others as if there were none."""
+    """The bad prompt, and the LQ image is the target; the others as if there were none."""
     torch.manual_seed(0)
     model, lpips = S3Diff(SMALL), LPIPS().requires_grad_(False)
     torch.nn.init.normal_(model.prompts)
     x_src, x_tgt, scores = random_batch()
     with torch.no_grad():
-        terms, y = reconstruct(model, lpips, RECIPE, 0.05, x_src, x_tgt, scores, torch.tensor([0.04, 0.05]))
+        batch = Pairs(x_src, x_tgt, scores, torch.tensor([True, False]), None)
+        context, target = prompts_and_targets(model, batch)
+        y = model(x_src, scores, context)
+        terms = reconstruct(y, target, lpips, STAGE)
         bad, good = model(x_src[:1], scores[:1], model.prompts[1:]), model(x_src[1:], scores[1:], model.prompts[:1])
-        never, _ = reconstruct(model, lpips, RECIPE, 0.0, x_src, x_tgt, scores, torch.tensor([0.0, 0.5]))
+        never = reconstruct(y, prompts_and_targets(model, replace(batch, negative=torch.tensor([False, False])))[1], lpips, STAGE)
     torch.testing.assert_close(y, torch.cat([bad, good]))
     # 2.0 x the mean of two
     torch.testing.assert_close(terms["l2"], (bad - x_src[:1]).square().mean() + (good - x_tgt[1:]).square().mean())
@@ -173,8 +176,8 @@ def test_the_discriminator_does_not_learn_to_be_deceived():
     training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
     x_src, _, scores = random_batch()
     D.requires_grad_(False)
-    terms, _ = adversary(model, D, RECIPE, x_src, scores)
-    terms["gan"].backward()
+    y = model(x_src, scores, model.prompts[:1].expand(2, -1, -1))
+    adversary(y, D, STAGE)["gan"].backward()
     assert model.unet.conv_in.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in [*D.parameters(), *D.vit.parameters()])
 
@@ -256,7 +259,7 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
                         lambda texts, folder, dtype: torch.arange(len(texts)).float().view(-1, 1, 1).expand(-1, 77, 8))
     monkeypatch.setitem(train_s3diff.VITS, "dino_vitb16", small_dino)
     monkeypatch.setattr(models.s3diff, "S3DiffConfig", partial(S3DiffConfig, unet=SMALL.unet, vae=SMALL.vae))
-    monkeypatch.setitem(train_s3diff.PRESETS, "sd-turbo", (SMALL, {"adapters": replace(RECIPE, steps=2)}))
+    monkeypatch.setitem(train_s3diff.PRESETS, "sd-turbo", (SMALL, {"adapters": replace(STAGE, steps=2)}))
 
     launch(monkeypatch, photos, tmp_path / "run", preset="sd-turbo")
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -281,14 +284,14 @@ def test_a_prior_its_estimator_and_adapters(monkeypatch, photos, tmp_path):  # n
     assert {k.split(".")[0] for k in states["estimator"].keys() - states["prior"].keys()} == {"denet"}
     assert states["adapters"]["unet.conv_out.lora_B.default.weight"].any()
     assert all(torch.equal(states["prior"][k], states["adapters"][k]) for k in states["prior"] if "conv_in" not in k)
-    with pytest.raises(training.Quit, match="use that or another --out"):
+    with pytest.raises(training.UserError, match="use that or another --out"):
         launch(monkeypatch, photos, tmp_path / "prior", "--stage", "estimator")
 
 
 @torch.no_grad()
 def test_what_the_prior_is_asked(monkeypatch):
     """Its own prompt with each picture, none with one in ten; more times at both ends; a perfect answer has no loss."""
-    model, seen = S3Diff(SMALL_TINY), []
+    model, seen = TinyS3Diff(SMALL_TINY), []
     model.prompts = nn.Parameter(torch.randn_like(model.prompts))
     x, bad = torch.rand(2000, 3, 8, 8) - 0.5, torch.arange(2000) % 2
     z, a = model.vae.encode(x), alphas_cumprod()
@@ -298,7 +301,7 @@ def test_what_the_prior_is_asked(monkeypatch):
         return (z_t - a[t].sqrt().view(-1, 1, 1, 1) * z) / (1 - a[t]).sqrt().view(-1, 1, 1, 1)
 
     monkeypatch.setattr(model.unet, "forward", perfect)
-    assert denoise(model, x, bad, training.generator(0))[0]["eps"] < 1e-4
+    assert prior_losses(model, x, bad, training.generator(0))["eps"] < 1e-4
     t, context = seen
     told = context.flatten(1).any(1)
     assert torch.equal(context[told], model.prompts[bad][told]) and 0.08 < 1 - told.float().mean() < 0.12
