@@ -639,8 +639,8 @@ def pair(path, name, args):
     return lq, hq
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     try:
         names = find_pictures(args.hr_dir, print)
     except PictureError as error:

@@ -333,33 +333,40 @@ class Report:
         return self.figures.read()
 
 
+def results_of(models, job, args):
+    """One image by all models.  -> lq (1, 3, H, W), alpha or None, what `upscale` returns for each"""
+    lq, alpha = read_picture(job.path, note=print)
+    results = []
+    for top, target, (name, model) in zip(args.folders, job.targets, models.items()):
+        results.append(upscale(name, model, job.path, target, lq, args))
+        was_computed = results[-1][1] is not None
+        if args.sweep and was_computed:
+            sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
+    return lq, alpha, results
+
+
 def upscale_all(models, jobs, report, args, failures):
     """Upscale one image after the other; each is written and measured while the next is computed.
 
     -> was it stopped by Ctrl-C?
     """
-    stop, stopped, waiting = Stop(), False, []
+    stopped, waiting = False, []
 
     def collect():
         path, finished = waiting.pop(0)
         with failures.at(path):
             report.add(*finished.result())
 
-    with ThreadPoolExecutor(1) as writer:
+    with Stop() as stop, ThreadPoolExecutor(1) as writer:
         for number, job in enumerate(jobs):
             try:
                 if stop:
                     raise KeyboardInterrupt
                 with failures.at(job.path):
-                    lq, alpha = read_picture(job.path, note=print)
-                    results = []
                     for target in job.targets:
                         claim(target, job.path, args.inputs)
-                    with stop:
-                        for top, target, (name, model) in zip(args.folders, job.targets, models.items()):
-                            results.append(upscale(name, model, job.path, target, lq, args))
-                            if args.sweep and results[-1][1] is not None:
-                                sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
+                    with stop.droppable():
+                        lq, alpha, results = results_of(models, job, args)
                     on_sheet = number < SHEET_ROWS
                     waiting.append((job.path, writer.submit(finish, job, lq, alpha, results, args, on_sheet)))
             except KeyboardInterrupt:       # the image at hand is dropped

@@ -24,6 +24,7 @@ import argparse
 import copy
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -95,12 +96,13 @@ PRESETS = {     # name: config of the model, its stages
 SETTINGS = ("stage", "preset", "data", "init", "seed", "gram", "rank")      # flags that stay when a run is resumed
 
 
-def parse_args():
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", required=True, choices=PAPER)
     p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default); tiny: on S3Diff's prior")
-    p.add_argument("--init", help="model to start from: the earlier stage's --out; stage pixel, tiny: --out "
-                   "of train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")
+    p.add_argument("--init", type=training.path,
+                   help="model to start from: the earlier stage's --out; stage pixel, tiny: --out of "
+                   "train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")
     # what the paper leaves open
     p.add_argument("--gram", choices=("patches", "channels"),
                    help="the matrix of stage texture: of patches (default) or channels")
@@ -109,7 +111,7 @@ def parse_args():
                         "without its file), and keep the best model; 0 = never (default 10 in stage texture, else 0)")
     p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     training.add_arguments(p)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
     args.tiny = args.preset == "tiny"
     if args.stage == "pixel" and args.init and not args.tiny:
@@ -323,8 +325,8 @@ def save(run):
     training.save_state(run, best=run.best, waited=run.waited, written=run.written)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     run = prepare(args)
     checkpoint = training.resume(run, SETTINGS)
     if checkpoint:
@@ -337,12 +339,13 @@ def main():
     terms = partial(losses, run.model, run.lpips, run.vit, run.stage, args.gram)
     run.losses = training.replicate(run, run.model, terms)
     open_data(run)
-    training.fit(run, step, evaluate, save)
+    status = training.fit(run, step, evaluate, save)
     if run.over:
         print(f"stopped early at step {run.step}: {run.judge} was no better {run.waited} times; "
               f"the model is the best so far, {' '.join(run.written)}")
+    return status
 
 
 if __name__ == "__main__":
     with training.one_line_errors("train_gramsr"):
-        main()
+        sys.exit(main())

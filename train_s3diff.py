@@ -24,6 +24,7 @@ loss.png and sheet.png (LQ | result | HQ of held-out photos; of a prior noisy | 
 
 import argparse
 import copy
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable
@@ -101,12 +102,13 @@ SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "r
             "seed")     # flags that stay when a run is resumed
 
 
-def parse_args():
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", default="adapters", choices=TINY, help="adapters (default); others: tiny only")
     p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default); tiny: all trained here")
-    p.add_argument("--init", help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new "
-                   "adapters on SD-Turbo, or on the embedded tiny prior; none: on random weights, ours)")
+    p.add_argument("--init", type=training.path,
+                   help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new adapters"
+                   " on SD-Turbo, or on the embedded tiny prior; none: on random weights, ours)")
     # the paper's ablations
     p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; unet+encoder)")
     p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
@@ -118,7 +120,7 @@ def parse_args():
     p.add_argument("--start-step", type=between(1, 999, whole=True),
                    help="t of the one step (Table 8; default 999, tiny 250); below 999 with its noise, but tiny")
     training.add_arguments(p)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
     args.tiny = args.preset == "tiny"
     if args.stage not in stages:
@@ -463,8 +465,8 @@ def save(run):
     training.save_state(run)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     run = prepare(args)
     training.resume(run, SETTINGS)
     for part in (run.model.unet, *run.model.vae.children()):
@@ -477,9 +479,9 @@ def main():
     else:
         run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run.model))
     open_data(run)
-    training.fit(run, step_adapters if args.stage == "adapters" else step, evaluate, save)
+    return training.fit(run, step_adapters if args.stage == "adapters" else step, evaluate, save)
 
 
 if __name__ == "__main__":
     with training.one_line_errors("train_s3diff"):
-        main()
+        sys.exit(main())

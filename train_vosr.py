@@ -22,6 +22,7 @@ log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos; of an auto
 
 import argparse
 import copy
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -82,15 +83,16 @@ FINISH = 96         # channels of what stage decoder adds to TinyVAE
 SETTINGS = ("stage", "preset", "ablate", "distill", "data", "init", "seed")     # flags that stay when a run is resumed
 
 
-def parse_args():
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", required=True, choices=sorted({*TINY, *PAPER}))
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
-    p.add_argument("--init", help="start from the earlier stage's --out, or anything that sample.py --model takes")
+    p.add_argument("--init", type=training.path,
+                   help="start from the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without visual tokens, or with no weak condition")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     training.add_arguments(p)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
     args.tiny = args.preset == "tiny"
     if args.stage not in stages:
@@ -344,8 +346,8 @@ def save(run):
     training.save_state(run)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     run = prepare(args)
     training.resume(run, SETTINGS)
     run.model.dit.checkpointing = args.checkpointing
@@ -354,9 +356,9 @@ def main():
     terms = partial(LOSSES[args.stage], run.model, run.teacher, run.stage)
     run.losses = training.replicate(run, run.model, terms)
     open_data(run)
-    training.fit(run, step, evaluate, save)
+    return training.fit(run, step, evaluate, save)
 
 
 if __name__ == "__main__":
     with training.one_line_errors("train_vosr"):
-        main()
+        sys.exit(main())

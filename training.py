@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from degrade import RECIPES
-from models.support.arguments import SEED, Stop, between, make_lenient, no_memory, positive
+from models.support.arguments import SEED, Stop, between, make_lenient, no_memory, path, positive
 from models.support.charts import Log, save_sheet
 from models.support.download import sha256_of
 from models.support.files import whole_file
@@ -42,6 +42,9 @@ def one_line_errors(name):
     make_lenient()
     try:
         yield
+    except KeyboardInterrupt:       # before the first step, or for the second time
+        print(f"{name}: stopped, nothing saved", file=sys.stderr)
+        sys.exit(130)
     except (UserError, OSError, ValueError, SafetensorError) as e:
         sys.exit(f"{name}: {str(e).strip().splitlines()[-1]}")     # a loader's worker wraps its error in a traceback
     except RuntimeError as e:
@@ -87,6 +90,7 @@ class Run:
 
     # by `start`: where it is computed
     out: Path = None                    # --out, where all files go
+    lock: Any = None                    # a file there, open as long as the run lasts
     device: torch.device = None
     dtype: torch.dtype = None           # of autocast; the weights that are trained stay float32
     scaler: torch.amp.GradScaler = None     # of the loss in float16; does nothing in other types
@@ -133,9 +137,9 @@ class Run:
 
 def add_arguments(p):
     """The flags that all three scripts have."""
-    p.add_argument("--data", required=True, help="good photos: a folder, searched recursively, or a .txt list")
+    p.add_argument("--data", type=path, required=True, help="good photos: a folder, searched recursively, or a .txt list")
     p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
-    p.add_argument("--out", required=True, help="folder for everything this run writes")
+    p.add_argument("--out", type=path, required=True, help="folder for everything this run writes")
     # optimisation
     p.add_argument("--steps", type=positive, help="steps in all (default: the preset's)")
     p.add_argument("--batch-size", type=positive, help="photos per step, of all processes together")
@@ -199,7 +203,26 @@ def start(run):
                         f"--micro-batch {run.micro_batch}")
     run.out = Path(args.out)
     run.out.mkdir(parents=True, exist_ok=True)
+    if run.rank == 0:
+        run.lock = lock(run.out)
+        warn_of_unfinished(args.init)
     torch.manual_seed(args.seed)        # the initial weights; everything later has generators of its own
+
+
+def lock(folder):
+    """Refuse a folder into which another training writes.  -> a file to be kept open. Raises UserError."""
+    try:
+        import fcntl
+    except ImportError:     # Windows
+        return None
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {folder}: another training is writing there; choose another folder") from None
+    except OSError:         # a file system without locks
+        return None
+    return file
 
 
 def open_photos(run):
@@ -471,8 +494,8 @@ def resume(run, settings):
         run.step, run.photos = checkpoint["step"], checkpoint["photos"]
         run.origin = f"resumed from {run.out} at step {run.step}"
         for name, part in run.state.items():
-            if isinstance(part, torch.nn.Module):       # of which only what learns was saved
-                part.load_state_dict(checkpoint[name], strict=False)
+            if isinstance(part, torch.nn.Module):
+                load_saved(part, checkpoint[name], run)
             elif checkpoint[name]:                      # a scaler's is {} in another type
                 part.load_state_dict(checkpoint[name])
     processes = "1 process" if run.world == 1 else f"{run.world} processes"
@@ -482,6 +505,27 @@ def resume(run, settings):
     return checkpoint
 
 
+def load_saved(module, tensors, run):
+    """Load what checkpoints hold of a module, all of it. Raises UserError, as after a change of the network's code."""
+    wanted = {name: x.shape for name, x in module.state_dict().items() if run.is_saved(name)}
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or tensors[name].shape != wanted.get(name):
+            raise UserError(f"{run.out}: its checkpoint does not fit this network ({name}), whose code has changed "
+                            "since; begin another --out, or take the change back")
+    module.load_state_dict(tensors, strict=False)
+
+
+def warn_of_unfinished(init):
+    """Print a line where --init is the folder of a training that has not reached its last step."""
+    found = checkpoints(init) if init and Path(init).is_dir() else []
+    if not found:
+        return
+    state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)
+    if state["step"] < state.get("steps", 0):
+        print(f"--init {init}: that training stopped at step {state['step']} of {state['steps']}; "
+              "its own command goes on with it", file=sys.stderr)
+
+
 def save_state(run, **more):
     """The first process writes a checkpoint: run.state, of models what learns, and more."""
     if run.rank > 0:
@@ -489,7 +533,8 @@ def save_state(run, **more):
     state = {name: part.state_dict() for name, part in run.state.items()}
     for name in {"model", "ema"} & state.keys():
         state[name] = {k: v for k, v in state[name].items() if run.is_saved(k)}
-    save_checkpoint(run.out, run.step, run.args.keep, settings=run.settings, photos=run.photos, **state, **more)
+    save_checkpoint(run.out, run.step, run.args.keep, steps=run.stage.steps, settings=run.settings,
+                    photos=run.photos, **state, **more)
 
 
 # ---- the loop
@@ -499,41 +544,47 @@ def fit(run, step, evaluate, save):
     """Train until the last step, or until Ctrl-C, SIGTERM or early stopping.
 
     step(run): one step of the optimizers; evaluate(run) -> {column of the log: value}, {title: images (B, 3, H, W)};
-    save(run): the model and a checkpoint
+    save(run): the model and a checkpoint -> exit status: 0, or 130 if it was stopped before its last step
     """
-    stage, stop, log = run.stage, Stop(), open_log(run)
+    stage, log = run.stage, open_log(run)
     if run.step == 0:
         with autocast(run.device, run.dtype):
             metrics, _ = evaluate(run)
         if log:
             log.write(step=0, **metrics)
-    bar = tqdm(total=stage.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=run.rank > 0)
+    hidden = True if run.rank > 0 else None     # None: where no terminal shows it
+    bar = tqdm(total=stage.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hidden)
     run.model.train()
     begin_row(run)
-    while run.step < stage.steps and not is_stopped(run, stop):
-        run.lr = learning_rate(run.step, stage.steps, stage.lr, stage.schedule, stage.warmup)
-        step(run)
-        run.step += 1
-        show_progress(run, bar)
-        due = run.step % stage.save_every == 0 or run.step == stage.steps
-        if due or run.step % run.args.log_every == 0:
-            row, images = finish_row(run), {}
-            if due:
-                with autocast(run.device, run.dtype):
-                    run.metrics, images = evaluate(run)
+    with Stop("stopping after this step, then saving; again: at once, unsaved") as stop:
+        while run.step < stage.steps and not is_stopped(run, stop):
+            run.lr = learning_rate(run.step, stage.steps, stage.lr, stage.schedule, stage.warmup)
+            step(run)
+            run.step += 1
+            show_progress(run, bar)
+            due = run.step % stage.save_every == 0 or run.step == stage.steps
+            if due or run.step % run.args.log_every == 0:
+                row, images = finish_row(run), {}
+                if due:
+                    with autocast(run.device, run.dtype):
+                        run.metrics, images = evaluate(run)
+                    with stop.shield():
+                        save(run)
+                    row |= run.metrics
+                if log:
+                    log.write(**row)
+                if log and due:
+                    draw_log(run, log, images)
+        bar.close()
+        stopped = run.step < stage.steps and not run.over
+        if stopped:
+            run.metrics = None
+            with stop.shield():
                 save(run)
-                row |= run.metrics
-            if log:
-                log.write(**row)
-            if log and due:
-                draw_log(run, log, images)
-    bar.close()
-    if run.step < stage.steps and not run.over:
-        run.metrics = None
-        save(run)
-        print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
+            print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
     if is_distributed():
         dist.destroy_process_group()
+    return 130 if stopped else 0
 
 
 def is_stopped(run, stop):

@@ -4,10 +4,11 @@ import argparse
 import io
 import os
 import signal
+import threading
 
 import pytest
 
-from models.support.arguments import SEED, Lenient, Stop, between, folder, positive
+from models.support.arguments import SIGNALS, SEED, Lenient, Stop, between, folder, positive
 
 
 def test_what_is_a_number_of_that_range():
@@ -49,19 +50,34 @@ def test_nobody_reads():
     stream.stream.buffer.raw.close()
 
 
-def test_stop():
-    """What is inside is dropped, what is outside is finished; a second Ctrl-C does not wait."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        stop = Stop()
+def test_stop(capsys):
+    """What is droppable is dropped, all else finished; the first signal is answered at once, a second Ctrl-C does not wait."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Stop("stopping soon") as stop:
         assert not stop
-        with pytest.raises(KeyboardInterrupt), stop:
+        with pytest.raises(KeyboardInterrupt), stop.droppable():
             signal.raise_signal(signal.SIGTERM)
         assert stop
-        stop = Stop()
-        signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)
-        assert stop
+    with Stop("stopping soon") as stop:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop and capsys.readouterr().err.count("stopping soon") == 1
+        with stop.shield():
+            signal.raise_signal(signal.SIGINT)      # nothing is lost in here
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert before == [signal.getsignal(number) for number in SIGNALS]
+
+
+def test_stop_leaves_nohup_and_threads_alone():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+        found = []
+        thread = threading.Thread(target=lambda: found.append(Stop().__enter__().before))
+        thread.start(), thread.join()
+        assert found == [{}]
     finally:
-        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+        signal.signal(signal.SIGHUP, before)

@@ -5,7 +5,8 @@ import math
 import os
 import signal
 import sys
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models.support.files import OTHERS, SUFFIXES
@@ -28,18 +29,25 @@ positive = between(1, 2**31 - 1, whole=True)
 SEED = between(0, 2**63 - 1, whole=True)
 
 
+def path(text):
+    """A type of argument: ~ is the home folder; shells leave it in --out=~/x."""
+    return os.path.expanduser(text)
+
+
 def folder(text):
     """A type of argument: where results go, which is never the name of one picture."""
-    if Path(text).suffix.lower() in SUFFIXES | OTHERS.keys() and not Path(text).is_dir():
+    folder = Path(path(text))
+    if folder.suffix.lower() in SUFFIXES | OTHERS.keys() and not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is the name of a file; give a folder")
-    return Path(text)
+    return folder
 
 
 def existing(text):
     """A type of argument: a file or folder that is there."""
-    if not os.path.exists(text):
+    found = path(text)
+    if not os.path.exists(found):
         raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return Path(text)
+    return Path(found)
 
 
 def no_memory(error):
@@ -68,31 +76,70 @@ class Lenient:
 
 
 def make_lenient():
+    """Prints that never fail; lines that come at once, also where output goes into a file."""
     if sys.stdout and sys.stderr:       # none under Windows' pythonw
+        with suppress(AttributeError, ValueError):      # another kind of stream, as in notebooks
+            sys.stdout.reconfigure(line_buffering=True)
         sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class Stop:
-    """True once Ctrl-C or SIGTERM came; what is in `with stop:` is dropped (KeyboardInterrupt), all else finished."""
+    """True once Ctrl-C, SIGTERM or SIGHUP came; what is under way is finished, but for what is `droppable`.
 
-    def __init__(self):
-        self.asked = self.inside = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        with Stop("stopping after this step") as stop:
+            while not stop:
+                ...
 
-    def ask(self, number, _):
-        again, self.asked = self.asked, True
-        if self.inside or again and number == signal.SIGINT:    # a second Ctrl-C does not wait
-            raise KeyboardInterrupt
+    said: printed at once when the first signal comes. Handlers are put back at the end; a thread, as in notebooks,
+    has none, and SIGHUP stays ignored under nohup.
+    """
+
+    def __init__(self, said=""):
+        self.said, self.asked, self.dropping, self.shielded, self.before = said, False, False, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) == signal.SIG_DFL:
+                    self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def __bool__(self):
         return self.asked
 
-    def __enter__(self):
-        self.inside = True
+    def ask(self, number, _):
+        again, self.asked = self.asked, True
+        if self.shielded:
+            print("saving, one moment", file=sys.stderr, flush=True)
+        elif self.dropping or again and number == signal.SIGINT:        # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        elif self.said and not again:
+            print(f"\n{self.said}", file=sys.stderr, flush=True)
 
-    def __exit__(self, *_):
-        self.inside = False
+    @contextmanager
+    def droppable(self):
+        """A signal in here raises KeyboardInterrupt."""
+        self.dropping = True
+        try:
+            yield
+        finally:
+            self.dropping = False
+
+    @contextmanager
+    def shield(self):
+        """No signal interrupts what is in here."""
+        self.shielded = True
+        try:
+            yield
+        finally:
+            self.shielded = False
 
 
 def command(main):

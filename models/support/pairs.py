@@ -17,26 +17,27 @@ def write_pairs(command, names, out_dir, skip_existing, pair):
     command: whose messages they are; names: {path: name}; skip_existing: keep whole pairs; pair: (path, name) -> lq, hq
     """
     inputs, results = set(map(os.path.realpath, names)), output_paths(names, Path(), ())
-    done, failed, stop, stopped = 0, 0, Stop(), False
-    for (path, name), result in zip(tqdm(names.items(), unit="picture", disable=None), results):
-        targets = [out_dir / kind / result for kind in ("lq", "hq")]
-        try:
-            if stop:
-                raise KeyboardInterrupt
-            for target in targets:
-                claim(target, path, inputs)
-            if not (skip_existing and all(map(os.path.exists, targets))):
-                with stop:
-                    pictures = pair(path, name)
-                for target, x in zip(targets, pictures):
-                    write_picture(target, x, software="nanoSR degrade.py")     # which is an input
-            done += 1
-        except PictureError as error:
-            failed += 1
-            tqdm.write(f"{command}: {error}", file=sys.stderr)
-        except KeyboardInterrupt:       # the pair at hand is dropped
-            stopped = True
-            break
+    done, failed, stopped = 0, 0, False
+    with Stop() as stop:
+        for (path, name), result in zip(tqdm(names.items(), unit="image", disable=None), results):
+            targets = [out_dir / kind / result for kind in ("lq", "hq")]
+            try:
+                if stop:
+                    raise KeyboardInterrupt
+                for target in targets:
+                    claim(target, path, inputs)
+                if not (skip_existing and all(map(os.path.exists, targets))):
+                    with stop.droppable():
+                        pictures = pair(path, name)
+                    for target, x in zip(targets, pictures):
+                        write_picture(target, x, software="nanoSR degrade.py")     # which is an input
+                done += 1
+            except PictureError as error:
+                failed += 1
+                tqdm.write(f"{command}: {error}", file=sys.stderr)
+            except KeyboardInterrupt:       # the pair at hand is dropped
+                stopped = True
+                break
     if stopped:
         print(f"stopped after {done + failed} of {len(names)}; add --skip-existing to go on", file=sys.stderr)
     print(printable(f"{done} pictures in {out_dir / 'lq'} and {out_dir / 'hq'}, {failed} skipped"))

@@ -4,6 +4,7 @@ Shuffling, resuming and sharing between processes need no state: sample i is a f
 """
 
 import os
+import signal
 import sys
 from itertools import islice
 from pathlib import Path
@@ -152,9 +153,15 @@ def photos_for(data, crop, seed, names=None, **options):
     return photos, torch.stack([test[i] for i in range(16)]), names
 
 
+def ignore_signals(_):
+    """A loader's worker lives as long as its training, which stops after a step, although Ctrl-C reaches both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):
     """This process's photos of the steps in a range -> iterator of (micro, 3, crop, crop), what it computes at once"""
     mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
     cuda = device.type == "cuda"
-    return iter(DataLoader(photos, batch_size=micro, sampler=mine, pin_memory=cuda,
+    return iter(DataLoader(photos, batch_size=micro, sampler=mine, pin_memory=cuda, worker_init_fn=ignore_signals,
                            num_workers=4 * cuda if workers is None else workers))
