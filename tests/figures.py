@@ -22,14 +22,11 @@ from degrade import RECIPES, apply, draw_plan  # noqa: E402
 from models.flow import guided, sample  # noqa: E402
 from models.gram import gram as gram_matrix  # noqa: E402
 from models.gram import features, loss_csd, loss_gram  # noqa: E402
-from models.gramsr import GramSR  # noqa: E402
-from models.lpips import LPIPS  # noqa: E402
-from models.s3diff import S3Diff  # noqa: E402
 from models.support.imaging import read_picture, resize, round8, to_pil  # noqa: E402
 from models.support.metrics import psnr_y  # noqa: E402
+from models.tiny import RandomLPIPS, TinyGramSR, TinyS3Diff, TinyVOSR  # noqa: E402
 from models.unet import alphas_cumprod  # noqa: E402
 from models.support.weights import EMBEDDED  # noqa: E402
-from models.vosr import VOSR  # noqa: E402
 from sample import SYSTEMS  # noqa: E402
 
 WIDTH, GAP = 1200, 12       # pixels of every picture, and between what it shows
@@ -138,7 +135,7 @@ def degradation(seed=84):
 @torch.no_grad()
 def trajectory():
     """State and guess of the clean picture along ten steps from noise; the guess is where this velocity would lead."""
-    model, (lq, _) = VOSR.from_pretrained(), example(*CUP)
+    model, (lq, _) = TinyVOSR.from_pretrained("vosr-tiny"), example(*CUP)
     x = 2 * F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1) - 1
     z_lq, feat, seen = model.vae.encode(x), model.tokens(x), []
 
@@ -155,65 +152,57 @@ def trajectory():
 
 def weak():
     """What the weak branch alone makes of ever more of the picture."""
-    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    model, (lq, hq) = TinyVOSR.from_pretrained("vosr-tiny"), example(*CUP)
     strengths = 0, 0.05, 0.15, 0.5, 1
-    pictures = [model.upscale(lq, guidance=0, weak=w, color="none", crisp=0) for w in strengths]
+    pictures = [model.upscale(lq, guidance=0, weak=w, color="none") for w in strengths]
     captions = [f"weak {w:g}\n{psnr_y(x, hq, 4):.1f} dB" for w, x in zip(strengths, pictures)]
-    plain = model.upscale(lq, color="none", crisp=0)
+    plain = model.upscale(lq, color="none")
     return sheet([[*pictures, plain]], [[*captions, f"all, and tokens\n{psnr_y(plain, hq, 4):.1f} dB"]])
 
 
 def guidance():
     """The knob of VOSR, one step."""
-    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
+    model, (lq, hq) = TinyVOSR.from_pretrained("vosr-tiny"), example(*CUP)
     scales = -1, -0.5, 0, 0.5, 1, 1.5
-    pictures = [model.upscale(lq, guidance=s, crisp=0) for s in scales]
+    pictures = [model.upscale(lq, guidance=s) for s in scales]
     return sheet([pictures], [[f"guidance {s:g}\n{psnr_y(x, hq, 4):.1f} dB" for s, x in zip(scales, pictures)]])
-
-
-def crisp():
-    """Grain, from none to all."""
-    model, (lq, hq) = VOSR.from_pretrained(), example(*CUP)
-    pictures = {f"crisp {share:g}": model.upscale(lq, crisp=share) for share in (0, 0.25, 0.5, 0.75, 1)}
-    captions = [f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in pictures.items()]
-    return sheet([[*pictures.values(), hq]], [[*captions, "original"]])
 
 
 def scores():
     """S3Diff told other scores than it estimates."""
-    model, (lq, hq) = S3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
+    model, (lq, hq) = TinyS3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
     noises, blurs = (0, 0.3, 0.6), (0, 0.25, 0.5, 0.75, 1)
-    rows = [[model.upscale(lq, noise=n, blur=b, crisp=0) for b in blurs] for n in noises]
+    rows = [[model.upscale(lq, noise=n, blur=b) for b in blurs] for n in noises]
     captions = [[f"blur {b:g}, {psnr_y(x, hq, 4):.1f} dB" for b, x in zip(blurs, row)] for row in rows]
     return sheet(rows, captions, [f"noise\n{n:g}" for n in noises])
 
 
 def negatives():
     """S3Diff by its bad prompt alone, by its good one, and further away from the bad one."""
-    model, (lq, hq) = S3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
+    model, (lq, hq) = TinyS3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
     words = {0: "bad prompt alone", 0.5: "guidance 0.5", 1: "good prompt alone", 1.5: "guidance 1.5", 2: "guidance 2"}
-    pictures = [model.upscale(lq, guidance=g, crisp=0) for g in words]
+    pictures = [model.upscale(lq, guidance=g) for g in words]
     return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
 
 
 @torch.no_grad()
 def sets():
     """GramSR's three LoRA sets, one more each time, and the last one too much, with what the later two are trained for."""
-    model, lpips, (lq, hq) = GramSR.from_pretrained("gramsr-tiny"), LPIPS("random"), example(*CUP)
+    model, lpips, (lq, hq) = TinyGramSR.from_pretrained("gramsr-tiny"), RandomLPIPS(), example(*CUP)
 
     def caption(said, x):
         far, style = lpips(2 * x - 1, 2 * hq - 1).item(), loss_gram(*(features(model.vit, 2 * y - 1) for y in (x, hq))).item()
         return f"{said}, {psnr_y(x, hq, 4):.2f} dB\nLPIPS {far:.3f}, Gram {style:.4f}"
 
     words = {(0, 0, 0): "none", (1, 0, 0): "pixel", (1, 1, 0): "+ semantic", (1, 1, 1): "+ texture", (1, 1, 2): "texture twice"}
-    pictures = [model.upscale(lq, pixel=p, semantic=s, texture=t, crisp=0) for p, s, t in words]
+    pictures = [model.upscale(lq, pixel=p, semantic=s, texture=t) for p, s, t in words]
     return sheet([pictures], [[caption(said, x) for said, x in zip(words.values(), pictures)]])
 
 
 def stages(runs):
     """What each stage of README's minutes of training has learned, on the example."""
     lq, hq = example(*CUP)
-    ae = VOSR.from_pretrained(runs / "autoencoder").vae
+    ae = TinyVOSR.from_pretrained(runs / "autoencoder").vae
     with torch.no_grad():
         of_hq = ae.decode(ae.encode(2 * hq - 1)) / 2 + 0.5
 
@@ -224,10 +213,10 @@ def stages(runs):
         return made(said, system.from_pretrained(runs / name).upscale(lq, **knobs))
 
     rows = [[("autoencoder\nof the original", of_hq),
-             *(by(VOSR, name, f"{name}, 10 steps", steps=10) for name in ("flow", "refine")),
-             *(by(VOSR, name, name) for name in ("distill", "decoder", "looks"))],
-            [made("bicubic", resize(lq, 4)), by(S3Diff, "adapters", "S3Diff's adapters"), by(GramSR, "pixel", "GramSR, pixel"),
-             *(by(GramSR, name, f"GramSR, + {name}") for name in ("semantic", "texture")), ("original", hq)]]
+             *(by(TinyVOSR, name, f"{name}, 10 steps", steps=10) for name in ("flow", "refine")),
+             *(by(TinyVOSR, name, name) for name in ("distill", "decoder")), ("original", hq)],
+            [made("bicubic", resize(lq, 4)), by(TinyS3Diff, "adapters", "S3Diff's adapters"), by(TinyGramSR, "pixel", "GramSR, pixel"),
+             *(by(TinyGramSR, name, f"GramSR, + {name}") for name in ("semantic", "texture")), ("original", hq)]]
     return sheet([[x for _, x in row] for row in rows], [[said for said, _ in row] for row in rows])
 
 
@@ -275,7 +264,7 @@ class Board:
 
 def vosr():
     """Block diagram, with the model's own pictures in it."""
-    model, (lq, _) = VOSR.from_pretrained(), example(*CUP)
+    model, (lq, _) = TinyVOSR.from_pretrained("vosr-tiny"), example(*CUP)
     sr, b = model.upscale(lq), Board(500)
     noise = 0.5 + 0.2 * torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     b.photo(100, 110, lq, 130, "bad picture, enlarged")
@@ -358,7 +347,7 @@ def heat(m):
 @torch.no_grad()
 def gram():
     """Both Gram matrices of the 64 cells of a latent: as they are, features rotated, places shuffled."""
-    model, (_, hq), g = VOSR.from_pretrained(), example(20, 34, 16, 16), torch.Generator().manual_seed(0)
+    model, (_, hq), g = TinyVOSR.from_pretrained("vosr-tiny"), example(20, 34, 16, 16), torch.Generator().manual_seed(0)
     X = model.vae.encode(2 * hq - 1).flatten(2).mT                     # (1, 64, 64): 8 x 8 places, 64 features
     X = F.normalize(X - X.mean(1, keepdim=True), dim=-1)                # without their mean, all would be red
     turn, places = torch.linalg.qr(torch.randn(64, 64, generator=g))[0], torch.randperm(64, generator=g)
@@ -416,7 +405,7 @@ def csd():
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
-          "crisp": crisp, "scores": scores, "negatives": negatives, "sets": sets, "stages": stages}
+          "scores": scores, "negatives": negatives, "sets": sets, "stages": stages}
 DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
 
 

@@ -61,34 +61,41 @@ def loss_curves(curves, path, title=""):
 
 
 class Log:
-    """log.csv: one row a call; of what is there, rows of steps after `step`, a resumed checkpoint's, are dropped.
+    """log.csv, a row at a time. Rows after `step`, that of a resumed checkpoint, are dropped: they will come again.
 
     Raises WriteError.
     """
 
     def __init__(self, path, columns, step):
         self.path, self.columns = Path(path), columns
-        rows = [r for r in self.rows() if int(r["step"]) <= step]
+        kept = [row for row in self.rows() if int(row["step"]) <= step]
         with writing(self.path), open(self.path, "w", newline="") as f:
-            csv.DictWriter(f, columns).writeheader()
-            csv.DictWriter(f, columns).writerows(rows)
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(kept)
 
     def rows(self):
+        """The whole rows of the file -> list of {column: text}, "" where a row has no such value"""
         if not self.path.exists():
             return []
         with open(self.path, newline="") as f:
             rows = list(csv.DictReader(f))
-        whole = set(self.columns)       # a killed run may leave half a line
-        return [row for row in rows if row.keys() == whole and None not in row.values()]
+        columns = set(self.columns)     # a killed run may leave half a line
+        return [row for row in rows if row.keys() == columns and None not in row.values()]
 
     def write(self, **row):
+        """Append a row.  row: {column: number}"""
         with writing(self.path), open(self.path, "a", newline="") as f:
-            csv.DictWriter(f, self.columns).writerow({k: f"{v:.6g}" for k, v in row.items()})
+            csv.DictWriter(f, self.columns).writerow({name: f"{x:.6g}" for name, x in row.items()})
 
     def draw(self, path, names, title):
-        """Loss curves of the named columns as a PNG."""
-        curves = {n: [(int(r["step"]), float(r[n])) for r in self.rows() if r[n]] for n in names}
-        loss_curves({n: points for n, points in curves.items() if len(points) > 1}, path, title)
+        """Curves of the named columns that have two points or more, as a PNG."""
+        curves = {}
+        for name in names:
+            points = [(int(row["step"]), float(row[name])) for row in self.rows() if row[name]]
+            if len(points) > 1:
+                curves[name] = points
+        loss_curves(curves, path, title)
 
 
 def save_sheet(path, columns):
