@@ -199,27 +199,6 @@ def sets():
     return sheet([pictures], [[caption(said, x) for said, x in zip(words.values(), pictures)]])
 
 
-def stages(runs):
-    """What each stage of README's minutes of training has learned, on the example."""
-    lq, hq = example(*CUP)
-    ae = TinyVOSR.from_pretrained(runs / "autoencoder").vae
-    with torch.no_grad():
-        of_hq = ae.decode(ae.encode(2 * hq - 1)) / 2 + 0.5
-
-    def made(said, x):
-        return f"{said}\n{psnr_y(x, hq, 4):.1f} dB", x
-
-    def by(system, name, said, **knobs):
-        return made(said, system.from_pretrained(runs / name).upscale(lq, **knobs))
-
-    rows = [[("autoencoder\nof the original", of_hq),
-             *(by(TinyVOSR, name, f"{name}, 10 steps", steps=10) for name in ("flow", "refine")),
-             *(by(TinyVOSR, name, name) for name in ("distill", "decoder")), ("original", hq)],
-            [made("bicubic", resize(lq, 4)), by(TinyS3Diff, "adapters", "S3Diff's adapters"), by(TinyGramSR, "pixel", "GramSR, pixel"),
-             *(by(TinyGramSR, name, f"GramSR, + {name}") for name in ("semantic", "texture")), ("original", hq)]]
-    return sheet([[x for _, x in row] for row in rows], [[said for said, _ in row] for row in rows])
-
-
 # ---- diagrams, drawn at twice the size and halved, since Pillow's lines are jagged -----------------------------------
 
 
@@ -405,7 +384,7 @@ def csd():
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
-          "scores": scores, "negatives": negatives, "sets": sets, "stages": stages}
+          "scores": scores, "negatives": negatives, "sets": sets}
 DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
 
 
