@@ -1,8 +1,7 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
 Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models
-on the example picture; `stages` needs --runs, a folder with the --out of every stage in it, named as the stage. Pillow's own
-font has only Latin letters, so captions are ASCII.
+on the example image. Pillow's own font has only Latin letters, so captions are ASCII.
 """
 
 import argparse
@@ -392,15 +391,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*PHOTOS, *DRAWINGS])}")
     p.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the pictures (default assets)")
-    p.add_argument("--runs", type=Path, help="folder with the --out of every stage, named as the stage, for stages")
     args = p.parse_args()
     unknown = set(args.names) - {*PHOTOS, *DRAWINGS}
-    if unknown or "stages" in args.names and not args.runs:
-        p.error(f"no picture {', '.join(unknown)}" if unknown else "stages needs --runs")
+    if unknown:
+        p.error(f"no picture {', '.join(unknown)}")
     for name, draw in (PHOTOS | DRAWINGS).items():
-        if name not in args.names and (args.names or name == "stages" and not args.runs):
+        if args.names and name not in args.names:
             continue
-        img = draw(args.runs) if name == "stages" else draw()
+        img = draw()
         path = args.out / f"{name}.{'jpg' if name in PHOTOS else 'png'}"
         if name in PHOTOS:
             img.save(path, quality=85, optimize=True)
