@@ -494,7 +494,7 @@ def resume(run, settings):
         run.step, run.photos = checkpoint["step"], checkpoint["photos"]
         run.origin = f"resumed from {run.out} at step {run.step}"
         for name, part in run.state.items():
-            if isinstance(part, torch.nn.Module):
+            if name in ("model", "ema"):                # of which checkpoints hold what learns
                 load_saved(part, checkpoint[name], run)
             elif checkpoint[name]:                      # a scaler's is {} in another type
                 part.load_state_dict(checkpoint[name])
