@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from models.support import imaging
 from models.support.arguments import SEED, between, command, file_or_folder, folder
-from models.support.files import PictureError, find_pictures, printable
+from models.support.files import PictureError, check_writable, find_pictures, printable
 from models.support.pairs import write_pairs
 
 # ---- recipes: what may happen
@@ -643,6 +643,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         names = find_pictures(args.hr_dir, print)
+        check_writable(args.out_dir)
     except PictureError as error:
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:
