@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models.support import imaging
-from models.support.arguments import SEED, between, command, folder
-from models.support.files import PictureError, find_pictures, printable
+from models.support.arguments import SEED, between, command, file_or_folder, folder
+from models.support.files import PictureError, check_writable, find_pictures, printable
 from models.support.pairs import write_pairs
 
 # ---- recipes: what may happen
@@ -613,7 +613,7 @@ def change_both_stages(plan, **changes):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a folder of images to pairs, OUT_DIR/lq and OUT_DIR/hq.")
-    parser.add_argument("hr_dir", type=Path, metavar="HR_DIR", help="high-quality images: a folder, or one")
+    parser.add_argument("hr_dir", type=file_or_folder, metavar="HR_DIR", help="high-quality images: a folder, or one")
     parser.add_argument("out_dir", type=folder, metavar="OUT_DIR", help="where lq/ and hq/ go")
     parser.add_argument("--recipe", choices=RECIPES, default="vosr", help="whose settings (default vosr)")
     parser.add_argument("--scale", type=between(1, 16, whole=True), default=4, help="lq is so much smaller (4)")
@@ -643,6 +643,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         names = find_pictures(args.hr_dir, print)
+        check_writable(args.out_dir)
     except PictureError as error:
         sys.exit(f"degrade.py: {error}")
     if args.hr_dir.resolve() in (args.out_dir / "lq").resolve().parents:

@@ -26,7 +26,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from inspect import signature
-from os.path import exists, realpath
+from os.path import exists, expanduser, realpath
 from pathlib import Path
 
 import torch
@@ -34,11 +34,13 @@ import torch
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff
-from models.support.arguments import SEED, Stop, between, command, existing, folder, no_memory, positive
+from models.support.arguments import (SEED, Stop, between, command, existing, file_or_folder, folder, no_memory,
+                                      positive)
 from models.support.evaluation import (append_row, average, find_metrics, find_references, measure, read_reference,
-                                       record_of, row_of, write_metrics, write_text)
+                                       hash_of, record_of, row_of, write_metrics, write_text)
 from models.support.evaluation import report as as_text
-from models.support.files import PictureError, claim, find_pictures, output_paths, printable
+from models.support.files import (PictureError, check_writable, claim, disk_full_or_read_only, find_pictures,
+                                  output_paths, printable, writing)
 from models.support.graphs import replay
 from models.support.imaging import (GREY, as_input, as_output, chroma, contact_sheet, middle, read_made, read_picture,
                                     resize, round8, save_png, write_picture)
@@ -77,12 +79,12 @@ GONE = "argument --crisp: grain and drawn edges are gone, they cost fidelity and
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Upscale pictures with diffusion super-resolution.")
-    p.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE",
+    p.add_argument("pictures", nargs="*", type=file_or_folder, metavar="PICTURE",
                    help="pictures and folders of pictures (default: the example, and --model all)")
     p.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder for the results (default out)")
     p.add_argument("--skip-existing", action="store_true", help="keep results that are in DIR: go on after a stop")
     # model
-    p.add_argument("--model", help="vosr-tiny (default), s3diff-tiny, gramsr-tiny, all (these three), "
+    p.add_argument("--model", type=expanduser, help="vosr-tiny (default), s3diff-tiny, gramsr-tiny, all (these three), "
                    "vosr-{0.5b,1.4b}[-1step], vosr-2, s3diff, gramsr, or a file or folder")
     p.add_argument("--device", type=usable_device, default="auto", help="cpu, cuda, cuda:1, mps; auto: the best here")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
@@ -139,14 +141,16 @@ def load(name="vosr-tiny", device="auto", dtype="auto"):
     """A model as a function of an image.
 
     name, device, dtype: as on the command line -> nano(image, scale=4, seed=0, **knobs of the model's `upscale`)
-    image: a path, a Pillow image, an array (H, W, 3) uint8, or a tensor (1, 3, H, W) in [0, 1]; the result is of the
-    same kind, a Pillow image for a path. Raises OSError, ValueError.
+    image: a path, a Pillow image, an array (H, W, 3) or (H, W) uint8, or a tensor (B, 3, H, W) in [0, 1]; the result is
+    of the same kind, a Pillow image for a path. Raises OSError, ValueError.
     """
-    device = usable_device(device)
-    model = find_system(name).from_pretrained(name, device=device, dtype=choose_dtype(dtype, device, "float16"))
+    name, device = expanduser(name), usable_device(device)
+    dtype = choose_dtype(str(dtype).removeprefix("torch."), device, "float16")
+    model = find_system(name).from_pretrained(name, device=device, dtype=dtype)
 
     def nano(image, scale=4, seed=0, **knobs):
-        return as_output(model.upscale(as_input(image), scale=scale, seed=seed, **knobs).cpu(), image)
+        lq, alpha = as_input(image)
+        return as_output(model.upscale(lq, scale=scale, seed=seed, **knobs), alpha, image)
 
     nano.model = model
     return nano
@@ -161,17 +165,20 @@ def knobs_of(model, args):
     return {k: v for k, v in args.knobs.items() if k in signature(model.upscale).parameters}
 
 
-def settings_of(name, model, args):
-    """What a result depends on beside the image, as text that is kept in its file."""
-    return json.dumps({"model": name, "scale": args.scale, "seed": args.seed} | knobs_of(model, args))
+def settings_of(name, model, files, args):
+    """What a result depends on beside the image, as text that is kept in it.  files: of the model"""
+    settings = {"model": name, "scale": args.scale, "seed": args.seed} | knobs_of(model, args)
+    if exists(name):        # whose model may be another by now
+        settings["weights"] = [hash_of(file)[:16] for file in files]
+    return json.dumps(settings)
 
 
-def kept_result(name, model, target, lq, args):
+def kept_result(target, settings, lq, args):
     """The result of an earlier run with the same settings, where it is to be kept; else None."""
     if not (args.skip_existing and exists(target)):
         return None
     with suppress(PictureError):
-        if read_made(target) == settings_of(name, model, args):
+        if read_made(target) == settings:
             size = tuple(round(side * args.scale) for side in lq.shape[2:])
             sr, _ = read_picture(target, size=size)
             if sr.shape[2:] == size:
@@ -179,14 +186,11 @@ def kept_result(name, model, target, lq, args):
     return None
 
 
-def upscale(name, model, path, target, lq, args):
-    """Upscale one image, with a line on what was estimated, or read the result of an earlier run that is to be kept.
+def upscale(name, model, path, lq, args):
+    """Upscale one image, with a line on what was estimated.
 
-    lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), seconds, None = was there. Raises PictureError.
+    lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), seconds. Raises PictureError.
     """
-    kept = kept_result(name, model, target, lq, args)
-    if kept is not None:
-        return kept, None
     start, knobs = time.perf_counter(), knobs_of(model, args)
     if hasattr(model, "estimate"):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
@@ -247,6 +251,8 @@ def sweep(model, lq, job, path, args):
 class Failures(list):
     """What went wrong, a line each, printed when it happens."""
 
+    no_room = False         # whether the disk is full or read-only, so that other results cannot be written, either
+
     @contextmanager
     def at(self, path):
         """What a user may meet becomes a line, and the next picture's turn comes."""
@@ -255,6 +261,7 @@ class Failures(list):
             return
         except (PictureError, WeightError, OSError) as e:
             self.append(printable(e))
+            self.no_room = self.no_room or disk_full_or_read_only(e)
         except RuntimeError as e:
             if not no_memory(e):
                 raise
@@ -262,16 +269,17 @@ class Failures(list):
         print(self[-1], file=sys.stderr)
 
 
-def load(args):
+def load_models(args):
     """The models by their names, and in args what they may be measured with. Raises OSError, ValueError."""
     names = [args.model]
     if args.model == "all":
         names = [name for name, file in EMBEDDED.items() if file.is_file()]
     files_read.clear()
     models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
-    args.metrics, args.absent, files = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
-                                                    LPIPS.from_pretrained)
-    args.measuring, args.files = bool(args.ref or args.metrics), [*files_read, *files]
+    files = [*files_read]
+    args.metrics, args.absent, more = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
+                                                   LPIPS.from_pretrained)
+    args.measuring, args.files = bool(args.ref or args.metrics), [*files, *more]
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     for model in models.values():
@@ -285,7 +293,7 @@ def load(args):
         if args.compile and args.device.type == "cuda":
             torch.cuda.set_device(args.device)
             replay(model)
-    args.settings = [settings_of(name, model, args) for name, model in models.items()]
+    args.settings = [settings_of(name, model, files, args) for name, model in models.items()]
     args.names = ["bicubic", *(Path(realpath(name)).name for name in names), *["reference"] * bool(args.ref)]
     settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
     print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
@@ -295,10 +303,13 @@ def load(args):
 class Report:
     """What stays of finished images: rows of metrics, the crops of the sheet, and on disk the figures of the page."""
 
-    def __init__(self, args, n):
-        self.args, self.n, self.start, self.computed = args, n, time.monotonic(), 0
-        self.rows, self.crops, self.figures = [], [], tempfile.TemporaryFile("w+", encoding="utf-8")
+    def __init__(self, args, n, failures):
+        self.args, self.n, self.failures, self.failed_before = args, n, failures, len(failures)
+        self.start, self.computed, self.rows, self.crops = time.monotonic(), 0, [], []
         self.tables = [top for top in args.folders if args.measuring and self.is_ours(top / "metrics.csv")]
+        if args.page:       # beside the results, since it may be as large as they are
+            args.out.mkdir(parents=True, exist_ok=True)
+            self.figures = tempfile.TemporaryFile("w+", encoding="utf-8", dir=args.out)
 
     def is_ours(self, path):
         with suppress(PictureError):        # said at the end, in `summarise`
@@ -307,7 +318,7 @@ class Report:
         return False
 
     def add(self, rows, crops, figure, lines):
-        """What `finish` returned: its rows go into metrics.csv at once."""
+        """What `finish` returned: its rows go into metrics.csv at once. Raises WriteError."""
         for top, row in zip(self.args.folders, rows):
             if top in self.tables:
                 append_row(top, row, first=not self.rows)
@@ -315,7 +326,8 @@ class Report:
         if crops:
             self.crops.append(crops)
         if figure:
-            self.figures.write(figure)
+            with writing(self.args.out / "page.html"):
+                self.figures.write(figure)
         if any(row["seconds"] is not None for row in rows):
             self.computed += 1
         if self.n > 1:
@@ -323,10 +335,13 @@ class Report:
         print(*lines, sep="\n")
 
     def progress(self):
-        """3 of 300, about 12 min left"""
-        left = (time.monotonic() - self.start) / max(self.computed, 1) * (self.n - len(self.rows))
+        """3 of 300, about 12 min left; what was there counts no time as long as something is computed"""
+        done = len(self.rows) + len(self.failures) - self.failed_before
+        if done == self.n:
+            return f"{done} of {self.n}"
+        left = (time.monotonic() - self.start) / (self.computed or done) * (self.n - done)
         said = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
-        return f"{len(self.rows)} of {self.n}" + (f", about {said} left" if len(self.rows) < self.n else "")
+        return f"{done} of {self.n}, about {said} left"
 
     def page(self):
         self.figures.seek(0)
@@ -334,21 +349,24 @@ class Report:
 
 
 def results_of(models, job, args):
-    """One image by all models.  -> lq (1, 3, H, W), alpha or None, what `upscale` returns for each"""
+    """One image by all models.  -> lq (1, 3, H, W), alpha or None, for each result, seconds (None = was there)"""
     lq, alpha = read_picture(job.path, note=print)
     results = []
-    for top, target, (name, model) in zip(args.folders, job.targets, models.items()):
-        results.append(upscale(name, model, job.path, target, lq, args))
-        was_computed = results[-1][1] is not None
-        if args.sweep and was_computed:
+    for top, target, settings, (name, model) in zip(args.folders, job.targets, args.settings, models.items()):
+        kept = kept_result(target, settings, lq, args)
+        if kept is not None:
+            results.append((kept, None))
+            continue
+        results.append(upscale(name, model, job.path, lq, args))
+        if args.sweep:
             sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
     return lq, alpha, results
 
 
-def upscale_all(models, jobs, report, args, failures):
+def upscale_all(models, jobs, report, args, failures, stop):
     """Upscale one image after the other; each is written and measured while the next is computed.
 
-    -> was it stopped by Ctrl-C?
+    Ends early if the disk is full -> was it stopped by Ctrl-C?
     """
     stopped, waiting = False, []
 
@@ -357,7 +375,7 @@ def upscale_all(models, jobs, report, args, failures):
         with failures.at(path):
             report.add(*finished.result())
 
-    with Stop() as stop, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as writer:
         for number, job in enumerate(jobs):
             try:
                 if stop:
@@ -374,6 +392,8 @@ def upscale_all(models, jobs, report, args, failures):
                 break
             if len(waiting) > 1:
                 collect()
+            if failures.no_room:
+                break
         while waiting:
             collect()
     return stopped
@@ -425,8 +445,9 @@ def main(argv=None):
         with failures.at(top):
             names |= find_pictures(top, print)
     try:
+        check_writable(args.out)
         references = find_references(names.values(), args.ref, args.scale)
-        models = load(args)
+        models = load_models(args)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
     taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
@@ -435,13 +456,14 @@ def main(argv=None):
     jobs = [Job(*job) for job in zip(names, names.values(), targets, references)]
     args.inputs = set(map(realpath, [*names, *sum(references, ())]))     # Path.resolve fails at loops of links
     args.shown = len(jobs) * len(args.names)
-    report = Report(args, len(jobs))
-    stopped = upscale_all(models, jobs, report, args, failures)
-    if report.rows:
-        summarise(report, args, failures)
+    report = Report(args, len(jobs), failures)
+    with Stop() as stop:
+        stopped = upscale_all(models, jobs, report, args, failures, stop)
+        if report.rows and not failures.no_room:
+            summarise(report, args, failures)
     if failures:
         print(f"done {len(report.rows)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
-    if stopped:
+    if stopped or failures.no_room:
         print(f"stopped after {len(report.rows)} of {len(jobs)}; add --skip-existing to go on", file=sys.stderr)
     return 130 if stopped else 1 if failures else 0
 

@@ -327,23 +327,24 @@ def save(run):
 
 def main(argv=None):
     args = parse_args(argv)
-    run = prepare(args)
-    checkpoint = training.resume(run, SETTINGS)
-    if checkpoint:
-        run.best, run.waited, run.written = checkpoint["best"], checkpoint["waited"], checkpoint["written"]
-        run.over = 0 < run.stage.patience <= run.waited
-    for part in (run.model.unet, *run.model.vae.children()):
-        part.checkpointing = args.checkpointing
-    if args.compile:
-        training.compile_all(run.model.unet.blocks[:-1], run.device)
-    terms = partial(losses, run.model, run.lpips, run.vit, run.stage, args.gram)
-    run.losses = training.replicate(run, run.model, terms)
-    open_data(run)
-    status = training.fit(run, step, evaluate, save)
-    if run.over:
-        print(f"stopped early at step {run.step}: {run.judge} was no better {run.waited} times; "
-              f"the model is the best so far, {' '.join(run.written)}")
-    return status
+    with training.alone_in(args.out):
+        run = prepare(args)
+        checkpoint = training.resume(run, SETTINGS)
+        if checkpoint:
+            run.best, run.waited, run.written = checkpoint["best"], checkpoint["waited"], checkpoint["written"]
+            run.over = 0 < run.stage.patience <= run.waited
+        for part in (run.model.unet, *run.model.vae.children()):
+            part.checkpointing = args.checkpointing
+        if args.compile:
+            training.compile_all(run.model.unet.blocks[:-1], run.device)
+        terms = partial(losses, run.model, run.lpips, run.vit, run.stage, args.gram)
+        run.losses = training.replicate(run, run.model, terms)
+        open_data(run)
+        status = training.fit(run, step, evaluate, save)
+        if run.over:
+            print(f"stopped early at step {run.step}: {run.judge} was no better {run.waited} times; "
+                  f"the model is the best so far, {' '.join(run.written)}")
+        return status
 
 
 if __name__ == "__main__":

@@ -467,19 +467,20 @@ def save(run):
 
 def main(argv=None):
     args = parse_args(argv)
-    run = prepare(args)
-    training.resume(run, SETTINGS)
-    for part in (run.model.unet, *run.model.vae.children()):
-        part.checkpointing = args.checkpointing
-    if args.compile:
-        training.compile_all(run.model.unet.blocks[:-1], run.device)
-    if args.stage == "adapters":
-        run.generate = training.replicate(run, run.model, run.model.forward)
-        run.discriminate = training.replicate(run, run.D, run.D.forward)
-    else:
-        run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run.model))
-    open_data(run)
-    return training.fit(run, step_adapters if args.stage == "adapters" else step, evaluate, save)
+    with training.alone_in(args.out):
+        run = prepare(args)
+        training.resume(run, SETTINGS)
+        for part in (run.model.unet, *run.model.vae.children()):
+            part.checkpointing = args.checkpointing
+        if args.compile:
+            training.compile_all(run.model.unet.blocks[:-1], run.device)
+        if args.stage == "adapters":
+            run.generate = training.replicate(run, run.model, run.model.forward)
+            run.discriminate = training.replicate(run, run.D, run.D.forward)
+        else:
+            run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run.model))
+        open_data(run)
+        return training.fit(run, step_adapters if args.stage == "adapters" else step, evaluate, save)
 
 
 if __name__ == "__main__":

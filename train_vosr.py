@@ -348,15 +348,16 @@ def save(run):
 
 def main(argv=None):
     args = parse_args(argv)
-    run = prepare(args)
-    training.resume(run, SETTINGS)
-    run.model.dit.checkpointing = args.checkpointing
-    if args.compile:
-        training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
-    terms = partial(LOSSES[args.stage], run.model, run.teacher, run.stage)
-    run.losses = training.replicate(run, run.model, terms)
-    open_data(run)
-    return training.fit(run, step, evaluate, save)
+    with training.alone_in(args.out):
+        run = prepare(args)
+        training.resume(run, SETTINGS)
+        run.model.dit.checkpointing = args.checkpointing
+        if args.compile:
+            training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
+        terms = partial(LOSSES[args.stage], run.model, run.teacher, run.stage)
+        run.losses = training.replicate(run, run.model, terms)
+        open_data(run)
+        return training.fit(run, step, evaluate, save)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -25,11 +25,12 @@ from degrade import RECIPES
 from models.support.arguments import SEED, Stop, between, make_lenient, no_memory, path, positive
 from models.support.charts import Log, save_sheet
 from models.support.download import sha256_of
-from models.support.files import whole_file
+from models.support.files import check_writable, whole_file
 from models.support.photos import batches, photos_for
 
 MAX_SKIPPED = 25    # optimizer steps in a row without a finite gradient, after which a run ends
 FEW_PHOTOS = 60     # below, held-out crops come from one or two photos
+PARTLY_SAVED = {"model", "ema"}     # in run.state: of them checkpoints hold what learns
 
 
 class UserError(Exception):
@@ -90,7 +91,6 @@ class Run:
 
     # by `start`: where it is computed
     out: Path = None                    # --out, where all files go
-    lock: Any = None                    # a file there, open as long as the run lasts
     device: torch.device = None
     dtype: torch.dtype = None           # of autocast; the weights that are trained stay float32
     scaler: torch.amp.GradScaler = None     # of the loss in float16; does nothing in other types
@@ -202,27 +202,33 @@ def start(run):
         raise UserError(f"--batch-size {run.stage.batch_size} is not {run.world} processes x a whole number of "
                         f"--micro-batch {run.micro_batch}")
     run.out = Path(args.out)
-    run.out.mkdir(parents=True, exist_ok=True)
     if run.rank == 0:
-        run.lock = lock(run.out)
         warn_of_unfinished(args.init)
     torch.manual_seed(args.seed)        # the initial weights; everything later has generators of its own
 
 
-def lock(folder):
-    """Refuse a folder into which another training writes.  -> a file to be kept open. Raises UserError."""
+@contextmanager
+def alone_in(folder):
+    """In here no other training writes to this --out, which can be written to. Raises UserError, WriteError."""
+    folder = Path(folder)
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        if os.environ.get("RANK", "0") == "0":      # of several processes the first one writes
+            lock(file, folder)
+        yield
+
+
+def lock(file, folder):
+    """Hold file, in folder, as long as it is open. Raises UserError where another training holds it."""
     try:
         import fcntl
-    except ImportError:     # Windows
-        return None
-    file = open(folder / ".lock", "w")
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.register_at_fork(after_in_child=file.close)      # a loader's worker outlives kill -9 by seconds
     except BlockingIOError:
         raise UserError(f"--out {folder}: another training is writing there; choose another folder") from None
-    except OSError:         # a file system without locks
-        return None
-    return file
+    except (ImportError, OSError):      # Windows, a file system without locks
+        pass
 
 
 def open_photos(run):
@@ -494,8 +500,8 @@ def resume(run, settings):
         run.step, run.photos = checkpoint["step"], checkpoint["photos"]
         run.origin = f"resumed from {run.out} at step {run.step}"
         for name, part in run.state.items():
-            if name in ("model", "ema"):                # of which checkpoints hold what learns
-                load_saved(part, checkpoint[name], run)
+            if isinstance(part, torch.nn.Module):
+                load_saved(part, checkpoint[name], run.out, run.is_saved if name in PARTLY_SAVED else None)
             elif checkpoint[name]:                      # a scaler's is {} in another type
                 part.load_state_dict(checkpoint[name])
     processes = "1 process" if run.world == 1 else f"{run.world} processes"
@@ -505,23 +511,26 @@ def resume(run, settings):
     return checkpoint
 
 
-def load_saved(module, tensors, run):
-    """Load what checkpoints hold of a module, all of it. Raises UserError, as after a change of the network's code."""
-    wanted = {name: x.shape for name, x in module.state_dict().items() if run.is_saved(name)}
+def load_saved(module, tensors, folder, is_saved=None):
+    """Load what a checkpoint in folder holds of a module.  is_saved: of a name, None = of all
+
+    Raises UserError unless names and shapes are the same, as they are not after a change of the network's code.
+    """
+    wanted = {name: x.shape for name, x in module.state_dict().items() if is_saved is None or is_saved(name)}
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or tensors[name].shape != wanted.get(name):
-            raise UserError(f"{run.out}: its checkpoint does not fit this network ({name}), whose code has changed "
+            raise UserError(f"{folder}: its checkpoint does not fit this network ({name}), whose code has changed "
                             "since; begin another --out, or take the change back")
     module.load_state_dict(tensors, strict=False)
 
 
 def warn_of_unfinished(init):
     """Print a line where --init is the folder of a training that has not reached its last step."""
-    found = checkpoints(init) if init and Path(init).is_dir() else []
-    if not found:
-        return
-    state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)
-    if state["step"] < state.get("steps", 0):
+    state = {}
+    if init and checkpoints(init):
+        with suppress(Exception):       # a damaged file makes torch raise nearly anything
+            state = torch.load(checkpoints(init)[0], map_location="cpu", weights_only=True, mmap=True)
+    if state and state["step"] < state.get("steps", 0):
         print(f"--init {init}: that training stopped at step {state['step']} of {state['steps']}; "
               "its own command goes on with it", file=sys.stderr)
 
@@ -531,10 +540,11 @@ def save_state(run, **more):
     if run.rank > 0:
         return
     state = {name: part.state_dict() for name, part in run.state.items()}
-    for name in {"model", "ema"} & state.keys():
+    for name in PARTLY_SAVED & state.keys():
         state[name] = {k: v for k, v in state[name].items() if run.is_saved(k)}
-    save_checkpoint(run.out, run.step, run.args.keep, steps=run.stage.steps, settings=run.settings,
-                    photos=run.photos, **state, **more)
+    steps = run.step if run.over else run.stage.steps       # at which it is over
+    save_checkpoint(run.out, run.step, run.args.keep, steps=steps, settings=run.settings, photos=run.photos, **state,
+                    **more)
 
 
 # ---- the loop

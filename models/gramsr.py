@@ -162,7 +162,7 @@ class GramSR(nn.Module):
     def restore(self, z, x, scales, tile, overlap):
         """LQ latent -> clean latent, in tiles where it is larger than one; each tile has its own tokens.
 
-        z: (B, 4, h, w); x: (B, 3, H, W) in [-1, 1]; tile, overlap: pixels; tile 0 = off, which B > 1 needs -> like z
+        z: (B, 4, h, w); x: (B, 3, H, W) in [-1, 1]; tile, overlap: pixels; tile 0 = off -> like z
         """
         def restored(z, x):
             return self.clean(z, self.predict(z, self.tokens(x), scales))
@@ -175,15 +175,15 @@ class GramSR(nn.Module):
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0,
                 color="adain"):
-        """Super-resolution of one image.
+        """Super-resolution.
 
-        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
+        lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
         pixel, semantic, texture: scales of the LoRA sets, None = 1; one UNet pass if all are, else up to 3
         tile, overlap: pixels; 0 = the checkpoint's
         color: adain, wavelet or none
-        -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]
+        -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError.
         """
-        check_image(lq)
+        lq = check_image(lq)
         cfg, (H, W) = self.cfg, (round(side * scale) for side in lq.shape[-2:])
         scales = [1 if l is None else l for l in (pixel, semantic, texture)]
         # official: whatever its shape, an image is squeezed to 512 x 512

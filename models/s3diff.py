@@ -162,13 +162,19 @@ class S3Diff(nn.Module):
         return eps_neg + guidance * (eps_pos - eps_neg)     # Eq. S3Diff (5)
 
     def predict(self, z_t, t, prompts, C, guidance, tile, overlap):
-        """`guided`, in tiles where z_t has more cells than one; then B is 1.  tile, overlap: pixels -> like z_t"""
+        """`guided`, in tiles where z_t has more cells than one.  tile, overlap: pixels -> like z_t"""
         def guided(z_t):
             return self.guided(z_t, t, prompts, C, guidance)
 
         f, (h, w) = self.vae.factor, z_t.shape[-2:]
         if h * w <= (tile // f) ** 2:
             return guided(z_t)
+        if len(z_t) > 1:        # one image after the other, each with its own C
+            images = []
+            for b, z in enumerate(z_t.split(1)):
+                C_b = {name: C_all[b : b + 1] if torch.is_tensor(C_all) else C_all for name, C_all in C.items()}
+                images.append(self.predict(z, t, prompts, C_b, guidance, tile, overlap))
+            return torch.cat(images)
         side = min(max(tile // f, 8), h, w)         # cells; the UNet halves them three times
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
         return tiled(guided, boxes, z_t, down=0.5)  # official: the window's centre lies half a cell too low
@@ -203,16 +209,16 @@ class S3Diff(nn.Module):
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, noise=None, blur=None, guidance=None, prompt=None, negative_prompt=None,
                 start_step=None, tile=0, overlap=0, color="wavelet", paper=False):
-        """Super-resolution of one image, or of several of one size that fit in a tile.
+        """Super-resolution.
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each image its own
         prompt, negative_prompt: texts in place of POSITIVE, NEGATIVE
         start_step: the UNet's t, below 999 with noise by seed
         tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
-        None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
+        None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError, WeightError.
         """
-        check_image(lq)
+        lq = check_image(lq)
         cfg, (H, W) = self.cfg, (round(side * scale) for side in lq.shape[-2:])
         t = cfg.t if start_step is None else start_step
         enlarge = cfg.enlarge       # official: the bicubic of the first release overshot

@@ -116,7 +116,7 @@ class VOSR(nn.Module):
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
         """Sample the clean latent: `sample` of `guided`, whose velocities are those of tiles where it is large.
 
-        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, 0 = off, as B > 1 needs
+        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, 0 = off
         -> like z_lq
         """
         boxes = self.boxes(z_lq, tile, overlap)
@@ -152,13 +152,13 @@ class VOSR(nn.Module):
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, temperature=None, tile=0,
                 overlap=0, color=None):
-        """Super-resolution of one image.
+        """Super-resolution.
 
-        lq: (1, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
+        lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
         None, and 0 of tile and overlap: as the checkpoint has it
-        -> (1, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises WeightError.
+        -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError, WeightError.
         """
-        check_image(lq)
+        lq = check_image(lq)
         if self.unguided and (guidance, weak) != (None, None):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
                               "leave them out")

@@ -7,7 +7,6 @@ foreign packages, little memory. Elsewhere a script runs here as __main__, or in
 import io
 import multiprocessing
 import os
-import re
 import runpy
 import signal
 import socket
@@ -15,6 +14,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ import torch.multiprocessing
 
 import training
 
-photos_for = training.photos_for
+photos_for, Stop = training.photos_for, training.Stop
 
 
 def watch_less(patch):
@@ -36,14 +36,14 @@ def watch_less(patch):
 
 def stop_after(patch, steps):
     """Ctrl-C comes after that many steps; None = never."""
-    class Stop:
-        asked = 0
+    class StopAfter(Stop):
+        steps = 0       # begun
 
         def __bool__(self):
-            self.asked += 1
-            return steps is not None and self.asked > steps
+            self.steps += 1
+            return steps is not None and self.steps > steps or super().__bool__()
 
-    patch.setattr(training, "Stop", Stop)
+    patch.setattr(training, "Stop", StopAfter)
 
 
 def here(path, *words):
@@ -109,7 +109,16 @@ def error_then_ctrl_c(tmp_path, photos, *command):
     run = Script(tmp_path / "yes", *command, "--data", photos)
     run.wait_for_a_step()
     status, said, errors = run.end(signal.SIGINT)
-    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert status == 130 and "goes on from here" in said and "Traceback" not in errors
+
+
+def wait_for_row(log, step, process):
+    """Until log.csv has the row of a step, or a later one, or the process has ended."""
+    while process.is_alive():
+        rows = log.read_text().split("\n")[1:-1] if log.exists() else []     # whole ones
+        if any(int(row.partition(",")[0]) >= step for row in rows):
+            break
+        time.sleep(0.02)
 
 
 class Script:
@@ -117,16 +126,16 @@ class Script:
 
     def __init__(self, folder, path, *words):
         folder.mkdir()
-        self.folder, self.process = folder, fork(be_script, path, words, folder)
+        self.folder, self.process = folder, fork(be_script, path, [*words, "--log-every", 1], folder)
+        self.log = Path(words[words.index("--out") + 1], "log.csv")
 
     def said(self, where):
         file = self.folder / where
         return file.read_text() if file.exists() else ""
 
     def wait_for_a_step(self):
-        """Until the bar on stderr counts one; by then a training listens to signals."""
-        while not re.search(r" [1-9]\d*/\d+ \[", self.said("stderr")) and self.process.is_alive():
-            time.sleep(0.05)
+        """Until the log has a row of one; by then a training listens to signals."""
+        wait_for_row(self.log, 1, self.process)
 
     def end(self, number=None):
         """Wait for it, after a signal if one is given -> exit status, what stands on stdout and stderr"""

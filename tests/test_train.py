@@ -278,5 +278,5 @@ def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(photos, tmp_path, numbe
     run = script(tmp_path, "--data", photos, "--batch-size", 2)
     run.wait_for_a_step()
     status, said, errors = run.end(number)
-    assert status == 0 and "goes on from here" in said and "Traceback" not in errors
+    assert status == 130 and "goes on from here" in said and "Traceback" not in errors
     assert newest(tmp_path / "out")["step"] > 0

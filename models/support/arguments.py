@@ -34,9 +34,14 @@ def path(text):
     return os.path.expanduser(text)
 
 
+def file_or_folder(text):
+    """A type of argument: a path, of something that is there or not."""
+    return Path(path(text))
+
+
 def folder(text):
     """A type of argument: where results go, which is never the name of one picture."""
-    folder = Path(path(text))
+    folder = file_or_folder(text)
     if folder.suffix.lower() in SUFFIXES | OTHERS.keys() and not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is the name of a file; give a folder")
     return folder
@@ -44,10 +49,10 @@ def folder(text):
 
 def existing(text):
     """A type of argument: a file or folder that is there."""
-    found = path(text)
-    if not os.path.exists(found):
+    found = file_or_folder(text)
+    if not os.path.exists(found):       # Path.exists fails at names that are too long
         raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return Path(found)
+    return found
 
 
 def no_memory(error):
@@ -109,7 +114,7 @@ class Stop:
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)   # None: not set by Python
 
     def __bool__(self):
         return self.asked

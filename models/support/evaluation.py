@@ -23,7 +23,7 @@ import PIL
 import torch
 
 from models.support.download import sha256_of
-from models.support.files import PictureError, find_pictures, printable, whole_file
+from models.support.files import PictureError, find_pictures, printable, whole_file, writing
 from models.support.imaging import read_picture
 from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
 from models.support.weights import cache_folder, locate
@@ -208,10 +208,13 @@ def in_table(row):
 
 
 def append_row(folder, row, first):
-    """Add the row of an image to metrics.csv as soon as it is there; the first one begins the file."""
+    """Add the row of an image to metrics.csv as soon as it is there; the first one begins the file.
+
+    Raises WriteError.
+    """
+    path, mode = folder / "metrics.csv", "w" if first else "a"
     folder.mkdir(parents=True, exist_ok=True)
-    mode = "w" if first else "a"
-    with open(folder / "metrics.csv", mode, encoding="utf-8", errors="backslashreplace", newline="") as f:
+    with writing(path), open(path, mode, encoding="utf-8", errors="backslashreplace", newline="") as f:
         table = csv.DictWriter(f, COLUMNS_OF_TABLE)
         if first:
             table.writeheader()

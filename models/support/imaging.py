@@ -45,7 +45,7 @@ def round8(x):
 
 
 def to_pil(x):
-    """x: (C, H, W) in [0, 1], C one of 1, 3, 4 -> Pillow image in mode L, RGB or RGBA"""
+    """x: (C, H, W) in [0, 1], C one of 1 to 4 -> Pillow image in mode L, LA, RGB or RGBA"""
     a = to_uint8(x)
     return Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a)
 
@@ -86,11 +86,7 @@ def read_picture(path, note=lambda line: None, size=(0, 0)):
             transfer = first_bytes(path, 2**16).partition(b"IDAT")[0].partition(b"\0\0\0\4cICP")[2][1:2]
             if img.format == "PNG" and transfer in HDR:
                 note(printable(f"{path}: is HDR ({HDR[transfer]}), read as sRGB; convert it if colours look wrong"))
-            scale_key(img)
-            img.load()
-            with suppress(Exception):       # broken EXIF says nothing
-                img = ImageOps.exif_transpose(img)
-            return decode(img)
+            return load_pixels(img)
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -104,6 +100,15 @@ def read_picture(path, note=lambda line: None, size=(0, 0)):
     except Exception as e:                  # on broken files Pillow's decoders raise anything
         wrong = f"cannot be decoded ({' '.join(str(e).split()) or type(e).__name__}); copy or download it again"
     raise PictureError(f"{path}: {wrong}")
+
+
+def load_pixels(img):
+    """`decode` of an image as Pillow has opened it, turned as its EXIF orientation says."""
+    scale_key(img)
+    img.load()
+    with suppress(Exception):       # broken EXIF says nothing
+        img = ImageOps.exif_transpose(img)
+    return decode(img)
 
 
 def decode(img):
@@ -182,7 +187,7 @@ def read_made(path):
 # ---- in notebooks
 
 def check_image(lq):
-    """Raise ValueError, one line, unless lq is what `upscale` takes: a float tensor (B, 3, H, W) in [0, 1]."""
+    """lq in float32, if it is what `upscale` takes: a float tensor (B, 3, H, W) in [0, 1]. Raises ValueError."""
     wanted = "a float tensor (B, 3, H, W), RGB in [0, 1]"
     if not isinstance(lq, torch.Tensor):
         raise ValueError(f"upscale takes {wanted}, not {type(lq).__name__}; sample.load(name) takes other kinds, too")
@@ -193,29 +198,37 @@ def check_image(lq):
     low, high = lq.min().item(), lq.max().item()
     if not (-0.01 <= low and high <= 1.01):     # NaN is not, either; a resize may overshoot a little
         raise ValueError(f"upscale takes {wanted}, not one from {low:.3g} to {high:.3g}")
+    return lq.float()
 
 
 def as_input(image):
-    """A path, a Pillow image, an array (H, W, 3) or (H, W) uint8, or a tensor -> tensor (1, 3, H, W) in [0, 1].
+    """A path, a Pillow image, an array (H, W, 3) or (H, W) uint8, or a tensor, which stays as it is.
 
-    Raises PictureError, ValueError.
+    -> rgb (1, 3, H, W) in [0, 1], alpha (1, 1, H, W) in [0, 1] or None. Raises PictureError, ValueError.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read_picture(image)[0]
+        return read_picture(os.path.expanduser(image))
     if isinstance(image, Image.Image):
-        return decode(image)[0]
+        return load_pixels(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
             raise ValueError(f"an array must be (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
-        return from_uint8(image).expand(1, 3, -1, -1).contiguous()
-    return image
+        return from_uint8(image).expand(1, 3, -1, -1).contiguous(), None
+    return image, None
 
 
-def as_output(sr, image):
-    """sr: (1, 3, H, W) in [0, 1] -> the same in the kind of `image`, of which it was made."""
+def as_output(sr, alpha, image):
+    """sr: (B, 3, H, W) in [0, 1]; alpha: of `as_input` -> the same in the kind of `image`, of which sr was made."""
     if isinstance(image, torch.Tensor):
-        return sr
-    return to_uint8(sr[0]) if isinstance(image, np.ndarray) else to_pil(sr[0])
+        return sr.to(image)
+    if isinstance(image, np.ndarray):
+        a = to_uint8(sr[0])
+        return a[:, :, 0] if image.ndim == 2 else a[:, :, : image.shape[2]]
+    if isinstance(image, Image.Image) and Image.getmodebase(image.mode) == "L":     # grey, whatever its depth
+        sr = sr[:, :1]
+    if alpha is not None:
+        sr = torch.cat([sr.cpu(), resize(alpha, sr.shape[-2:])], dim=1)
+    return to_pil(sr[0])
 
 
 # ---- sizes

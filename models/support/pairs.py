@@ -7,17 +7,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.support.arguments import Stop
-from models.support.files import PictureError, claim, output_paths, printable
+from models.support.files import PictureError, claim, disk_full_or_read_only, output_paths, printable
 from models.support.imaging import write_picture
 
 
 def write_pairs(command, names, out_dir, skip_existing, pair):
-    """Write the pairs of all pictures, name what fails.  -> exit status
+    """Write the pairs of all pictures, name what fails; a full disk is the end.  -> exit status
 
     command: whose messages they are; names: {path: name}; skip_existing: keep whole pairs; pair: (path, name) -> lq, hq
     """
     inputs, results = set(map(os.path.realpath, names)), output_paths(names, Path(), ())
-    done, failed, stopped = 0, 0, False
+    done, failed, stopped, no_room = 0, 0, False, False
     with Stop() as stop:
         for (path, name), result in zip(tqdm(names.items(), unit="image", disable=None), results):
             targets = [out_dir / kind / result for kind in ("lq", "hq")]
@@ -35,10 +35,13 @@ def write_pairs(command, names, out_dir, skip_existing, pair):
             except PictureError as error:
                 failed += 1
                 tqdm.write(f"{command}: {error}", file=sys.stderr)
+                no_room = disk_full_or_read_only(error)
+                if no_room:
+                    break
             except KeyboardInterrupt:       # the pair at hand is dropped
                 stopped = True
                 break
-    if stopped:
+    if stopped or no_room:
         print(f"stopped after {done + failed} of {len(names)}; add --skip-existing to go on", file=sys.stderr)
     print(printable(f"{done} pictures in {out_dir / 'lq'} and {out_dir / 'hq'}, {failed} skipped"))
     return 130 if stopped else int(failed > 0)

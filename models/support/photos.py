@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.support import imaging
+from models.support.arguments import SIGNALS
 from models.support.files import SUFFIXES, PictureError, find_pictures, is_picture, printable
 
 KINDS = " ".join(sorted(SUFFIXES))
@@ -52,7 +53,7 @@ def expand(source, lists=(), where=""):
         for number, line in enumerate(map(str.strip, lines), 1):
             if line and line[0] != "#":
                 where = f" (named in {source}, line {number})"
-                yield from expand(source.parent / line, (*lists, source.resolve()), where)
+                yield from expand(source.parent / os.path.expanduser(line), (*lists, source.resolve()), where)
 
 
 class Photos(torch.utils.data.Dataset):
@@ -155,8 +156,8 @@ def photos_for(data, crop, seed, names=None, **options):
 
 def ignore_signals(_):
     """A loader's worker lives as long as its training, which stops after a step, although Ctrl-C reaches both."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):

@@ -44,12 +44,16 @@ def tiled(function, boxes, z, *others, down=0.0):
     """function(z, *others), a few tiles at a time, blended by `tile_weight` where they overlap.
 
     function: of tiles (n, C, th, tw) and what lies beside them, n at most AT_ONCE -> like the tiles
-    boxes: of `tile_boxes`; if there is one, the function is called with everything, and any B will do
-    z: (1, C, h, w); others: maps (1, any, k h, k w), of which a tile gets its part, as crops of the image with k = 8;
-    or (tiles, any, any), of which it gets its row; down: see `tile_weight` -> like z
+    boxes: of `tile_boxes`; if there is one, the function is called with everything
+    z: (B, C, h, w); others: maps (B, any, k h, k w), of which a tile gets its part, as crops of the image with k = 8;
+    or (tiles * B, any, any), all images of the first tile first, of which it gets its row
+    down: see `tile_weight` -> like z
     """
     if len(boxes) == 1:
         return function(z, *others)
+    if (B := len(z)) > 1:       # one image after the other
+        images = [tiled(function, boxes, z[b : b + 1], *(x[b::B] for x in others), down=down) for b in range(B)]
+        return torch.cat(images)
 
     # float32: in half precision the window's corners are 0
     total = torch.zeros_like(z, dtype=torch.float32)
