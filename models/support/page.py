@@ -95,7 +95,8 @@ def page_of(figures, names, records):
     averages = f"<p>Averages:</p>{table(means, names[: len(records) + 1])}" if len(figures) > 1 and means[0] else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = "\n".join(f"{sha}  {text(name)}" for name, sha in record["weights"].items())
-    parts = {"title": text(", ".join(models)), "number": str(len(figures)), "averages": averages, "choices": choices,
+    number = "1 image" if len(figures) == 1 else f"{len(figures)} images"
+    parts = {"title": text(", ".join(models)), "number": number, "averages": averages, "choices": choices,
              "figures": "".join(figures), "command": text(record["command"]), "protocol": text(record["protocol"]),
              "versions": text(versions), "hashes": hashes or "none"}
     return re.sub(r"{{(\w+)}}", lambda name: parts[name[1]], TEMPLATE.read_text(encoding="utf-8"))
