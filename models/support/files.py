@@ -171,7 +171,7 @@ def find_pictures(top, note=lambda line: None, results=False):
 
 
 def output_paths(names, out, taken=("sheet",), note=print):
-    """One PNG in `out` per picture of `find_pictures`; where a name is taken, -2, -3, ... is added.  -> list of Path"""
+    """One PNG in `out` per image of `find_pictures`; where a name is taken, -2, -3, ... is added.  -> list of Path"""
     taken, paths = set(taken), []
     for path, name in names.items():
         stem, n = name.stem, 1
