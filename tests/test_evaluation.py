@@ -175,7 +175,7 @@ def test_equal_pictures_make_valid_json(tmp_path):
     write_metrics(record_of([row], "", {"seed": 0, "scale": 4}, {}, []), tmp_path)
     text = (tmp_path / "metrics.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["average"]["psnr_y"]["ours"] == "inf" and found["not_measured"]["lpips"] == "not of any picture"
+    assert found["average"]["psnr_y"]["ours"] == "inf" and found["not_measured"]["lpips"] == "not of any image"
 
 
 def test_weights_that_are_read_are_noted(tmp_path):

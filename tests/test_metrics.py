@@ -47,7 +47,7 @@ def test_bytes_floats_and_border():
     for metric in (psnr, psnr_y, ssim_y):
         assert metric(x, y) == pytest.approx(metric(x[None] / 255, y[None] / 255), rel=1e-6)
         assert metric(x, y, border=7) == metric(x[:, 7:-7, 7:-7], y[:, 7:-7, 7:-7])
-    with pytest.raises(ValueError, match="one picture"):
+    with pytest.raises(ValueError, match="one image"):
         psnr_y(torch.zeros(2, 3, 20, 20), torch.zeros(2, 3, 20, 20))
     with pytest.raises(ValueError, match="11 x 11"):
         ssim_y(x[:, :20, :20], y[:, :20, :20], border=5)

@@ -198,6 +198,7 @@ def test_self_contained():
     assert all(a["src"].startswith("data:image/png;base64,") for tag, a in tags if tag == "img")
     assert not any(re.match("https?:|//", value or "") for _, a in tags for value in a.values()) and "url(" not in html
     assert "default-src 'none'" in html and "no reference named 1" in html and "needs a.pth" in html
+    assert "<p>2 images by nanoSR." in html and "<p>1 image by nanoSR." in example(1, references=False)
     assert "python sample.py lq/ --ref hq/ --page --prompt &#x27;&lt;b&gt;&#x27;" in html and "border cut" in html
 
 
@@ -250,6 +251,28 @@ def test_divider(browser, file):
     browser.touch([(left + 0.5 * width, y)], [(left + 0.4 * width, y)], [(left + 0.3 * width, y)])
     browser("Emulation.setTouchEmulationEnabled", enabled=False)
     assert browser.splits() == [30, 50, 50]
+
+
+@needs_chromium
+def test_a_finger_that_scrolls_moves_no_divider(browser, file):
+    browser.size(390, 700, mobile=True)
+    browser("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        browser.open(file)
+        left, top, width, height = browser.box()
+        browser.touch([(left + 0.7 * width, top + 0.6 * height)])
+        assert browser.splits() == [70, 50, 50], "a tap calls it"
+        for start in (0.7, 0.2):        # at the divider and beside it
+            browser.open(file)
+            x, y = left + start * width, top + 0.8 * height
+            if start == 0.7:
+                browser.touch([(x, y)])
+            before = browser.splits()
+            browser.touch(*([(x + i, y - 25 * i)] for i in range(8)))
+            assert browser.js("new Promise(done => setTimeout(() => done(scrollY > 0), 300))") and browser.splits() == before
+    finally:
+        browser("Emulation.setTouchEmulationEnabled", enabled=False)
+        browser.size(1280, 900)
 
 
 @needs_chromium
@@ -315,6 +338,55 @@ def test_pairs(browser, file):
         browser.js(f"document.querySelectorAll('input')[{i}].click()")
         assert browser.js(shown) == browser.js(tags) == [pair] * 3
     assert browser.js("document.querySelectorAll('.view')[1].querySelector('.layer.right').innerText") == "no reference"
+
+
+@needs_chromium
+def test_keys_after_a_click_on_a_pair(browser, file):
+    """They do what the help says; with the focus on a pair, which only Tab brings, arrows choose another."""
+    browser.open(file)
+    x, y = browser.js("(b => [b.left + b.width / 2, b.top + b.height / 2])(document.querySelectorAll('label')[1].getBoundingClientRect())")
+    browser.mouse((x, y))
+    checked = "[...document.querySelectorAll('input')].findIndex(i => i.checked)"
+    assert browser.js(checked) == 1
+    browser.key("ArrowLeft"), browser.key("+")
+    assert browser.splits() == [48, 48, 48] and {z for some in browser.zooms() for z in some} == {1.414} and browser.js(checked) == 1
+    browser.js("document.querySelectorAll('input')[1].focus()")
+    browser.key("0"), browser.key("ArrowRight")
+    assert {z for some in browser.zooms() for z in some} == {1} and browser.splits() == [48, 48, 48]
+
+
+@needs_chromium
+def test_buttons_stay_with_their_labels(browser, tmp_path):
+    names = ["bicubic", "vosr-tiny", "s3diff-tiny", "gramsr-tiny", "reference"]
+    x = torch.rand(1, 3, 40, 60)
+    rows = [row_of("a.png", (40, 60), 0.5, {}, {}) for _ in names[1:4]]
+    records = [record_of([row], "", {"seed": 0, "scale": 4}, {}, []) for row in rows]
+    (tmp_path / "page.html").write_text(page_of([figure_of(rows, [x] * 5, names, 5)], names, records), encoding="utf-8")
+    for width in (320, 390, 500, 700, 1000):
+        browser.size(width, 800, mobile=width < 500)
+        browser.open(tmp_path / "page.html")
+        apart = browser.js("""[...document.querySelectorAll('label')].map(label => {
+            const range = document.createRange(), text = label.lastChild
+            range.setStart(text, 0), range.setEnd(text, 1)
+            const a = label.firstChild.getBoundingClientRect(), b = range.getBoundingClientRect()
+            return Math.abs(a.top + a.height / 2 - b.top - b.height / 2)
+        })""")
+        assert len(apart) == 10 and max(apart) < 8, (width, apart)
+    browser.size(1280, 900)
+
+
+@needs_chromium
+def test_without_scripts_all_versions_stand_side_by_side(browser, file):
+    browser("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(file)
+        boxes = browser.js("""[...document.querySelectorAll('.layer img')].map(i => {
+            const b = i.getBoundingClientRect(), e = document.elementsFromPoint(b.left + b.width / 2, b.top + 9)
+            return [Math.round(b.left), Math.round(b.top), Math.round(b.width), Math.round(b.height)] })""")
+        assert len(boxes) == 8 and len({tuple(box) for box in boxes}) == 8 and all(w > 100 and h > 20 for _, _, w, h in boxes), boxes
+        assert browser.js("document.body.innerText").count("vosr-tiny") >= 3 and "Divider" not in browser.js("document.body.innerText")
+    finally:
+        browser("Emulation.setScriptExecutionDisabled", value=False)
 
 
 @needs_chromium

@@ -1,4 +1,4 @@
-"""What a training run shows: log.csv, line charts of it drawn with Pillow, a sheet of pictures."""
+"""What a training run shows: log.csv, line charts of it drawn with Pillow, a sheet of images."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""Measuring results: which reference belongs to which picture, what can be measured, the tables and the protocol.
+"""Measuring results: which reference belongs to which image, what can be measured, the tables and the protocol.
 
 Nothing is downloaded for it unasked; what cannot be measured is named, with the reason.
 
@@ -69,7 +69,7 @@ def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
     """What can be measured with the files that are here.
 
     compare: are there references?; lpips: LPIPS.from_pretrained, whose network is no matter of this file
-    -> {metric: f(x, hq) of pictures (1, 3, H, W) in [0, 1] -> float}, {metric: why not}, files that are used
+    -> {metric: f(x, hq) of images (1, 3, H, W) in [0, 1] -> float}, {metric: why not}, files that are used
     Raises ValueError at a broken file.
     """
     border = round(scale)           # the usual cut of BasicSR's test settings
@@ -94,7 +94,7 @@ def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
 
 
 def read_reference(path, references, size):
-    """The reference of picture `path`, of `find_references`.  -> (1, 3, *size) in [0, 1], "", or None, why not"""
+    """The reference of image `path`, of `find_references`.  -> (1, 3, *size) in [0, 1], "", or None, why not"""
     try:
         if not references:
             raise PictureError(f"no reference named {path.with_suffix('')}")
@@ -109,19 +109,19 @@ def read_reference(path, references, size):
         return None, str(e)
 
 
-def measure(pictures, bicubic, hq, metrics, why="", name="picture"):
-    """Our versions of a picture, and bicubic's, by the metrics of `find_metrics`.
+def measure(images, bicubic, hq, metrics, why="", name="image"):
+    """Our versions of an image, and bicubic's, by the metrics of `find_metrics`.
 
-    pictures: list of (1, 3, H, W) in [0, 1]; bicubic: the same; hq: the same, or None, and why; name: of all of them
-    -> for each of pictures {metric: ours, metric_bicubic: its}, {metric: why not}
+    images: list of (1, 3, H, W) in [0, 1]; bicubic: the same; hq: the same, or None, and why; name: of all of them
+    -> for each of images {metric: ours, metric_bicubic: its}, {metric: why not}
     """
-    found, failed = [{} for _ in pictures], {}
+    found, failed = [{} for _ in images], {}
     for m, metric in metrics.items():
         if hq is None and m in NEED_REFERENCE:
             failed[m] = why
             continue
         try:
-            theirs, *ours = (metric(x, hq) for x in (bicubic, *pictures))
+            theirs, *ours = (metric(x, hq) for x in (bicubic, *images))
             if math.isnan(sum(ours, theirs)):
                 raise ValueError(f"{METRICS[m][0]} needs more pixels or more detail")
             for figures, figure in zip(found, ours):
@@ -139,13 +139,13 @@ def report(figures):
 
 
 def row_of(name, size, seconds, figures, missing):
-    """The line of a picture.  size: (H, W); seconds: None = made earlier; figures, missing: of `measure` -> dict"""
+    """The line of an image.  size: (H, W); seconds: None = made earlier; figures, missing: of `measure` -> dict"""
     return {"picture": printable(name), "width": size[1], "height": size[0], "seconds": seconds and round(seconds, 3),
             **figures, "not_measured": missing}
 
 
 def average(rows):
-    """-> {column: its mean over the pictures where it was measured}"""
+    """-> {column: its mean over the images where it was measured}"""
     measured = {column: [row[column] for row in rows if column in row] for column in COLUMNS}
     return {column: fmean(figures) for column, figures in measured.items() if figures}
 
@@ -186,7 +186,7 @@ def record_of(rows, command, flags, absent, files):
         "metrics": {m: {"name": name, "better": better} for m, (name, _, better) in METRICS.items()},
         "average": {m: {"ours": means[m], "bicubic": means[f"{m}_bicubic"], "pictures": sum(m in row for row in rows)}
                     for m in METRICS if m in means},
-        "not_measured": {m: absent.get(m, "not of any picture") for m in METRICS if m not in means},
+        "not_measured": {m: absent.get(m, "not of any image") for m in METRICS if m not in means},
         "pictures": rows,
         "weights": {printable(path): hash_of(path) for path in dict.fromkeys(files)},
         "versions": versions(),
@@ -222,7 +222,7 @@ def append_row(folder, row, first):
 
 
 def write_metrics(record, folder):
-    """metrics.json, and metrics.csv with a line for every picture."""
+    """metrics.json, and metrics.csv with a line for every image."""
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, COLUMNS_OF_TABLE)
     table.writeheader()

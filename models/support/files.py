@@ -78,13 +78,15 @@ def writing(path):
 def check_writable(folder):
     """Raise WriteError unless files can be written to a folder; where it does not exist yet, it will not afterwards."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f:
-            f.write(bytes(2**16))       # on a full disk a file can be made, but stays empty
-    with suppress(OSError):
-        for path in missing:
-            path.rmdir()
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as f:
+                f.write(bytes(2**16))       # on a full disk a file can be made, but stays empty
+    finally:
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()
 
 
 @cache      # once a folder
@@ -169,7 +171,7 @@ def find_pictures(top, note=lambda line: None, results=False):
 
 
 def output_paths(names, out, taken=("sheet",), note=print):
-    """One PNG in `out` per picture of `find_pictures`; where a name is taken, -2, -3, ... is added.  -> list of Path"""
+    """One PNG in `out` per image of `find_pictures`; where a name is taken, -2, -3, ... is added.  -> list of Path"""
     taken, paths = set(taken), []
     for path, name in names.items():
         stem, n = name.stem, 1

@@ -1,6 +1,6 @@
-"""Picture files, sizes, colour fixes, contact sheets.
+"""Image files, sizes, colour fixes, contact sheets.
 
-Only here are pictures uint8; elsewhere they are float tensors (B, C, H, W) in RGB, here in [0, 1].
+Only here are images uint8; elsewhere they are float tensors (B, C, H, W) in RGB, here in [0, 1].
 Left out: animations (the first frame is read), metadata other than orientation and colour profile.
 """
 
@@ -30,12 +30,12 @@ MADE = "Settings"   # key of the text in a PNG that says how a result was made
 # ---- between tensors and bytes
 
 def to_uint8(x):
-    """Float picture to bytes, rounded.  x: (C, H, W) in [0, 1] -> (H, W, C) uint8 array"""
+    """Float image to bytes, rounded.  x: (C, H, W) in [0, 1] -> (H, W, C) uint8 array"""
     return (x.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def from_uint8(a):
-    """Bytes to float picture.  a: (H, W, C) or (H, W) uint8 array or Pillow image -> (1, C, H, W) in [0, 1]"""
+    """Bytes to float image.  a: (H, W, C) or (H, W) uint8 array or Pillow image -> (1, C, H, W) in [0, 1]"""
     return torch.from_numpy(np.array(np.atleast_3d(a))).permute(2, 0, 1)[None] / 255
 
 

@@ -1,10 +1,10 @@
 """PSNR, SSIM and NIQE as the super-resolution papers report them (LPIPS lives in lpips.py).
 
 psnr_y and ssim_y follow BasicSR: luma unrounded, float64, a border cut off; what pyiqa does otherwise are arguments.
-NIQE (Mittal et al. 2013) needs no reference: it measures how far a picture's statistics are from those of pristine
+NIQE (Mittal et al. 2013) needs no reference: it measures how far an image's statistics are from those of pristine
 photographs, by BasicSR's niqe_pris_params.npz (a mean, a covariance, a window).
 
-A picture is a tensor (3, H, W) or (1, 3, H, W), RGB, float in [0, 1] or uint8. Results are Python floats.
+An image is a tensor (3, H, W) or (1, 3, H, W), RGB, float in [0, 1] or uint8. Results are Python floats.
 """
 
 import math
@@ -19,16 +19,16 @@ YIQ = (255 * 0.299, 255 * 0.587, 255 * 0.114, 0)  # official: pyiqa's default; G
 
 
 def to_255(x, border=0):
-    """A picture -> (3, H, W) float64 in [0, 255], `border` pixels cut from every side."""
+    """An image -> (3, H, W) float64 in [0, 255], `border` pixels cut from every side."""
     x = x[0] if x.ndim == 4 and len(x) == 1 else x
     if x.ndim != 3 or len(x) != 3:
-        raise ValueError(f"expected one picture (3, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"expected one image (3, H, W), got {tuple(x.shape)}")
     x = x.double() if x.dtype == torch.uint8 else x.double() * 255
     return x[:, border : x.shape[1] - border, border : x.shape[2] - border]
 
 
 def to_y(x, border=0, luma=YCBCR):
-    """A picture -> (H, W) float64, luma in [0, 255], not rounded."""
+    """An image -> (H, W) float64, luma in [0, 255], not rounded."""
     return (to_255(x, border) * x.new_tensor(luma[:3], dtype=torch.float64).view(3, 1, 1)).sum(0) / 255 + luma[3]
 
 
@@ -45,7 +45,7 @@ def psnr(x, y, border=0):
 
 
 def psnr_y(x, y, border=0, luma=YCBCR, pyiqa=False):
-    """Peak signal-to-noise ratio of the luma, dB; infinite for equal pictures."""
+    """Peak signal-to-noise ratio of the luma, dB; infinite for equal images."""
     return _psnr(to_y(x, border, luma), to_y(y, border, luma), pyiqa)
 
 
@@ -144,7 +144,7 @@ def features(blocks):
 
 @torch.no_grad()
 def niqe(x, params):
-    """Naturalness of a picture as BasicSR computes it, lower is better.
+    """Naturalness of an image as BasicSR computes it, lower is better.
 
     params: of `load_niqe` -> float; nan when fewer than two blocks of 96 x 96 pixels fit, or nearly all is flat
     """

@@ -1,6 +1,6 @@
-"""The page that --page writes: every picture with a divider between two of its versions, in one HTML file.
+"""The page that --page writes: every image with a divider between two of its versions, in one HTML file.
 
-Pictures are data URIs, so the file can be mailed and opens without a server; it forbids itself every request. Its looks
+Images are data URIs, so the file can be mailed and opens without a server; it forbids itself every request. Its style
 and its script are in assets/page.html.
 """
 
@@ -18,7 +18,7 @@ from models.support.evaluation import METRICS, average
 from models.support.files import printable
 from models.support.imaging import png_text, to_pil
 
-EXACT, MOST, LARGEST = 6e6, 90e6, 16e6      # pixels: of all pictures together as PNG, else as JPEG; of one picture
+EXACT, MOST, LARGEST = 6e6, 90e6, 16e6      # pixels: of all images together as PNG, else as JPEG; of one image
 TEMPLATE = Path(__file__).parents[2] / "assets" / "page.html"
 
 
@@ -27,12 +27,12 @@ def text(x):
     return escape(printable(x))
 
 
-def embed(x, pictures):
-    """A picture (1, 3, H, W) in [0, 1], of which the page has so many -> data URI, what was lost on the way or "" """
+def embed(x, images):
+    """An image (1, 3, H, W) in [0, 1], of which the page has so many -> data URI, what was lost on the way or "" """
     img, kind, note, data = to_pil(x[0]), "png", "", io.BytesIO()
     width, height = img.size
-    if width * height > EXACT / pictures:
-        scale = min((min(MOST / pictures, LARGEST) / (width * height)) ** 0.5, 16384 / max(img.size), 1)
+    if width * height > EXACT / images:
+        scale = min((min(MOST / images, LARGEST) / (width * height)) ** 0.5, 16384 / max(img.size), 1)
         size = [max(round(side * scale), 1) for side in img.size]
         kind, note = "jpeg", f"shown here as JPEG{f' at {scale:.0%} of its size' * (scale < 1)}, measured as PNG"
         img = img.resize(size, Image.Resampling.LANCZOS)        # which copies it where the size is the same
@@ -55,18 +55,18 @@ def table(rows, names):
     return head and f"<table><tr><td></td>{head}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
-def figure_of(rows, versions, names, pictures):
-    """One picture.
+def figure_of(rows, versions, names, images):
+    """One image.
 
     rows: of `row_of`, of each model; versions: (1, 3, H, W) each, fewer than names if one is missing
-    names: bicubic, models, reference if any; pictures: on the whole page -> HTML
+    names: bicubic, models, reference if any; images: on the whole page -> HTML
     """
     row, models = rows[0], names[1 : len(rows) + 1]
     picture, layers, notes = text(row["picture"]), "", {}
     for i, name in enumerate(map(text, names)):
         inside = f"<p>no {name}</p>"
         if i < len(versions):
-            uri, note = embed(versions[i], pictures)
+            uri, note = embed(versions[i], images)
             inside = f'<img src="{uri}" alt="{picture}, {name}" draggable="false">'
             notes[note] = None
         layers += f'<div class="layer" data-name="{name}">{inside}</div>'
@@ -99,7 +99,8 @@ def page_of(figures, number, names, records):
     averages = f"<p>Averages:</p>{table(means, names[: len(records) + 1])}" if number > 1 and means[0] else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = "\n".join(f"{sha}  {text(name)}" for name, sha in record["weights"].items())
-    parts = {"title": text(", ".join(models)), "number": str(number), "averages": averages, "choices": choices,
+    counted = "1 image" if number == 1 else f"{number} images"
+    parts = {"title": text(", ".join(models)), "number": counted, "averages": averages, "choices": choices,
              "figures": figures, "command": text(record["command"]), "protocol": text(record["protocol"]),
              "versions": text(versions), "hashes": hashes or "none"}
     return re.sub(r"{{(\w+)}}", lambda name: parts[name[1]], TEMPLATE.read_text(encoding="utf-8"))

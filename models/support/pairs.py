@@ -1,4 +1,4 @@
-"""A folder of pictures -> a folder of pairs, lq/ and hq/ with equal names: the loop of degrade.py's command."""
+"""A folder of images -> a folder of pairs, lq/ and hq/ with equal names: the loop of degrade.py's command."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from models.support.imaging import write_picture
 
 
 def write_pairs(command, names, out_dir, skip_existing, pair):
-    """Write the pairs of all pictures, name what fails; a full disk is the end.  -> exit status
+    """Write the pairs of all images, name what fails; a full disk is the end.  -> exit status
 
     command: whose messages they are; names: {path: name}; skip_existing: keep whole pairs; pair: (path, name) -> lq, hq
     """

@@ -59,10 +59,10 @@ def expand(source, lists=(), where=""):
 class Photos(torch.utils.data.Dataset):
     """Random crops of photos, without end: photos[i] is a function of (seed, i) alone -> (3, crop, crop) in [0, 1].
 
-    Each epoch takes the files in a new order. A picture smaller than the crop is enlarged; one smaller than half of it,
+    Each epoch takes the files in a new order. An image smaller than the crop is enlarged; one smaller than half of it,
     or broken, is skipped: the next good file takes its place, and `skipped` says why.
 
-    files: None = list_photos(source); flip: mirror every other one; shrink: bring large pictures, too, to the crop's
+    files: None = list_photos(source); flip: mirror every other one; shrink: bring large images, too, to the crop's
     size, by their shorter side; cache_mb: of pixels
     """
 
@@ -88,7 +88,7 @@ class Photos(torch.utils.data.Dataset):
         print(f"{printable(reason)}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
 
     def pixels(self, file):
-        """Decoded picture, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
+        """Decoded image, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
         if file in self.skipped or file in self.cache:
             return self.cache.get(file)
         try:
@@ -96,7 +96,7 @@ class Photos(torch.utils.data.Dataset):
         except PictureError as error:
             return self.skip(file, error)
         factor = self.crop / min(x.shape[2:])
-        if factor > 1 or self.shrink:    # official: VOSR enlarges however small a picture is
+        if factor > 1 or self.shrink:    # official: VOSR enlarges however small an image is
             x = imaging.resize(x, [round(side * factor) for side in x.shape[2:]])
         array = imaging.to_uint8(x[0])
         if array.nbytes <= self.cache_left:
