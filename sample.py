@@ -71,6 +71,8 @@ KNOBS = {   # of the models: type, meaning. What is not given is a model's own s
     "tile": (between(64, 2**16, whole=True), "side of the tiles in output pixels, 64 or more"),
     "overlap": (positive, "pixels that tiles share"),
 }
+# torch 2.5 has none: it compiles for large images too
+set_stance = getattr(torch.compiler, "set_stance", lambda stance: None)
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
 Job = namedtuple("Job", "path name targets references")     # name: below the given folder; targets: one a model
 SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first images, pixel by pixel
@@ -197,7 +199,7 @@ def upscale(name, model, path, lq, args):
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
     if args.compile:        # of a map in strips every strip would be compiled anew
         small = plain(lq.shape[2] * lq.shape[3] * args.scale**2, args.device.type == "cuda")
-        torch.compiler.set_stance("default" if small else "force_eager")
+        set_stance("default" if small else "force_eager")
     sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
     if not sr.isfinite().all():
         bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)      # takes seconds
