@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cases_vosr import fill_module, known, tensors
 
 from models.clip import TextConfig, TextEncoder, Tokenizer
-from models.denet import DegradationEstimator
+from models.denet import NUM_BLOCKS, STRIDES, DegradationEstimator
 from models import discriminator
 from models.discriminator import Discriminator, multilevel_loss
 from models.support.imaging import adain, low_frequencies, pad_to_multiple
@@ -131,8 +131,9 @@ def tokens(case, get):
 
 @torch.no_grad()
 def degradation_estimator(case, get):
-    c = {k: v for k, v in case["config"].items() if k != "parameters"}
-    model = fill_module(DegradationEstimator(**c), case["fill"]["salt"])
+    c = case["config"]
+    assert (c["num_in_ch"], c["num_degradation"], tuple(c["num_blocks"]), tuple(c["downscales"])) == (3, 2, NUM_BLOCKS, STRIDES)
+    model = fill_module(DegradationEstimator(c["num_feats"]), case["fill"]["salt"])
     assert sum(p.numel() for p in model.parameters()) == case["config"].get("parameters", 2351362)
     image, = tensors(get, "image")
     branches = enumerate(zip(model.conv_first, model.body))

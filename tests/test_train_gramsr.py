@@ -42,7 +42,7 @@ TERMS = {"pixel": ["l2"], "semantic": ["l2", "lpips", "csd"], "texture": ["l2", 
 
 def shrink(patch):
     patch.setitem(train_gramsr.PRESETS, "tiny", (SMALL_TINY, SMALL_STAGES))
-    patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
+    patch.setitem(NETS, "vgg", replace(NETS["vgg"], trunk=trunk, compared={1: 8, 4: 8}, smallest=8))
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def overfit(stage, gram="patches", steps=15):
               and "adapter" not in k}
     params = training.freeze_all_but(model, [*model.parameters_of(stage).values(), *model.adapter.parameters()])
     vit, lpips = DINOv3(replace(SMALL.vit, gated_mlp=True)).requires_grad_(False), LPIPS().requires_grad_(False)
-    for i in range(len(lpips.compared)):
+    for i in range(len(lpips.net.compared)):
         torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
     g = torch.Generator().manual_seed(0)
     x = torch.nn.functional.interpolate(2 * torch.rand(2, 1, 3, 6, 6, generator=g).flatten(0, 1) - 1, (48, 48),

@@ -45,7 +45,7 @@ def trunk():
 def shrink(patch, **changes):
     patch.setitem(train_s3diff.PRESETS, "tiny",
                   (SMALL_TINY, {stage: replace(STAGE, **changes) for stage in ("prior", "estimator", "adapters")}))
-    patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
+    patch.setitem(NETS, "vgg", replace(NETS["vgg"], trunk=trunk, compared={1: 8, 4: 8}, smallest=8))
 
 
 @pytest.fixture(autouse=True)

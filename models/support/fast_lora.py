@@ -44,7 +44,7 @@ def fold(layer, adapters):
         B = layer.lora_B[name].weight.flatten(1)        # (out, r)
         C = adapters[name]                              # (1, r, r), or 1
         CA = C[0].to(A) @ A if torch.is_tensor(C) else A
-        W = torch.addmm(W, B, CA, alpha=layer.s[name])  # W + s B C A
+        W = torch.addmm(W, B, CA, alpha=layer.s[name])  # W + s B C A, of Eq. S3Diff (1) and (3)
     return W.view_as(layer.weight)
 
 
