@@ -46,7 +46,7 @@ from models.support.pairs import write_pairs
 
 # ---- recipes: what may happen
 
-MODES = ("area", "bilinear", "bicubic")     # of a resize, each as likely as the others
+MODES = ("area", "bilinear", "bicubic")     # kinds of resize, each as likely as the others
 KERNEL_SIZES = range(7, 22, 2)              # 7, 9, ... 21 pixels, each as likely as the others
 REAL_ESRGAN_KERNELS = {                     # (shape, symmetry) of a blur kernel: its probability
     ("gaussian", "isotropic"): 0.45,
@@ -60,37 +60,37 @@ REAL_ESRGAN_KERNELS = {                     # (shape, symmetry) of a blur kernel
 
 @dataclass(frozen=True)
 class Ranges:
-    """What one stage is drawn from. Pairs are (lowest, highest) of a uniform draw."""
+    """Says what one stage is drawn from. Pairs are (lowest, highest) of a uniform draw."""
     blur_probability: float
     blur_sigma: tuple           # width of the blur kernel, pixels
     up_probability: float       # the resize enlarges ...
     down_probability: float     # ... or shrinks ...
     keep_probability: float     # ... or does nothing; the three add up to 1
-    scale: tuple                # of the resize, per side: up draws from 1 to highest, down from lowest to 1
-    gaussian_sigma: tuple       # of Gaussian noise, levels of 255
+    scale: tuple                # the resize's factor per side: up draws from 1 to highest, down from lowest to 1
+    gaussian_sigma: tuple       # deviation of Gaussian noise, levels of 255
     poisson_scale: tuple        # factor on Poisson noise
     jpeg_quality: tuple         # above 0, at most 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a plan is drawn from. The defaults are Real-ESRGAN's, which lacks what is called ours."""
+    """Says what a plan is drawn from. The defaults are Real-ESRGAN's, which lacks what is called ours."""
     first: Ranges
     second: Ranges
     kernels: dict               # such as REAL_ESRGAN_KERNELS
     generalized_beta: tuple     # exponent of generalized Gaussian kernels
     plateau_beta: tuple         # exponent of plateau-shaped kernels
-    sinc_probability: float = 0.1           # of a sinc kernel instead of a blur kernel
-    final_sinc_probability: float = 0.8     # of the sinc filter at the end
-    gaussian_probability: float = 0.5       # of Gaussian noise; else it is Poisson noise
-    gray_noise_probability: float = 0.4     # of noise that is the same in red, green and blue
+    sinc_probability: float = 0.1           # to have a sinc kernel instead of a blur kernel
+    final_sinc_probability: float = 0.8     # to have the sinc filter at the end
+    gaussian_probability: float = 0.5       # to have Gaussian noise; else it is Poisson noise
+    gray_noise_probability: float = 0.4     # to have noise that is the same in red, green and blue
     # A batch of images is degraded at once. Noise strength, gray noise and JPEG quality are always drawn per image.
     # The branches are the other draws: whether to blur, the resizes, which noise, the order at the end. "batch": all
     # images take the same branches; "image": each is degraded by itself, so everything is drawn per image.
     # Where images share branches, kernels_per says whether each has blur kernels of its own, or the "batch" one.
     branches_per: str = "batch"
     kernels_per: str = "image"
-    enlarge_modes: tuple = MODES            # of the resize from lq to lq_up
+    enlarge_modes: tuple = MODES            # for the resize from lq to lq_up
     eight_bit: bool = True                  # lq_up: enlarged, clamped and rounded to 8 bits; else clamped and enlarged
     keep_hq_probability: float = 0.0        # S3Diff: lq_up is hq itself, an image that needs no restoring
     exact_resize: bool = False              # ours: the first resize by size, so nothing shifts; see `first_resize`
@@ -170,7 +170,7 @@ class Kernel:
     sigma_y: float = None
     theta: float = 0.0      # angle between the kernel's axes and the image's, radians
     beta: float = 1.0       # exponent of "generalized" and "plateau"
-    cutoff: float = None    # of "sinc": the highest frequency that passes, radians per pixel
+    cutoff: float = None    # for "sinc": the highest frequency that passes, radians per pixel
 
 
 IDENTITY = Kernel("identity", 1)
@@ -180,7 +180,7 @@ IDENTITY = Kernel("identity", 1)
 class StagePlan:
     """Says what happens in one stage. Lists have one element per image."""
     blur: bool              # whether to blur at all
-    kernels: list           # of Kernel; a single one is for all images
+    kernels: list           # Kernels; a single one is for all images
     resize_scale: float     # per side, from HQ's size in the first stage and from LQ's in the second
     resize_mode: str        # one of MODES
     noise_type: str         # "gaussian" or "poisson"
@@ -195,10 +195,10 @@ class Plan:
     """Says all that happens to a batch of images."""
     first: StagePlan
     second: StagePlan
-    sinc_kernels: list      # of Kernel, "sinc" or "identity"; a single one is for all images
+    sinc_kernels: list      # Kernels, "sinc" or "identity"; a single one is for all images
     jpeg_before_sinc: bool  # the second stage's JPEG: before the last resize and the sinc filter, or after them
-    final_mode: str         # of the resize to LQ's size
-    enlarge_mode: str       # of the resize from lq to lq_up
+    final_mode: str         # for the resize to LQ's size
+    enlarge_mode: str       # for the resize from lq to lq_up
     eight_bit: bool         # these five: see Recipe
     keep_hq: bool = False
     exact_resize: bool = False
@@ -484,7 +484,7 @@ def quantise(x, table, factor, dct):
     rows = x.reshape(B, c, H // 8, 8, W)                        # (B, c, blocks down, 8, W)
     half = dct @ rows                                           # the transform along columns of 8 pixels, same shape
     blocks = half.view(B, c, H // 8, 8, W // 8, 8)              # (B, c, blocks down, 8, blocks across, 8)
-    frequencies = blocks @ dct.T                                # and along rows of 8 pixels
+    frequencies = blocks @ dct.T                                # then along rows of 8 pixels
     frequencies = (frequencies / step).round() * step
     half = (frequencies @ dct).view(B, c, H // 8, 8, W)         # the way back, first along rows
     return (dct.T @ half).view(B, c, H, W)

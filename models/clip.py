@@ -185,7 +185,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Is CLIP's text tower without its last layer."""
+    """Runs CLIP's text tower without its last layer."""
 
     def __init__(self, cfg=None):
         super().__init__()

@@ -33,7 +33,7 @@ TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" 
 
 @dataclass
 class AugmentPlan:
-    """What was drawn: lists with one entry per image."""
+    """Holds what was drawn: lists with one entry per image."""
     brightness: list    # in [0, 1), as the next two; 0.5 changes nothing
     saturation: list
     contrast: list
@@ -196,7 +196,7 @@ class Discriminator(nn.Module):
         x = F.interpolate(x * 0.5 + 0.5, (side, side), mode="area")  # means of the pixels under a new one: no aliasing
         # official: the mean is CLIP's, the deviation ImageNet's; here too
         mean, std = x.new_tensor(CLIP_MEAN).view(3, 1, 1), x.new_tensor(IMAGENET_STD).view(3, 1, 1)
-        outputs = list(self.vit.layers((x - mean) / std))  # of every block: (B, 1 + 14 * 14, D), the class token first
+        outputs = list(self.vit.layers((x - mean) / std))  # each block's: (B, 1 + 14 * 14, D), the class token first
         early, late, last = (self.vit.norm(outputs[block]) for block in self.blocks)
         side //= self.vit.cfg.patch_size
         early, late = (tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for tokens in (early, late))

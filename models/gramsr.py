@@ -118,7 +118,7 @@ class GramSR(nn.Module):
 
         x: (B, 3, H, W) enlarged LQ in [-1, 1] -> (B, N, context_dim), N = 5 + patches: a class token, 4 registers
         """
-        dtype = self.vit.norm.weight.dtype      # of DINO's stream; its other weights may be in half precision
+        dtype = self.vit.norm.weight.dtype      # the dtype of DINO's stream; other weights may be in half precision
         return self.adapter(self.vit(normalised(x).to(dtype)))      # Eq. GramSR (1)
 
     def residual(self, z, context, *sets):

@@ -86,7 +86,7 @@ class LoRA:
 
 
 class Linear(LoRA, nn.Linear):
-    """Is torch.nn.Linear that takes adapters.  (B, N, in) -> (B, N, out)"""
+    """Maps tokens as torch.nn.Linear does, with adapters.  (B, N, in) -> (B, N, out)"""
 
     def new_pair(self, r):
         """Make A and B of a new adapter."""
@@ -102,7 +102,7 @@ class Linear(LoRA, nn.Linear):
 
 
 class Conv2d(LoRA, nn.Conv2d):
-    """Is torch.nn.Conv2d that takes adapters: A has its kernel, B is 1x1.  (B, in, H, W) -> (B, out, H', W')"""
+    """Convolves as torch.nn.Conv2d, with adapters: A has its kernel, B is 1x1.  (B, in, H, W) -> (B, out, H', W')"""
 
     def new_pair(self, r):
         """Make A and B of a new adapter."""
@@ -119,7 +119,7 @@ class Conv2d(LoRA, nn.Conv2d):
 
 
 class ExactConv2d(Exact, Conv2d):
-    """Is Conv2d at the ends of a network, which stays in float32: see precision.py."""
+    """Convolves at the ends of a network, and stays in float32: see precision.py."""
 
 
 def add_lora(network, targets, name, r, alpha=ALPHA):

@@ -128,7 +128,7 @@ class S3Diff(nn.Module):
         """Make the UNet's z_t: at 999 the LQ latent z itself, else z with the noise of t.  (B, 4, h, w) -> like z"""
         if t == 999:
             return z
-        a = alphas_cumprod()[t].item()      # of the paper's Table 8; the released code has 999 alone
+        a = alphas_cumprod()[t].item()      # the paper's Table 8 varies t; the released code has 999 alone
         return a**0.5 * z + (1 - a) ** 0.5 * self.noise(z, generator)
 
     def noise(self, z, generator=None):
@@ -185,7 +185,7 @@ class S3Diff(nn.Module):
         def guided_tiles(tiles):
             return self.guided(tiles, t, prompts, adapters, guidance)
 
-        multiples = max(tile // self.multiple, 1)           # of what the UNet can halve
+        multiples = max(tile // self.multiple, 1)           # the UNet halves its maps
         side = min(multiples * self.multiple // f, h, w)    # cells
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
         # official: the window's centre lies half a cell too low; here too

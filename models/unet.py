@@ -38,7 +38,7 @@ def alphas_cumprod():
 
 
 class TimeEmbedding(nn.Module):
-    """Is an MLP on the sinusoids of t.  (B, D) -> (B, inner)"""
+    """Embeds the sinusoids of t by an MLP.  (B, D) -> (B, inner)"""
 
     def __init__(self, D, inner):
         super().__init__()
@@ -107,7 +107,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Is the MLP of a transformer block.  (B, N, D) -> same shape"""
+    """Runs the MLP of a transformer block.  (B, N, D) -> same shape"""
 
     def __init__(self, D):
         super().__init__()

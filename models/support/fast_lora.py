@@ -18,7 +18,7 @@ def folding_pays(layer, x, adapters):
             return False        # each image has its own C, so each would need its own weight
     if x.is_cuda or torch.compiler.is_compiling():
         return True             # a GPU waits for launches, not for products; compiled, a size must not decide
-    c_out, c_in = layer.weight.flatten(1).shape         # of a convolution: c_in with the kernel's pixels
+    c_out, c_in = layer.weight.flatten(1).shape         # a convolution's c_in counts the kernel's pixels, too
     r = sum(len(layer.lora_A[name].weight) for name in names)
     detour = positions(layer, x) * r * (c_in + c_out)   # products of A and B with every vector
     folding = c_in * r * c_out                          # products of B with A

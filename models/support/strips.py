@@ -34,7 +34,7 @@ def needed(x, rate=1):
     """Decide whether a layer computes map x: (B, c, H, W) in strips; rate: rows of its result per row of x."""
     if torch.is_grad_enabled():
         return False
-    pixels = x.shape[2] * x.shape[3] * max(1, rate**2)      # of x or the result, whichever is larger
+    pixels = x.shape[2] * x.shape[3] * max(1, rate**2)      # x's or the result's, whichever has more
     return pixels > limit(x.is_cuda)
 
 
@@ -82,7 +82,7 @@ def in_strips(f, *maps, rate=1, into=None):
     """
     H, W = maps[0].shape[2:]
     height = int(H * rate)
-    rows = rows_at_a_time(int(W * max(rate, 1 / rate)), maps[0].is_cuda)    # of the result, in a strip
+    rows = rows_at_a_time(int(W * max(rate, 1 / rate)), maps[0].is_cuda)    # the result's, in a strip
     halo = 2 if rate == 0.5 else 1      # rows of the maps around a strip's; two, so that strides of two start even
     for start in range(0, height, rows):
         stop = min(start + rows, height)
