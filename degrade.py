@@ -46,7 +46,7 @@ from models.support.pairs import write_pairs
 
 # ---- recipes: what may happen
 
-MODES = ("area", "bilinear", "bicubic")     # of a resize, each as likely as the others
+MODES = ("area", "bilinear", "bicubic")     # kinds of resize, each as likely as the others
 KERNEL_SIZES = range(7, 22, 2)              # 7, 9, ... 21 pixels, each as likely as the others
 REAL_ESRGAN_KERNELS = {                     # (shape, symmetry) of a blur kernel: its probability
     ("gaussian", "isotropic"): 0.45,
@@ -60,35 +60,38 @@ REAL_ESRGAN_KERNELS = {                     # (shape, symmetry) of a blur kernel
 
 @dataclass(frozen=True)
 class Ranges:
-    """What one stage is drawn from. Pairs are (lowest, highest) of a uniform draw."""
+    """Says what one stage is drawn from. Pairs are (lowest, highest) of a uniform draw."""
     blur_probability: float
     blur_sigma: tuple           # width of the blur kernel, pixels
     up_probability: float       # the resize enlarges ...
     down_probability: float     # ... or shrinks ...
     keep_probability: float     # ... or does nothing; the three add up to 1
-    scale: tuple                # of the resize, per side: up draws from 1 to highest, down from lowest to 1
-    gaussian_sigma: tuple       # of Gaussian noise, levels of 255
+    scale: tuple                # the resize's factor per side: up draws from 1 to highest, down from lowest to 1
+    gaussian_sigma: tuple       # deviation of Gaussian noise, levels of 255
     poisson_scale: tuple        # factor on Poisson noise
-    jpeg_quality: tuple         # 0 to 100
+    jpeg_quality: tuple         # above 0, at most 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a plan is drawn from. The defaults are Real-ESRGAN's, which lacks what is called ours."""
+    """Says what a plan is drawn from. The defaults are Real-ESRGAN's, which lacks what is called ours."""
     first: Ranges
     second: Ranges
     kernels: dict               # such as REAL_ESRGAN_KERNELS
     generalized_beta: tuple     # exponent of generalized Gaussian kernels
     plateau_beta: tuple         # exponent of plateau-shaped kernels
-    sinc_probability: float = 0.1           # of a sinc kernel instead of a blur kernel
-    final_sinc_probability: float = 0.8     # of the sinc filter at the end
-    gaussian_probability: float = 0.5       # of Gaussian noise; else it is Poisson noise
-    gray_noise_probability: float = 0.4     # of noise that is the same in red, green and blue
-    kernels_per: str = "image"              # "image": each has kernels of its own; "batch": all share them
-    branches_per: str = "batch"             # "image": each has a plan of its own; "batch": all share one, in which
-                                            # kernels, noise strength, gray noise and JPEG quality are per image
-    enlarge_modes: tuple = MODES            # of the resize from lq to lq_up
-    eight_bit: bool = True                  # lq_up is rounded to 8 bits, as in a file
+    sinc_probability: float = 0.1           # to have a sinc kernel instead of a blur kernel
+    final_sinc_probability: float = 0.8     # to have the sinc filter at the end
+    gaussian_probability: float = 0.5       # to have Gaussian noise; else it is Poisson noise
+    gray_noise_probability: float = 0.4     # to have noise that is the same in red, green and blue
+    # A batch of images is degraded at once. Noise strength, gray noise and JPEG quality are always drawn per image.
+    # The branches are the other draws: whether to blur, the resizes, which noise, the order at the end. "batch": all
+    # images take the same branches; "image": each is degraded by itself, so everything is drawn per image.
+    # Where images share branches, kernels_per says whether each has blur kernels of its own, or the "batch" one.
+    branches_per: str = "batch"
+    kernels_per: str = "image"
+    enlarge_modes: tuple = MODES            # for the resize from lq to lq_up
+    eight_bit: bool = True                  # lq_up: enlarged, clamped and rounded to 8 bits; else clamped and enlarged
     keep_hq_probability: float = 0.0        # S3Diff: lq_up is hq itself, an image that needs no restoring
     exact_resize: bool = False              # ours: the first resize by size, so nothing shifts; see `first_resize`
     antialias: bool = False                 # ours: the second stage's resize, which shrinks the most, does not alias
@@ -143,12 +146,12 @@ WIDE = Recipe(      # ours: mostly one degradation, from none to much of it, to 
     kernels=REAL_ESRGAN_KERNELS, generalized_beta=(0.5, 4.0), plateau_beta=(1, 2),
     branches_per="image")
 
-WEAK = Ranges(
+WEAK_RANGES = Ranges(
     blur_probability=0.5, blur_sigma=(0.2, 0.7),
     up_probability=0.3, down_probability=0.3, keep_probability=0.4, scale=(0.92, 1.08),
     gaussian_sigma=(0, 4), poisson_scale=(0.0, 0.15), jpeg_quality=(85, 100))
 CLEAN = Recipe(     # ours: half of the images are only shrunk, the others weakly degraded, as good photos are
-    first=WEAK, second=WEAK,
+    first=WEAK_RANGES, second=WEAK_RANGES,
     kernels={("gaussian", "isotropic"): 1.0}, generalized_beta=(1, 1), plateau_beta=(1, 1),
     sinc_probability=0.0, final_sinc_probability=0.0, branches_per="image",
     exact_resize=True, antialias=True, only_shrink_probability=0.5)
@@ -160,14 +163,14 @@ RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE, "clea
 
 @dataclass(frozen=True)
 class Kernel:
-    """A blur kernel of size x size pixels; what its shape has no use for may be left out."""
+    """Describes a blur kernel of size x size pixels; what its shape does not need may be left out."""
     shape: str              # "gaussian", "generalized", "plateau", "sinc", or "identity", which changes nothing
     size: int               # odd
     sigma_x: float = None   # widths along the kernel's two axes, pixels; isotropic: both are equal
     sigma_y: float = None
     theta: float = 0.0      # angle between the kernel's axes and the image's, radians
     beta: float = 1.0       # exponent of "generalized" and "plateau"
-    cutoff: float = None    # of "sinc": the highest frequency that passes, radians per pixel
+    cutoff: float = None    # for "sinc": the highest frequency that passes, radians per pixel
 
 
 IDENTITY = Kernel("identity", 1)
@@ -175,9 +178,9 @@ IDENTITY = Kernel("identity", 1)
 
 @dataclass
 class StagePlan:
-    """One stage. Lists have one element per image."""
+    """Says what happens in one stage. Lists have one element per image."""
     blur: bool              # whether to blur at all
-    kernels: list           # of Kernel; a single one is for all images
+    kernels: list           # Kernels; a single one is for all images
     resize_scale: float     # per side, from HQ's size in the first stage and from LQ's in the second
     resize_mode: str        # one of MODES
     noise_type: str         # "gaussian" or "poisson"
@@ -189,22 +192,23 @@ class StagePlan:
 
 @dataclass
 class Plan:
-    """All that happens to a batch of images."""
+    """Says all that happens to a batch of images."""
     first: StagePlan
     second: StagePlan
-    sinc_kernels: list      # of Kernel, "sinc" or "identity"; a single one is for all images
+    sinc_kernels: list      # Kernels, "sinc" or "identity"; a single one is for all images
     jpeg_before_sinc: bool  # the second stage's JPEG: before the last resize and the sinc filter, or after them
-    final_mode: str         # of the resize to LQ's size
-    enlarge_mode: str       # of the resize from lq to lq_up
-    eight_bit: bool         # as in Recipe, like the next four
+    final_mode: str         # for the resize to LQ's size
+    enlarge_mode: str       # for the resize from lq to lq_up
+    eight_bit: bool         # these five: see Recipe
     keep_hq: bool = False
     exact_resize: bool = False
     antialias: bool = False
     only_shrink: bool = False
-    device: str = "cpu"     # where noise is drawn; on a GPU the same seed gives other noise
+    device: torch.device = torch.device("cpu")      # where noise is drawn; on a GPU the same seed gives other noise
 
 
-# A seed gives the same images as long as the draws below keep their order. New draws go to the end of `draw_plan`.
+# A seed gives the same images as long as the draws below keep their order; new ones go to the end of `draw_plan`. Some
+# are made although the plan will not use them, as kernels without a blur: so a decision does not shift what follows.
 
 def draw_kernel(rng, recipe, sigma):
     """Draw a Kernel for one of the stages.  sigma: (lowest, highest), pixels"""
@@ -256,7 +260,10 @@ def draw_stage(rng, recipe, ranges, n):
 
 
 def draw_plan(recipe, n, generator):
-    """Draw a Plan for n images. It uses one number of the generator, on whose device noise will be drawn."""
+    """Draw a Plan for n images, by one number of the generator.
+
+    Noise will be drawn on the generator's device; `degrade` sets a GPU instead where the images are on one.
+    """
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
     rng = random.Random(seed)
     first = draw_stage(rng, recipe, recipe.first, n)
@@ -280,7 +287,7 @@ def draw_plan(recipe, n, generator):
 # ---- blur
 
 def kernel_weights(kernel):
-    """The weights of a Kernel, sections 3.1 and 3.3 -> (size, size) float64, sum 1. Raises ValueError."""
+    """Compute the weights of a Kernel, sections 3.1 and 3.3 -> (size, size) float64, sum 1. Raises ValueError."""
     offset = torch.arange(kernel.size, dtype=torch.float64) - kernel.size // 2
     y, x = torch.meshgrid(offset, offset, indexing="ij")    # how far below and right of the centre each weight is
     if kernel.shape == "identity":
@@ -300,7 +307,10 @@ def kernel_weights(kernel):
 
 
 def squared_distance(kernel, x, y):
-    """Of each weight from the centre, along the kernel's axes, in sigmas: the C^T Sigma^-1 C of section 3.1."""
+    """Measure how far each weight is from the centre, along the kernel's axes, in sigmas, squared.
+
+    In section 3.1 it is C^T Sigma^-1 C, where C is a position, no matrix.
+    """
     cos, sin = math.cos(kernel.theta), math.sin(kernel.theta)
     along_x = (cos * x + sin * y) / kernel.sigma_x
     along_y = (cos * y - sin * x) / kernel.sigma_y
@@ -308,14 +318,17 @@ def squared_distance(kernel, x, y):
 
 
 def sinc(r, cutoff):
-    """A low-pass filter with a sharp cutoff, which rings.  r: distance of each weight from the centre, pixels"""
+    """Make a low-pass filter with a sharp cutoff, which rings: J1(r)/r, the round form of sin(r)/r.
+
+    r: distance of each weight from the centre, pixels; cutoff: radians per pixel -> like r
+    """
     weights = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
     limit = cutoff**2 / (4 * math.pi)   # at the centre, where the line above is 0 / 0
     return weights.masked_fill(r == 0, limit)
 
 
 def stack_kernels(kernels):
-    """Kernels -> (n, size, size) float32, padded with zeros to the size of the largest. Raises ValueError."""
+    """Stack weights of Kernels, padded with zeros to the largest.  -> (n, size, size) float32. Raises ValueError."""
     size = max(kernel.size for kernel in kernels)
     padded = [F.pad(kernel_weights(kernel), [(size - kernel.size) // 2] * 4) for kernel in kernels]
     return torch.stack(padded).float()
@@ -326,17 +339,17 @@ def blur(x, kernels):
 
     x: (B, 3, H, W); kernels: (B or 1, size, size) -> like x
     """
-    B, C, H, W = x.shape
+    B, c, H, W = x.shape
     margin = kernels.shape[-1] // 2
     if min(H, W) > margin:
         padded = F.pad(x, [margin] * 4, mode="reflect")
     else:
-        # official: fails on such small images
+        # official: fails on such small images; here not
         padded = imaging.mirror_pad(x, margin, margin, margin, margin)
     # one convolution for all images: each channel is a group of its own
-    channels = padded.reshape(1, B * C, *padded.shape[2:])
-    weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(C, 0)[:, None]       # (B*C, 1, size, size)
-    return F.conv2d(channels, weight, groups=B * C).view(B, C, H, W)
+    channels = padded.reshape(1, B * c, *padded.shape[2:])
+    weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(c, 0)[:, None]       # (B*c, 1, size, size)
+    return F.conv2d(channels, weight, groups=B * c).view(B, c, H, W)
 
 
 # ---- resize
@@ -352,7 +365,7 @@ def resize(x, mode, size=None, scale=None, antialias=False):
 
 
 def first_resize(x, plan):
-    """The resize of the first stage, as the authors do it or, with exact_resize, without their shift.
+    """Resize as the authors do it in the first stage or, with exact_resize, without their shift.
 
     They resize by a factor. The new size is rounded down, but bilinear and bicubic samples still lie exactly 1/scale
     apart, so the last ones do not reach the right and lower edge. The next resize stretches this cropped image to the
@@ -365,14 +378,15 @@ def first_resize(x, plan):
 
 
 def scaled(size, scale):
-    """(height, width) times a factor, rounded down to whole pixels."""
+    """Multiply (height, width) by a factor, and round down to whole pixels."""
     return [max(1, int(side * scale)) for side in size]
 
 
 # ---- noise
 
 class NoiseSource:
-    """Random numbers from a seed. Drawn on the CPU, they are the same for images on any device."""
+    """Draws the random numbers of noise from a seed. Drawn on the CPU, they are the same for images on any device."""
+
     def __init__(self, seed, device="cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -384,16 +398,20 @@ class NoiseSource:
 
 
 def gaussian_noise(x, gray, source):
-    """Gaussian noise of sigma 1/255.  x: (B, 3, H, W); gray: the same in all channels -> like x, if gray (H, W)"""
-    # official: one (H, W) field serves all gray images of a batch
+    """Make Gaussian noise of sigma 1/255.
+
+    x: (B, 3, H, W); gray: the same in all channels -> like x; if gray (H, W), which counts for all channels and images
+    """
+    # official: one (H, W) field serves all gray images of a batch; here too
     shape = x.shape[2:] if gray else x.shape
     return source.normal(shape).to(x) / 255
 
 
 def poisson_noise(x, gray, source):
-    """Noise of a camera that counts photons, of mean 0; more in brighter places, and more the fewer photons there are.
+    """Make the noise of a camera that counts photons. It has mean 0, and is stronger in brighter places.
 
-    A white pixel has as many photons as the image has different 8-bit values, rounded up to a power of 2.
+    The fewer photons a white pixel has, the stronger the noise. As in Real-ESRGAN's code, it has as many as the image
+    has different 8-bit values, rounded up to a power of 2.
     x: (B, 3, H, W) in [0, 1]; gray: the same in all channels -> like x, if gray (B, 1, H, W)
     """
     if gray:
@@ -402,7 +420,7 @@ def poisson_noise(x, gray, source):
     x = imaging.round8(x)
     values = (x * 255).round().long().flatten(1)
     occurs = torch.zeros(len(x), 256, device=x.device).scatter_(1, values, 1.0)
-    # official: 1 photon for an image of one value, which is very strong noise
+    # official: 1 photon for an image of one value, which is very strong noise; here too
     photons = torch.exp2(torch.ceil(torch.log2(occurs.sum(1)))).view(-1, 1, 1, 1)
     return source.poisson(x * photons).to(x) / photons - x
 
@@ -411,7 +429,7 @@ NOISES = {"gaussian": gaussian_noise, "poisson": poisson_noise}
 
 
 def unit_noise(x, noise_type, gray, source):
-    """Noise of strength 1, of some images gray and of others coloured. Raises ValueError.
+    """Make noise of strength 1, for some images gray and for others coloured. Raises ValueError.
 
     x: (B, 3, H, W) in [0, 1]; noise_type: one of NOISES; gray: (B,) bools; source: a NoiseSource -> like x
     """
@@ -439,7 +457,7 @@ def add_noise(x, noise_type, strength, gray, source):
 
 RGB_TO_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 YCBCR_TO_RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
-LUMA_STEPS = torch.tensor([     # official: the transpose of the standard's table
+LUMA_STEPS = torch.tensor([     # official: the transpose of the standard's; here too
     [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95],
     [16, 19, 24, 29, 56, 64, 87, 98], [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100],
     [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99]])
@@ -452,34 +470,37 @@ DCT[0] /= math.sqrt(2)
 
 @cache
 def jpeg_tables(device, dtype):
-    """The five tables above on a device; cached, so that they are sent there once."""
+    """Send the five tables above to a device, once: the result is cached."""
     return [table.to(device, dtype) for table in (RGB_TO_YCBCR, YCBCR_TO_RGB, LUMA_STEPS, CHROMA_STEPS, DCT)]
 
 
 def quantise(x, table, factor, dct):
     """Round the frequencies of each 8 x 8 block to multiples of table * factor: here JPEG loses detail.
 
-    x: (B, C, H, W), H and W multiples of 8; table: (8, 8), for quality 50; factor: (B,); dct: (8, 8) -> like x
+    x: (B, c, H, W), H and W multiples of 8; table: (8, 8), for quality 50; factor: (B,); dct: (8, 8) -> like x
     """
-    B, C, H, W = x.shape
-    step = table[:, None] * factor.view(B, 1, 1, 1, 1, 1)                               # (B, 1, 1, 8, 1, 8)
-    vertical = dct @ x.reshape(B, C, H // 8, 8, W)                                      # along columns of pixels
-    frequencies = vertical.view(B, C, H // 8, 8, W // 8, 8) @ dct.T                     # and along rows
+    B, c, H, W = x.shape
+    step = table[:, None] * factor.view(B, 1, 1, 1, 1, 1)       # (B, 1, 1, 8, 1, 8)
+    rows = x.reshape(B, c, H // 8, 8, W)                        # (B, c, blocks down, 8, W)
+    half = dct @ rows                                           # the transform along columns of 8 pixels, same shape
+    blocks = half.view(B, c, H // 8, 8, W // 8, 8)              # (B, c, blocks down, 8, blocks across, 8)
+    frequencies = blocks @ dct.T                                # then along rows of 8 pixels
     frequencies = (frequencies / step).round() * step
-    vertical = (frequencies @ dct).view(B, C, H // 8, 8, W)                             # the way back
-    return (dct.T @ vertical).view(B, C, H, W)
+    half = (frequencies @ dct).view(B, c, H // 8, 8, W)         # the way back, first along rows
+    return (dct.T @ half).view(B, c, H, W)
 
 
 def jpeg(x, quality):
-    """What is left after compression.  x: (B, 3, H, W) in [0, 1]; quality: (B,), in (0, 100] -> like x, not 8-bit"""
+    """Compress and decompress.  x: (B, 3, H, W) in [0, 1]; quality: (B,), in (0, 100] -> like x, not 8-bit"""
     H, W = x.shape[2:]
     to_ycbcr, to_rgb, luma_table, chroma_table, dct = jpeg_tables(x.device, x.dtype)
     quality = torch.as_tensor(quality, device=x.device).to(x)
     factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
-    # official: steps are neither rounded nor held in 1..255; at quality 100 they vanish and the division fails
+    # official: steps are neither rounded nor held in 1..255; here too. At quality 100 they are officially 0, so that
+    # the division fails; here they are tiny.
     factor = factor.clamp(min=1e-5)
 
-    # official: black padding, which darkens the last blocks
+    # official: black padding, which darkens the last blocks; here too
     padded = F.pad(x * 255, (0, -W % 16, 0, -H % 16))
     ycbcr = (to_ycbcr @ padded.flatten(2)).view_as(padded)      # chroma around 0, not 128
     luma = quantise(ycbcr[:, :1] - 128, luma_table, factor, dct) + 128
@@ -493,7 +514,7 @@ def jpeg(x, quality):
 # ---- the whole
 
 def degrade_twice(plan, hq, scale, step, noise_source=None):
-    """The second-order model, section 3.2.  step(name, x) records x and returns it; the rest as in `apply`
+    """Degrade by the second-order model, section 3.2.  step(name, x) records x and returns it; the rest as in `apply`
 
     -> (B, 3, H/scale, W/scale), not clamped
     """
@@ -535,8 +556,9 @@ def degrade_twice(plan, hq, scale, step, noise_source=None):
 def apply(plan, hq, scale=4, noise_source=None, steps=None):
     """Degrade images as a plan says. Raises ValueError for an unknown kernel or noise.
 
-    hq: (B, 3, H, W) in [0, 1]; scale: how many times smaller LQ is per side; noise_source: a NoiseSource for all noise,
-    by default one of each stage's seed; steps: a list that receives (name, result) of every operation
+    hq: (B, 3, H, W) in [0, 1]; scale: how many times smaller LQ is per side
+    noise_source: draws all noise, None = a NoiseSource of each stage's seed; tests give the official draws by it
+    steps: a list that receives (name, result) of every operation
     -> lq (B, 3, H/scale, W/scale) and lq_up (B, 3, H, W), both in [0, 1]
     """
     H, W = hq.shape[2:]
@@ -552,12 +574,12 @@ def apply(plan, hq, scale=4, noise_source=None, steps=None):
         x = degrade_twice(plan, hq, scale, step, noise_source)
 
     lq = x.clamp(0, 1)
-    # official: S3Diff clamps before it enlarges, the others after
+    # official: S3Diff clamps before it enlarges, the others after; here too
     if plan.eight_bit:
         lq_up = imaging.round8(step("resize", resize(x, plan.enlarge_mode, (H, W))))
     else:
         lq_up = step("resize", resize(lq, plan.enlarge_mode, (H, W))).clamp(0, 1)
-    if plan.keep_hq:        # official: beside this lq_up, S3Diff's estimator sees the degraded lq
+    if plan.keep_hq:        # official: beside this lq_up, S3Diff's estimator sees the degraded lq; here too
         lq_up = hq
     return lq, lq_up
 
@@ -579,7 +601,7 @@ def degrade(hq, recipe, generator, scale=4):
 
 @torch.no_grad()
 def severity(plan, hq, lq):
-    """How blurred and how noisy a plan has made lq: what a degradation estimator is trained to say. Ours.
+    """Measure how blurred and how noisy a plan has made lq, which a degradation estimator learns to say. Ours.
 
     hq: (B, 3, H, W) in [0, 1]; lq: (B, 3, h, w), which `apply` made of it -> (B, 2) in [0, 1]: blur, noise
 
@@ -597,7 +619,7 @@ def severity(plan, hq, lq):
     # a texture as fine as lq can show: finer, it would alias, which is not blur
     texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(hq)
     texture = 0.5 + 0.1 * resize(texture, "bicubic", scale=scale)
-    only_blur = change_both_stages(quiet, jpeg_quality=[100.0] * B)
+    only_blur = change_both_stages(quiet, jpeg_quality=[100.0] * B)     # whose steps are so small that nothing is lost
     degraded, _ = apply(only_blur, texture, scale)
     contrast_left = degraded.std((1, 2, 3)) / F.avg_pool2d(texture, scale).std((1, 2, 3))
     blur_score = 1 - contrast_left
@@ -605,7 +627,7 @@ def severity(plan, hq, lq):
 
 
 def change_both_stages(plan, **changes):
-    """The plan with these fields changed in both of its stages."""
+    """Copy the plan, with these fields changed in both of its stages."""
     return replace(plan, first=replace(plan.first, **changes), second=replace(plan.second, **changes))
 
 

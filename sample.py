@@ -45,7 +45,7 @@ from models.support.graphs import replay
 from models.support.imaging import (GREY, as_input, as_output, chroma, contact_sheet, middle, read_made, read_picture,
                                     resize, round8, save_png, write_picture)
 from models.support.page import figure_of, page_of
-from models.support.strips import plain
+from models.support.strips import limit
 from models.support.weights import EMBEDDED, WeightError, fetch_all, files_read, list_weights, read_system
 from models.tiny import TinyGramSR, TinyS3Diff, TinyVOSR
 from models.vosr import VOSR
@@ -198,7 +198,7 @@ def upscale(name, model, path, lq, args):
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
     if args.compile:        # of a map in strips every strip would be compiled anew
-        small = plain(lq.shape[2] * lq.shape[3] * args.scale**2, args.device.type == "cuda")
+        small = lq.shape[2] * lq.shape[3] * args.scale**2 <= limit(args.device.type == "cuda")
         set_stance("default" if small else "force_eager")
     sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
     if not sr.isfinite().all():

@@ -198,7 +198,7 @@ def prepare(args):
     model, lpips, vit, run.origin = build(args, cfg, run.stage)
     run.is_saved = partial(is_learned, learn_vit=run.stage.learn_vit)
     # inferred: the adapter learns in each stage; the authors release a new one with each set
-    trained = [*model.lora(args.stage).values(), *model.adapter.parameters()]
+    trained = [*model.parameters_of(args.stage).values(), *model.adapter.parameters()]
     if run.stage.learn_vit:
         trained += model.vit.parameters()
     run.trained = training.freeze_all_but(model, trained)

@@ -36,7 +36,7 @@ import training
 from degrade import apply, degrade, draw_plan, severity
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
-from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_trained
+from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.support.arguments import between
 from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
@@ -176,7 +176,7 @@ def learns(stage, name):
         return is_prior(name) and not name.startswith("vae.")
     if stage == "estimator":
         return name.startswith("denet.")
-    return is_trained(name) and name != "modulation.w"
+    return is_in_release(name) and name != "modulation.w"
 
 
 def is_known(stage, name):

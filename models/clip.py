@@ -8,18 +8,16 @@ Left out: the image tower, the pooled vector and its projection, ids back to tex
 
 import re
 import unicodedata
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 
 from models.support.authors import read_vocabulary
-from models.support.files import whole_file
-from models.support.weights import cache_folder, find_or_fetch, load_strictly, read_file, read_tensors, save_tensors
+from models.support.features import kept_features
+from models.support.weights import find_or_fetch, load_strictly, read_tensors
 from models.vit import MLP
 
 
@@ -35,6 +33,7 @@ class TextConfig:
 
 # ---- text to ids
 
+# trap: SD 2.x pads with "!", so every "!" of a text gets the padding's id
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 SPECIAL = re.compile("(" + "|".join(map(re.escape, (START, END, PAD))) + ")")
 SPACE = re.compile(r"[^\S\x1c-\x1f]+")      # trap: Python's \s, unlike Unicode's, holds the separators \x1c to \x1f
@@ -42,20 +41,25 @@ WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^a-z0-9 ]+")
 
 
 def byte_symbols():
-    """A printable character for each of the 256 bytes: "é" is Ã©, 東, of three bytes, is æĿ±.  -> list of str"""
+    """List a printable character for each of the 256 bytes: "é" becomes Ã©; 東, three bytes, becomes æĿ±."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def split_words(text):
-    """Words, single digits, runs of all else: "It's 12K?" -> it 's 1 2 k ?"""
-    def kind(c):
-        """Python's re knows no letters and digits in Unicode's sense, so an ASCII character of that kind."""
-        if c.isascii():
-            return c
-        return {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], ".")
+def kind(c):
+    """Replace a character by an ASCII one of its kind: letter a, digit 0, anything else "."; ASCII stays itself."""
+    if c.isascii():
+        return c
+    return {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], ".")
 
+
+def split_words(text):
+    """Split a text into words, single digits, and runs of all else: "It's 12K?" -> it 's 1 2 k ?
+
+    WORD should know all letters and digits of Unicode, for which Python's re has no classes. So it is matched in a copy
+    of equal length, in which every character is an ASCII one of its kind, and the words are cut out of the text itself.
+    """
     text = SPACE.sub(" ", unicodedata.normalize("NFC", text))
     text = "".join(map(str.lower, text))  # trap: lower() of a whole text ends a Greek word in another sigma
     kinds = "".join(map(kind, text))
@@ -63,7 +67,7 @@ def split_words(text):
 
 
 def merge(symbols, ranks):
-    """Byte-pair encoding of a word: join neighbours, the pair that was learned first before others.
+    """Encode a word by byte pairs: join neighbours, the pair that was learned first before others.
 
     The vocabulary was learned by making the most frequent pair of neighbours a symbol, 48,894 times. So a common word
     is one symbol, and a rare one several, at worst a byte each. "</w>" ends a word: "art" in "artist" is no word.
@@ -85,27 +89,28 @@ def merge(symbols, ranks):
 
 
 class Tokenizer:
-    """From texts to ids, as Hugging Face's CLIP tokenizer makes them with the settings of SD 2.x.
+    """Turns texts into ids, as Hugging Face's CLIP tokenizer makes them with the settings of SD 2.x.
 
     vocab, merges: paths of vocab.json and merges.txt; length: ids a text. Raises WeightError.
     """
 
     def __init__(self, vocab, merges, length=77):
-        self.length, self.bytes = length, byte_symbols()
+        self.length = length
+        self.bytes = byte_symbols()
         single = [*self.bytes, *(symbol + "</w>" for symbol in self.bytes), START, END]
         self.ids, self.ranks = read_vocabulary(Path(vocab), Path(merges), single)
 
     def encode_word(self, word):
-        """-> ids"""
+        """Encode one word.  -> ids"""
         symbols = [self.bytes[byte] for byte in word.encode("utf-8", "replace")]  # "?" for half a surrogate pair
         symbols[-1] += "</w>"
         return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
 
     def encode_text(self, text):
-        """-> ids, neither cut nor padded"""
+        """Encode a text.  -> ids, neither cut nor padded"""
         ids = []
         for part in SPECIAL.split(text):
-            if part in (START, END, PAD):  # trap: SD 2.x pads with "!", so every "!" of a text has the padding's id
+            if part in (START, END, PAD):
                 ids.append(self.ids[part])
                 continue
             for word in split_words(part):
@@ -113,7 +118,7 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts):
-        """Ids of a list of texts: start, text, end, padding, in all `length`.  -> (B, 77) int64"""
+        """Make the ids of a list of texts: start, text, end, padding, in all `length`.  -> (B, 77) int64"""
         rows = torch.full((len(texts), self.length), self.ids[PAD])
         for row, text in zip(rows, texts):
             ids = [self.ids[START], *self.encode_text(text)][: self.length - 1] + [self.ids[END]]
@@ -124,7 +129,7 @@ class Tokenizer:
 # ---- ids to features
 
 class Embeddings(nn.Module):
-    """A vector for each id plus one for each position.  (B, N) int64 -> (B, N, D)"""
+    """Adds up a vector for each id and one for each position.  (B, N) int64 -> (B, N, D)"""
 
     def __init__(self, cfg):
         super().__init__()
@@ -137,32 +142,34 @@ class Embeddings(nn.Module):
 
 
 def drop_position_ids(module, state_dict, prefix, *_):
-    """Load hook: some files hold the numbers 0 to 76."""
+    """Drop the numbers 0 to 76, which some files hold: a hook of loading."""
     state_dict.pop(f"{prefix}position_ids", None)
 
 
 class Attention(nn.Module):
-    """Causal self-attention: a token sees itself and those before it, so text never sees padding.  (B, N, D) -> same"""
+    """Lets a token see itself and those before it, so text never sees padding.  (B, N, D) -> same shape"""
 
     def __init__(self, D, nh):
         super().__init__()
         self.nh = nh
+        self.q_proj = nn.Linear(D, D)
         self.k_proj = nn.Linear(D, D)
         self.v_proj = nn.Linear(D, D)
-        self.q_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
     def forward(self, x):
         def in_heads(y):
             return y.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, N, hd)
 
-        q, k, v = in_heads(self.q_proj(x)), in_heads(self.k_proj(x)), in_heads(self.v_proj(x))
+        q = in_heads(self.q_proj(x))
+        k = in_heads(self.k_proj(x))
+        v = in_heads(self.v_proj(x))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each after a norm and added to x.  (B, N, D) -> same shape"""
+    """Adds attention and MLP to x, each after a norm.  (B, N, D) -> same shape"""
 
     def __init__(self, cfg):
         super().__init__()
@@ -178,7 +185,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower without its last layer."""
+    """Runs CLIP's text tower without its last layer."""
 
     def __init__(self, cfg=None):
         super().__init__()
@@ -190,7 +197,7 @@ class TextEncoder(nn.Module):
         })
 
     def forward(self, ids):
-        """Features of ids: (B, N) int64, N at most 77 -> (B, N, D)"""
+        """Make features of ids.  (B, N) int64, N at most 77 -> (B, N, D)"""
         x = self.text_model.embeddings(ids)
         for layer in self.text_model.encoder.layers:
             x = layer(x)
@@ -200,27 +207,25 @@ class TextEncoder(nn.Module):
 # ---- texts to features
 
 @torch.no_grad()
+def encode(texts, folder, dtype):
+    """Compute features by SD-Turbo's text encoder.  -> {text: (77, D)}; arguments: of `text_features`"""
+    vocab = find_or_fetch("sd-turbo/tokenizer/vocab.json", folder)
+    merges = find_or_fetch("sd-turbo/tokenizer/merges.txt", folder)
+    tokenizer = Tokenizer(vocab, merges)
+    path = find_or_fetch("sd-turbo/text_encoder/model.safetensors", folder, dtype)
+    with torch.device("meta"):
+        encoder = TextEncoder()
+    load_strictly(encoder, read_tensors(path), path)
+    encoder.float()
+    return {text: encoder(tokenizer([text]))[0] for text in texts}
+
+
 def text_features(texts, folder=None, dtype=torch.float32):
-    """Features of texts by SD-Turbo's encoder, saved beside it: it is loaded for new texts only.
+    """Take features of texts from the file that keeps them; `encode` those that are new.
 
     texts: list of str; folder: where sd-turbo lies; what is missing is fetched
     dtype: float16 may take the encoder's file in float16 -> (n, 77, 1024). Raises WeightError.
     """
-    folder = folder if folder and (folder / "sd-turbo").is_dir() else None
-    store = (folder or cache_folder()) / "sd-turbo" / "text_features.safetensors"
-    known = read_file(store) if store.is_file() else {}
-    if dtype == torch.float16:          # of features that are not exact float32 never hears
-        store = store.with_name("text_features.fp16.safetensors")
-        known = (read_file(store) if store.is_file() else {}) | known
-    new = [text for text in dict.fromkeys(texts) if text not in known]
-    if new:
-        vocab, merges = (find_or_fetch(f"sd-turbo/tokenizer/{name}", folder) for name in ("vocab.json", "merges.txt"))
-        tokenizer = Tokenizer(vocab, merges)
-        path = find_or_fetch("sd-turbo/text_encoder/model.safetensors", folder, dtype)
-        with torch.device("meta"):
-            encoder = TextEncoder()
-        load_strictly(encoder, read_tensors(path), path)
-        known |= {text: encoder.float()(tokenizer([text]))[0] for text in new}
-        with suppress(OSError, SafetensorError), whole_file(store) as part:  # read-only: next time the same again
-            save_tensors(part, known)
-    return torch.stack([known[text] for text in texts])
+    if folder and not (folder / "sd-turbo").is_dir():
+        folder = None
+    return kept_features(texts, lambda new: encode(new, folder, dtype), folder, dtype)

@@ -6,8 +6,8 @@ Left out: how it was trained.
 
         lq -> conv -> blocks at width 64 -> conv, stride 2 -> blocks at 128 -> mean over pixels -> MLP -> sigmoid
 
-The authors' code lists the scores as blur, noise; that order is not checked here. They were learned by comparison (an
-image that is degraded more should score higher), so they rank images; 0.6 is not twice 0.3.
+The authors' code lists the scores as blur, noise; nothing here has checked this order. They were learned by comparison
+(of two images, the one that is degraded more should score higher), so they rank images: 0.6 is not twice 0.3.
 """
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 
 class ResidualBlock(nn.Module):
-    """x + conv, ReLU, conv; no norm, which would remove what is to be measured.  (B, C, H, W) -> same shape"""
+    """Adds conv, ReLU, conv to x; a norm would remove what is to be measured.  (B, c, H, W) -> same shape"""
 
     def __init__(self, channels):
         super().__init__()
@@ -27,13 +27,15 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
-def stages(num_feats, num_blocks, downscales):
-    """Blocks width by width, a convolution where resolution or width changes.
+NUM_BLOCKS = (2, 2, 2, 2)   # at each width
+STRIDES = (1, 1, 2, 1)      # after them
 
-    num_feats: widths; num_blocks: blocks of each; downscales: stride after them
-    """
-    layers, next_feats = [], (*num_feats[1:], num_feats[-1])
-    for width, blocks, stride, next_width in zip(num_feats, num_blocks, downscales, next_feats):
+
+def stages(num_feats):
+    """Make the blocks of each width in turn, and a convolution where width or resolution changes.  num_feats: widths"""
+    layers = []
+    next_feats = [*num_feats[1:], num_feats[-1]]    # nothing follows the last one
+    for width, next_width, blocks, stride in zip(num_feats, next_feats, NUM_BLOCKS, STRIDES):
         layers += [ResidualBlock(width) for _ in range(blocks)]
         if stride > 1 or next_width != width:
             layers.append(nn.Conv2d(width, next_width, 3, stride, padding=1))
@@ -41,24 +43,24 @@ def stages(num_feats, num_blocks, downscales):
 
 
 class DegradationEstimator(nn.Module):
-    """One score in (0, 1) per kind of degradation; the branches share nothing.
+    """Gives one score in (0, 1) for each kind of degradation; the branches share nothing.
 
-    lq: (B, 3, H, W) in [0, 1], not enlarged -> (B, num_degradation)
+    lq: (B, 3, H, W) in [0, 1], not enlarged -> (B, 2)
     Keep it in float32 whatever the rest runs in: S3Diff's sines of 2 pi w score magnify an error.
     """
 
-    def __init__(self, num_in_ch=3, num_degradation=2, num_feats=(64, 64, 64, 128), num_blocks=(2, 2, 2, 2),
-                 downscales=(1, 1, 2, 1)):
+    def __init__(self, num_feats=(64, 64, 64, 128)):
         super().__init__()
-        branches = range(num_degradation)
-        self.conv_first = nn.ModuleList([nn.Conv2d(num_in_ch, num_feats[0], 3, padding=1) for _ in branches])
-        self.body = nn.ModuleList([stages(num_feats, num_blocks, downscales) for _ in branches])
+        branches = range(2)
+        self.conv_first = nn.ModuleList([nn.Conv2d(3, num_feats[0], 3, padding=1) for _ in branches])
+        self.body = nn.ModuleList([stages(num_feats) for _ in branches])
         self.fc_degree = nn.ModuleList([
             nn.Sequential(nn.Linear(num_feats[-1], 512), nn.ReLU(), nn.Linear(512, 1), nn.Sigmoid()) for _ in branches])
 
     def forward(self, lq):
+        """Score images.  (B, 3, H, W) -> (B, 2)"""
         scores = []
         for conv_first, body, fc_degree in zip(self.conv_first, self.body, self.fc_degree):
-            features = body(conv_first(lq)).mean((2, 3))  # (B, 128)
+            features = body(conv_first(lq)).mean((2, 3))  # (B, last width)
             scores.append(fc_degree(features))
         return torch.cat(scores, dim=1)

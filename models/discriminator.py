@@ -4,12 +4,15 @@ Papers:  Vision-aided GAN 2112.09130, DiffAugment 2006.10738, spectral normalisa
 Weights: dino_vitbase16_pretrain.pth for the backbone. The heads, named as in vision_aided_loss 0.1.0, have none.
 Left out: its other backbones and losses, class conditions.
 
-    image -> augment -> 224 px -> DINO --- block 4 of 12, patches 14 x 14 --> map head -> 3 x 3 logits
-                                        |-- block 8, patches ----------------> map head -> 3 x 3 logits
-                                        `-- block 11, class token -----------> Linear   -> 1 logit
+    image -> augment -> 224 px -> DINO --- block 5 of 12, patches 14 x 14 --> map head -> 3 x 3 logits
+                                        |-- block 9, patches ----------------> map head -> 3 x 3 logits
+                                        `-- block 12, class token -----------> Linear   -> 1 logit
 
-    D = Discriminator(vit)
-    loss = D(x, "generator", D.draw(x, x_src, generator))       # or "real", "fake"; x_src: what x was made from
+    discriminator = Discriminator(vit)
+    plan = discriminator.draw(x, x_src, generator)          # x_src: what x was made from
+    loss = discriminator(x, "generator", plan)              # or "real", "fake"
+
+In shapes D is the width of DINO's tokens.
 """
 
 from dataclasses import dataclass
@@ -22,14 +25,15 @@ from torch.nn.utils import spectral_norm
 from models.vit import IMAGENET_STD
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" is smoothed, too
+TARGETS = {"real": 0.8, "fake": 0.0, "generator": 0.8}  # official: "generator" is smoothed, too; here too
 
 
-# ---- augmentation: else D learns the few real images by heart; differentiable, since G learns through it
+# ---- augmentation: without it the discriminator learns the few real images by heart
+# It is differentiable, since the generator learns through it.
 
 @dataclass
 class AugmentPlan:
-    """What was drawn; each is a list with an entry an image."""
+    """Holds what was drawn: lists with one entry per image."""
     brightness: list    # in [0, 1), as the next two; 0.5 changes nothing
     saturation: list
     contrast: list
@@ -38,11 +42,12 @@ class AugmentPlan:
 
 
 def rounded_share(side, share):
+    """Round a share of a side to whole pixels, halves up."""
     return int(side * share + 0.5)
 
 
 def draw_augment(x, generator):
-    """A plan for images x (B, 3, H, W): moved by up to 1/8 of a side; a hole anywhere."""
+    """Draw a plan for images x: (B, 3, H, W). They move by up to 1/8 of a side; a hole may be anywhere."""
     B, _, H, W = x.shape
 
     def integers(low, high):
@@ -58,7 +63,7 @@ def draw_augment(x, generator):
 
 
 def per_image(draws, x):
-    """A list of B numbers as (B, 1, 1, 1), like x."""
+    """Turn a list of B numbers into a tensor (B, 1, 1, 1) like x."""
     return x.new_tensor(draws).view(-1, 1, 1, 1)
 
 
@@ -80,23 +85,25 @@ def contrast(x, draws):
 
 
 def translation(x, draws):
-    """Moves each image; zeros follow."""
+    """Moves each image, and fills up with zeros. F.pad with a negative width crops that side."""
     return torch.stack([F.pad(image, (-columns, columns, -rows, rows)) for image, (rows, columns) in zip(x, draws)])
 
 
 def cutout(x, draws):
-    """Sets a hole of half the image's sides to zero; part of it may lie outside."""
+    """Sets a hole, half as high and wide as the image, to zero; part of it may lie outside."""
     H, W = x.shape[2:]
     h, w = rounded_share(H, 1 / 2), rounded_share(W, 1 / 2)
     mask = torch.ones(len(x), 1, H, W)
     for image_mask, (row, column) in zip(mask, draws):
         top, left = row - h // 2, column - w // 2
-        image_mask[:, max(top, 0) : max(top + h, 0), max(left, 0) : max(left + w, 0)] = 0
+        bottom, right = top + h, left + w
+        # not below 0: a negative index would count from the end
+        image_mask[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = 0
     return x * mask.to(x)
 
 
 def augment(x, plan):
-    """Colour, translation and a hole.  x: (B, 3, H, W) in [-1, 1] -> like x, not clamped"""
+    """Change colours, move, and cut a hole.  x: (B, 3, H, W) in [-1, 1] -> like x, not clamped"""
     x = brightness(x, plan.brightness)
     x = saturation(x, plan.saturation)
     x = contrast(x, plan.contrast)
@@ -107,7 +114,7 @@ def augment(x, plan):
 # ---- heads
 
 class Blur(nn.Module):
-    """The filter (1, 3, 3, 1) / 8 along rows and columns, before each stride.  side -> side + 2 * padding - 3"""
+    """Filters by (1, 3, 3, 1) / 8 along rows and columns, before each stride.  side -> side + 2 * padding - 3"""
 
     def __init__(self, channels, padding):
         super().__init__()
@@ -120,49 +127,50 @@ class Blur(nn.Module):
 
 
 def map_head(D, width):
-    """(B, D, 14, 14) -> (B, 1, 3, 3).  Sides on the way: 15, 7, 6, 3."""
+    """Make a head for maps.  (B, D, 14, 14) -> (B, 1, 3, 3); sides on the way: 15, 7, 6, 3"""
     return nn.Sequential(
         Blur(D, padding=2), spectral_norm(nn.Conv2d(D, width, 3, stride=2)), nn.LeakyReLU(0.2),
         Blur(width, padding=1), spectral_norm(nn.Conv2d(width, 1, 1, stride=2)))
 
 
 class Heads(nn.Module):
-    """From DINO's features to logits.
+    """Turns DINO's features into logits.
 
-    Spectral norm divides a weight by its largest singular value, so no layer can enlarge a difference. The value is
-    estimated by power iteration, one step of weight_u and weight_v at every forward in training mode.
+    Spectral norm divides a weight by its largest singular value, so that a linear layer cannot enlarge a difference,
+    and a convolution, whose weight is taken as a matrix, only a little. The value is estimated by power iteration, one
+    step of weight_u and weight_v at every forward in training mode.
     """
 
     def __init__(self, D, width):
         super().__init__()
         token_head = nn.Sequential(spectral_norm(nn.Linear(D, width)), nn.LeakyReLU(0.2))
         self.decoder = nn.ModuleList([map_head(D, width), map_head(D, width), token_head])
-        self.out = spectral_norm(nn.Linear(width, 1))
+        self.out = spectral_norm(nn.Linear(width, 1))  # the last layer of token_head; its public name is apart
 
     def forward(self, early, late, token):
-        """early, late: (B, D, 14, 14); token: (B, D) -> logits (B, 3, 3), (B, 3, 3), (B, 1)"""
-        first, second, third = self.decoder
-        return [first(early).squeeze(1), second(late).squeeze(1), self.out(third(token))]
+        """Run the heads.  early, late: (B, D, 14, 14); token: (B, D) -> logits (B, 3, 3), (B, 3, 3), (B, 1)"""
+        early_head, late_head, token_head = self.decoder
+        return [early_head(early).squeeze(1), late_head(late).squeeze(1), self.out(token_head(token))]
 
 
 # ---- the discriminator
 
 def multilevel_loss(logits, target):
-    """Cross entropy with logits (B, ...) of several levels, mean within a level, SUM over levels -> (B, 1)."""
+    """Take the cross entropy of logits (B, ...) of several levels: mean within a level, SUM over levels -> (B, 1)."""
     losses = [F.binary_cross_entropy_with_logits(level, torch.full_like(level, TARGETS[target]), reduction="none")
               for level in logits]
     return sum(loss.flatten(1).mean(1, keepdim=True) for loss in losses)  # Eq. S3Diff (7)
 
 
 class Discriminator(nn.Module):
-    """vit: DINO (vit.py, version 1) of 8 blocks or more; it is frozen here."""
+    """Tells photos from results.  vit: DINO (vit.py, version 1) of 8 blocks or more; it is frozen here"""
 
     def __init__(self, vit, head_width=128):
         super().__init__()
-        # nn.Module does not look into lists: so 343 MB that never change stay out of state_dict() and parameters().
+        # nn.Module does not look into lists, so 343 MB that never change stay out of state_dict() and parameters()
         self.backbone = [vit.requires_grad_(False).eval()]
-        self.blocks = [vit.cfg.depth - back for back in (8, 4, 1)]  # 4, 8, 11 of the public model
-        # A list, since the package can ask several backbones.
+        self.blocks = [vit.cfg.depth - back for back in (8, 4, 1)]  # counted from 0: 4, 8, 11 of the public model
+        # a list, for the names: the package can have several backbones
         self.decoder = nn.ModuleList([Heads(vit.cfg.embed_dim, head_width)])
 
     @property
@@ -170,29 +178,32 @@ class Discriminator(nn.Module):
         return self.backbone[0]
 
     def _apply(self, fn, recurse=True):
-        """What .to(device), .to(dtype) and the like call: the backbone follows, too."""
-        # official: a plain list hides the backbone from .to() as well
+        """Do what .to(device), .to(dtype) and the like ask, for the backbone, too."""
+        # official: the plain list hides the backbone from .to() as well; here not
         self.vit._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def draw(self, x, x_src, generator):
-        """What `forward` gets beside x: how to augment it. x_src is of no use here, see tiny.PatchDiscriminator."""
+        """Draw the plan of `forward`.  x: (B, 3, H, W)
+
+        x_src: not used. tiny.PatchDiscriminator, which train_s3diff.py calls in the same way, compares x with it.
+        """
         return draw_augment(x, generator)
 
     def features(self, x):
-        """DINO's features of x: (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), class token (B, D)"""
+        """Take DINO's features of x: (B, 3, H, W) in [-1, 1] -> two maps (B, D, 14, 14), class token (B, D)"""
         side = self.vit.cfg.img_size
-        x = F.interpolate(x * 0.5 + 0.5, (side, side), mode="area")
-        # official: the mean is CLIP's, the deviation ImageNet's
+        x = F.interpolate(x * 0.5 + 0.5, (side, side), mode="area")  # means of the pixels under a new one: no aliasing
+        # official: the mean is CLIP's, the deviation ImageNet's; here too
         mean, std = x.new_tensor(CLIP_MEAN).view(3, 1, 1), x.new_tensor(IMAGENET_STD).view(3, 1, 1)
-        outputs = list(self.vit.layers((x - mean) / std))  # of every block: (B, 1 + 14 * 14, D), the class token first
+        outputs = list(self.vit.layers((x - mean) / std))  # each block's: (B, 1 + 14 * 14, D), the class token first
         early, late, last = (self.vit.norm(outputs[block]) for block in self.blocks)
         side //= self.vit.cfg.patch_size
         early, late = (tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for tokens in (early, late))
         return early, late, last[:, 0]
 
     def forward(self, x, target, plan=None):
-        """Loss of x: (B, 3, H, W) in [-1, 1].
+        """Take the loss of x: (B, 3, H, W) in [-1, 1].
 
         target: real, fake, or generator (a fake that should pass as real); plan: of `draw`, None = x as it is
         -> (B, 1)

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.support.precision import ExactConv2d, ExactLinear
-from models.support.strips import Checkpointing
+from models.support.checkpointing import Checkpointing
 from models.vit import MLP, PatchEmbed
 
 

@@ -10,7 +10,7 @@ Left out: texts, which the released code never reads.
     e = UNet(z, t = 1, context), as if z were a latent with almost no noise;   z - e -> VAE -> HQ image
 
 Three LoRA sets, pixel, semantic and texture, are trained one after the other, each with a loss of its own (gram.py). In
-use each has a scale.
+use each has a scale. A set is one adapter or several, whose names are those of the authors' files.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,8 @@ import torch.nn as nn
 from models.gram import normalised
 from models.lora import ALPHA, adapted_layers, add_lora
 from models.support import fast_lora
-from models.support.authors import last_step, with_step
+from models.support.authors import (gramsr_layout, last_step, read_gramsr, read_gramsr_texture,
+                                    with_step)
 from models.support.files import whole_file
 from models.support.imaging import check_image, color_fix, pad_to_multiple, resize
 from models.support.precision import in_half
@@ -34,14 +35,17 @@ from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import DINOv3, DINOv3Config
 
-# The LoRA sets in the order in which they are trained: {adapter: names of its layers in the UNet}
+# Pixel and semantic have an adapter in each of three parts of the UNet.  {part: regular expression of layers' names}
 PLACES = {"encoder": r"conv_in|down_blocks\..*", "decoder": r"up_blocks\..*|conv_out", "others": r"mid_block\..*"}
-TEXTURE = "default_unet_dino"       # for every layer; its own file leaves this name out
+# Texture has a single adapter, in every layer; the authors' file of texture alone leaves this name out.
+TEXTURE = "default_unet_dino"
+# {set: {adapter: regular expression of its layers' names}}
 SETS = {
     "pixel": {f"default_{place}_pix": layers for place, layers in PLACES.items()},
     "semantic": {f"default_{place}_sem": layers for place, layers in PLACES.items()},
     "texture": {TEXTURE: ".*"},
 }
+ALL = tuple(SETS)       # in the order in which they are trained
 RELEASE = {"model": "model_12501.pkl", "texture": "lora_weights_dino_53001.safetensors", "adapter": "adapter_53001.pth"}
 PRIOR = {name: f"stable-diffusion-2-1-base/{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
 PRIOR["vit"] = "dinov3-vitb16-pretrain-lvd1689m/model.safetensors"
@@ -52,130 +56,149 @@ class GramSRConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     vit: DINOv3Config = field(default_factory=DINOv3Config)
-    ranks: dict = field(default_factory=lambda: dict.fromkeys(SETS, 4))     # of the sets there are
+    ranks: dict = field(default_factory=lambda: dict.fromkeys(ALL, 4))      # {set: rank}
     t: int = 1                  # the UNet's time
     tile: int = 512             # pixels per tile side: the size it was trained at
-    overlap: int = 128          # pixels that tiles share, at least 1/8 of a tile
+    overlap: int = 128          # pixels that neighbouring tiles share, at least 1/8 of a tile
 
     @classmethod
     def from_dict(cls, d):
-        vit = DINOv3Config(**d["vit"])
-        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"]), "vit": vit})
+        parts = {"unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])}
+        return cls(**(d | parts))
 
 
 def token_adapter(D, inner, context_dim):
-    """From DINO's tokens to what the UNet's cross-attention reads, token by token.  (B, N, D) -> (B, N, context_dim)"""
+    """Make an MLP that turns each of DINO's tokens into one of the context.  (B, N, D) -> (B, N, context_dim)"""
     return nn.Sequential(nn.Linear(D, inner), nn.ReLU(), nn.Linear(inner, context_dim))
 
 
 class GramSR(nn.Module):
     Config = GramSRConfig
-    SWEEP = [[{name: x / 2} for x in range(5)] for name in SETS]        # of sample.py: rows, columns
+    SWEEP = [[{name: x / 2} for x in range(5)] for name in ALL]     # knobs of each image on sample.py's sheet, in rows
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = replace(cfg, ranks={})       # which `add_set` fills
+        self.cfg = replace(cfg, ranks={})       # `add_set` fills ranks
         self.unet, self.vae, self.vit = self.networks(cfg)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
         halved = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)
-        self.multiple = lcm(halved, cfg.vit.patch_size)         # of x's sides: maps are halved, patches are whole
-        for name in SETS:
+        # what the sides of x must be a multiple of: the UNet halves its maps, and DINO takes whole patches
+        self.multiple = lcm(halved, cfg.vit.patch_size)
+        for name in ALL:
             if name in cfg.ranks:
                 self.add_set(name, cfg.ranks[name])
 
     def networks(self, cfg):
-        """-> UNet, VAE, DINOv3"""
+        """Make UNet, VAE and DINOv3."""
         return UNet(cfg.unet), VAE(cfg.vae), DINOv3(cfg.vit)
 
     # ---- LoRA sets
 
     def add_set(self, name, r=4):
-        """A new LoRA set, which changes nothing yet: pixel, semantic or texture."""
-        alpha = r if name == "texture" else ALPHA       # trap: a scale of 8/r = 2 for two sets, of 1 for the third
+        """Add a new LoRA set, which changes nothing yet.  name: pixel, semantic or texture; r: rank"""
+        # trap: a scale alpha / r of 8 / r, which is 2 at rank 4, for two sets, but of 1 for the third
+        alpha = r if name == "texture" else ALPHA
         for adapter, layers in SETS[name].items():
             add_lora(self.unet, layers, adapter, r, alpha)
         self.cfg.ranks[name] = r
 
-    def lora(self, *sets):
-        """The parameters of LoRA sets by name in the UNet."""
-        mine = tuple(f".{adapter}.weight" for name in sets for adapter in SETS[name])
-        return {k: p for k, p in self.unet.named_parameters() if k.endswith(mine)}
+    def parameters_of(self, *sets):
+        """Collect the parameters of LoRA sets.  -> {name in the UNet: parameter}"""
+        ends = tuple(f".{adapter}.weight" for name in sets for adapter in SETS[name])
+        return {k: p for k, p in self.unet.named_parameters() if k.endswith(ends)}
 
-    def only(self, *sets):
-        """C with which the UNet has these LoRA sets on and all others off (lora.py)."""
-        C = {}
-        for name in sets:
-            C |= dict.fromkeys(SETS[name], 1)
-        return C
+    def adapters_of(self, *sets):
+        """Say, as the UNet's `adapters` (lora.py), that these LoRA sets are on and all others off."""
+        return {adapter: 1 for name in sets for adapter in SETS[name]}
 
     # ---- one step
 
     def tokens(self, x):
-        """What stands in for a text.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> (B, N, D), N = 5 + patches"""
-        return self.adapter(self.vit(normalised(x).to(self.vit.norm.weight.dtype)))     # Eq. GramSR (1)
+        """Make the context, which stands where a text stood.
+
+        x: (B, 3, H, W) enlarged LQ in [-1, 1] -> (B, N, context_dim), N = 5 + patches: a class token, 4 registers
+        """
+        dtype = self.vit.norm.weight.dtype      # the dtype of DINO's stream; other weights may be in half precision
+        return self.adapter(self.vit(normalised(x).to(dtype)))      # Eq. GramSR (1)
 
     def residual(self, z, context, *sets):
-        """What these LoRA sets find wrong with a latent: e.  z: (B, 4, h, w); context: (B, N, D) -> like z"""
-        return self.unet(z, self.cfg.t, context, self.only(*sets))
+        """Find what these LoRA sets would take away from z: e.  z: (B, 4, h, w); context: (B, N, D) -> like z"""
+        return self.unet(z, self.cfg.t, context, self.adapters_of(*sets))
 
     def clean(self, z, e):
-        """LQ latent, residual -> clean latent; no noise schedule has a say.  Three of (B, 4, h, w)"""
+        """Subtract the residual from the LQ latent; no noise schedule is used.  z, e: (B, 4, h, w) -> like z"""
         return z - e        # Eq. GramSR (3)
 
     def forward(self, x):
-        """What training sees, all sets on.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> image like x, latent, context"""
+        """Do what training does, with all sets on.
+
+        x: (B, 3, H, W) enlarged LQ in [-1, 1] -> image like x, its latent, context
+        """
         context, z_lq = self.tokens(x), self.vae.encode(x)
-        z = self.clean(z_lq, self.residual(z_lq, context, *SETS))
+        z = self.clean(z_lq, self.residual(z_lq, context, *ALL))
         return self.vae.decode(z).clamp(-1, 1), z, context
 
     def csd_conditions(self, context):
-        """The condition of `loss_csd` and its negative: the tokens, which the prior was never taught to read, and none.
+        """Give `loss_csd` its condition and negative: the tokens, which the prior was never taught to read, and none.
 
         context: (B, N, D) -> two like it
         """
         return context, torch.zeros_like(context)       # inferred; PiSA-SR has two prompts
 
     def prior(self, z_t, t, context):
-        """The UNet as it was before any LoRA, of which `loss_csd` takes the gradient.  -> eps like z_t"""
+        """Run the UNet as it was before any LoRA; `loss_csd` asks it what it would change.  -> eps like z_t"""
         return self.unet(z_t, t, context)
 
     # ---- in use
 
     def predict(self, z, context, scales=(1, 1, 1)):
-        """The residual with a scale for what each set adds to those before it.
+        """Find the residual, with a scale for what each set adds to those before it.
 
-        z: (B, 4, h, w); context: (B, N, D); scales: of pixel, semantic, texture -> like z
+        With e_p of the set pixel alone, e_ps of pixel and semantic, e_all of all three:
+
+            e = l1 e_p + l2 (e_ps - e_p) + l3 (e_all - e_ps)
+              = (l1 - l2) e_p + (l2 - l3) e_ps + l3 e_all
+
+        In the second form what has a factor of 0 needs no pass of the UNet: if all scales are 1, there is one pass.
+
+        z: (B, 4, h, w); context: (B, N, D); scales: l1, l2, l3, of pixel, semantic, texture -> like z
         """
-        if not torch.is_grad_enabled():
-            return fast_lora.in_few_passes(self.residual, z, context, scales, SETS, self.cfg.ranks)
         l1, l2, l3 = scales
-        e_p = self.residual(z, context, "pixel")
-        e_ps = self.residual(z, context, "pixel", "semantic")
-        e_all = self.residual(z, context, "pixel", "semantic", "texture")
-        return l1 * e_p + l2 * (e_ps - e_p) + l3 * (e_all - e_ps)       # Eq. GramSR (2)
+        if "semantic" not in self.cfg.ranks:    # then e_ps is e_p, and l2 has nothing to scale
+            l2 = l1
+        if "texture" not in self.cfg.ranks:     # then e_all is e_ps
+            l3 = l2
+        e = torch.zeros_like(z)
+        for factor, sets in ((l1 - l2, ["pixel"]), (l2 - l3, ["pixel", "semantic"]), (l3, ALL)):
+            if factor != 0:
+                e = e + factor * self.residual(z, context, *sets)       # Eq. GramSR (2)
+        return e
 
     def merge(self):
-        """Fold all sets into the weights once, instead of in every pass: for scales of 1 alone."""
+        """Fold all sets into the weights once, instead of in every pass, if all scales will be 1.
+
+        Trap: it cannot be undone. The model has no sets any more, so nothing is left to scale or to save.
+        """
         fast_lora.merge(self.unet)
         self.cfg.ranks.clear()
 
     def restore(self, z, x, scales, tile, overlap):
-        """LQ latent -> clean latent, in tiles where it is larger than one; each tile has its own tokens.
+        """Make the clean latent of an LQ latent, in tiles where it is larger than one; each tile has its own tokens.
 
-        z: (B, 4, h, w); x: (B, 3, H, W) in [-1, 1]; tile, overlap: pixels; tile 0 = off -> like z
+        z: (B, 4, h, w); x: (B, 3, H, W) in [-1, 1]; tile, overlap: pixels; tile 0: the whole image at once -> like z
         """
         def restored(z, x):
             return self.clean(z, self.predict(z, self.tokens(x), scales))
 
         f = self.vae.factor
-        side = tile // self.multiple * self.multiple // f       # cells
+        side = (tile // self.multiple) * self.multiple // f     # cells; `multiple` holds for tiles, too
         boxes = tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
         return tiled(restored, boxes, z, x)
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, pixel=None, semantic=None, texture=None, tile=0, overlap=0,
                 color="adain"):
-        """Super-resolution.
+        """Enlarge images and restore them.
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
         pixel, semantic, texture: scales of the LoRA sets, None = 1; one UNet pass if all are, else up to 3
@@ -184,21 +207,29 @@ class GramSR(nn.Module):
         -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError.
         """
         lq = check_image(lq)
-        cfg, (H, W) = self.cfg, (round(side * scale) for side in lq.shape[-2:])
+        cfg = self.cfg
         scales = [1 if l is None else l for l in (pixel, semantic, texture)]
-        # official: whatever its shape, an image is squeezed to 512 x 512
+
+        # 1. enlarge, and pad the sides
+        H, W = (round(side * scale) for side in lq.shape[-2:])
+        # official: an image of any shape is squeezed to 512 x 512; here not
         lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
-        z = self.restore(self.vae.encode(x), x, scales, tile or cfg.tile, overlap or cfg.overlap)
+
+        # 2. encode, 3. one step, 4. decode
+        z_lq = self.vae.encode(x)
+        z = self.restore(z_lq, x, scales, tile or cfg.tile, overlap or cfg.overlap)
         sr = self.vae.decode(z).clamp(-1, 1)[..., :H, :W].float() / 2 + 0.5
-        # official: truncated to 8 bits before and after the colour fix
+
+        # 5. give back the colours
+        # official: truncated to 8 bits before and after it; here not
         return color_fix(sr, lq_up, color, stablesr=True)
 
     # ---- files: plumbing
 
     @classmethod
     def from_pretrained(cls, name="gramsr", device="cpu", dtype=torch.float32):
-        """A model by its name (gramsr, which is fetched), or a folder with the authors' files or ours.
+        """Load a model: gramsr, which is fetched, or from a folder with the authors' files or ours.
 
         Raises FileNotFoundError or ValueError, one line.
         """
@@ -217,58 +248,52 @@ class GramSR(nn.Module):
 
     @classmethod
     def with_prior(cls, cfg, folder=None, source="GramSRConfig"):
-        """`load_public`: SD 2.1 and DINOv3 around a config of file source. Raises WeightError."""
+        """Load SD 2.1 and DINOv3 into a new model.  cfg: from file source. Raises WeightError."""
         return load_public(cls, cfg, PRIOR, folder, source)
 
     @classmethod
     def from_release(cls, files, folder=None):
-        """The authors' files or ours; public networks from folder or fetched.
+        """Load the authors' files, or ours; public networks from folder or fetched.
 
-        files: paths, or None, by the keys of RELEASE. Raises WeightError.
+        files: {key of RELEASE: path, or None where there is no such file}. Raises WeightError.
         """
         path, file = files["model"], read_tensors(files["model"])
         with laid_out_as(RELEASE["model"], path):
-            sets = file.get("nanosr", {}).get("sets", list(SETS))
-            ranks = {name: int(file[f"lora_rank_unet_{name[:3]}"]) for name in sets if name != "texture"}
-            early_tensors = dict(file["state_dict_unet"])
+            ranks, early_tensors = read_gramsr(file)
         texture_tensors, needed = {}, ["adapter"]
-        if "texture" in sets:
+        if "texture" in ranks:
             needed.append("texture")
         for part in needed:
             if not files[part]:
-                raise WeightError(f"{path}: needs {RELEASE[part]}, or that of another step, beside it; put it there")
-        if "texture" in sets:
-            for name, x in read_tensors(files["texture"]).items():
-                texture_tensors[name.replace(".weight", f".{TEXTURE}.weight")] = x
-            ranks["texture"] = next((len(x) for name, x in texture_tensors.items() if "lora_A" in name), 4)
+                raise WeightError(f"{path}: needs {RELEASE[part]}, or the one of another step, in its folder; "
+                                  "put it there")
+        if "texture" in ranks:
+            ranks["texture"], texture_tensors = read_gramsr_texture(read_tensors(files["texture"]), TEXTURE)
 
         model = cls.with_prior(GramSRConfig(ranks=ranks), folder, path)
-        early, late = model.lora("pixel", "semantic"), model.lora("texture")
-        early_tensors = {k: v for k, v in early_tensors.items() if k in early}      # as officially, others are ignored
-        for part, mine, tensors in (("model", early, early_tensors), ("texture", late, texture_tensors)):
+        early, texture = model.parameters_of("pixel", "semantic"), model.parameters_of("texture")
+        early_tensors = {k: v for k, v in early_tensors.items() if k in early}      # others are ignored officially
+        for part, mine, tensors in (("model", early, early_tensors), ("texture", texture, texture_tensors)):
             others = [name for name in model.unet.state_dict() if name not in mine]
             load_strictly(model.unet, tensors, files[part], may_miss=others)
         load_strictly(model.adapter, read_tensors(files["adapter"]), files["adapter"])
         return model
 
     def release(self):
-        """What is trained, laid out as the authors' files.  -> {key of RELEASE: dict}"""
+        """Lay out what is trained as the authors' files.  -> {key of RELEASE: dict}"""
         def stored(named):
             return {k: v.detach().cpu().contiguous() for k, v in named.items()}
 
         early = [name for name in self.cfg.ranks if name != "texture"]
-        model = {"state_dict_unet": stored(self.lora(*early))}
+        layers = {}     # {set: {place: names of layers}}
         for name in early:
-            model[f"lora_rank_unet_{name[:3]}"] = self.cfg.ranks[name]
-            for place, adapter in zip(PLACES, SETS[name]):
-                model[f"unet_lora_{place}_modules_{name[:3]}"] = adapted_layers(self.unet, adapter)
-        if len(self.cfg.ranks) < len(SETS):
-            model["nanosr"] = {"sets": list(self.cfg.ranks)}        # ours: this training is not over
-        texture = {k.replace(f".{TEXTURE}", ""): v for k, v in stored(self.lora("texture")).items()}
-        return {"model": model, "texture": texture, "adapter": stored(self.adapter.state_dict())}
+            layers[name] = {place: adapted_layers(self.unet, adapter) for place, adapter in zip(PLACES, SETS[name])}
+        texture = {k.replace(f".{TEXTURE}", ""): v for k, v in stored(self.parameters_of("texture")).items()}
+        return {"model": gramsr_layout(self.cfg.ranks, stored(self.parameters_of(*early)), layers),
+                "texture": texture, "adapter": stored(self.adapter.state_dict())}
 
     def save_release(self, folder, step):
-        """Write `release`, with step in the files' names.  -> names"""
+        """Write the files of `release`, with step in their names.  -> names of files"""
         names = []
         for key, content in self.release().items():
             if not content:

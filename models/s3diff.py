@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from models.clip import text_features
 from models.denet import DegradationEstimator
-from models.lora import Modulation, add_lora, repeated
+from models.lora import Modulation, add_lora, of_image, repeated
 from models.support.authors import read_s3diff, s3diff_layout
 from models.support.imaging import check_image, color_fix, pad_to_multiple
 from models.support.precision import in_half
@@ -34,15 +34,16 @@ from models.vae import VAE, VAEConfig
 POSITIVE = "A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting."
 POSITIVE_PAPER = "a high-resolution image full of vivid details, showcasing a rich blend of colors and clear textures"
 NEGATIVE = "oil painting, cartoon, blur, dirty, messy, low quality, deformation, low resolution, oversmooth"
+# endings of layers' names; conv_in, which is not among them, has no adapter and is trained whole
 UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_shortcut", "conv_out", "proj_in",
                 "proj_out", "ff.net.2", "ff.net.0.proj")
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"
-ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names in s3diff.pkl
+ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names of the adapters in s3diff.pkl
 SD_TURBO = {network: f"sd-turbo/{network}/diffusion_pytorch_model.safetensors" for network in ADAPTER}
 
 
-def is_trained(name):
-    """Whether s3diff.pkl holds the parameter of that name."""
+def is_in_release(name):
+    """Tell whether s3diff.pkl holds the parameter of that name: what is trained, and the frequencies modulation.w."""
     return "lora_" in name or name.startswith(("unet.conv_in.", "modulation."))
 
 
@@ -53,39 +54,46 @@ class S3DiffConfig:
     r_unet: int = 32
     r_vae: int = 16
     unet_targets: tuple = UNET_TARGETS
-    vae_targets: str = VAE_TARGETS      # the paper's Table 4 puts adapters elsewhere
+    vae_targets: str = VAE_TARGETS      # regular expression of layers; the paper's Table 4 puts adapters elsewhere, too
     modulation: str = "blocks"          # a C for each block; Table 5: "shared", one for all; "none", plain LoRA
     t: int = 999                        # where the one step starts
     guidance: float = 1.07              # trap: the paper says 1.1
-    enlarge: str = "bilinear"           # official: in inference; bicubic in training
-    tile: int = 768                     # pixels a side, up to whose area the UNet sees the whole image
-    overlap: int = 256                  # pixels that tiles share
+    enlarge: str = "bilinear"           # official: bilinear in inference, bicubic in training; here too
+    tile: int = 768                     # side in pixels; an image of no larger area goes through the UNet whole
+    overlap: int = 256                  # pixels that neighbouring tiles share
 
     @classmethod
     def from_dict(cls, d):
-        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"])})
+        parts = {"unet": UNetConfig(**d["unet"]), "vae": VAEConfig(**d["vae"])}
+        return cls(**(d | parts))
 
 
 class S3Diff(nn.Module):
     Config = S3DiffConfig
-    SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]  # of sample.py: rows, columns
+    # knobs of each image on sample.py's sheet, row by row
+    SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.folder = None      # where the files of SD-Turbo lie, its text encoder among them; None = the cache
-        self.dtype = torch.float32      # of those files
+        self.folder = None              # where SD-Turbo's files lie, for `describe`; None = the cache
+        self.dtype = torch.float32      # float16: `describe` may fetch the text encoder in float16
         self.unet, self.denet, self.vae = self.networks(cfg)
-        self.multiple = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)       # of x's sides: the maps are halved
+        # what the sides of x must be a multiple of: the VAE halves its maps, then the UNet halves its own
+        self.multiple = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)
         self.adapt()
         self.register_buffer("prompts", torch.zeros(2, 77, cfg.unet.context_dim))   # features: positive, negative
 
     def networks(self, cfg):
-        """-> UNet, degradation estimator, VAE"""
+        """Make UNet, degradation estimator and VAE."""
         return UNet(cfg.unet), DegradationEstimator(), VAE(cfg.vae)
 
     def adapt(self):
-        """What is trained beside unet.conv_in, anew: adapters and their modulation, which change nothing yet."""
+        """Add new adapters and their modulation, which change nothing yet.
+
+        It is called again where a training starts: a model from public files (`with_prior`) was made on the meta
+        device, where tensors have no values, and only the public networks got some since.
+        """
         cfg, self.modulation = self.cfg, None
         if cfg.modulation == "blocks":
             self.modulation = Modulation(cfg.r_vae, cfg.r_unet, self.vae.blocks, len(self.unet.blocks))
@@ -97,45 +105,47 @@ class S3Diff(nn.Module):
     # ---- one step
 
     def matrices(self, network, scores):
-        """C, which turns a network's adapters on (lora.py).
+        """Make the adapters that the scores ask for: the argument of a network's forward (lora.py).
 
-        network: "vae" or "unet"; scores: (B, 2) in [0, 1] -> {adapter: (B, blocks, r, r), or 1 without modulation}
+        network: "vae" or "unet"; scores: (B, 2) in [0, 1] -> {name: C (B, blocks, r, r), or 1 without modulation}
         """
+        name = ADAPTER[network]
         if self.modulation is None:
-            return {ADAPTER[network]: 1}
+            return {name: 1}
         blocks = self.vae.blocks if network == "vae" else len(self.unet.blocks)
         C = self.modulation.matrices(network, scores.float())
-        return {ADAPTER[network]: C.expand(-1, blocks, -1, -1)}
+        return {name: C.expand(-1, blocks, -1, -1)}     # "shared" has made one matrix, which all blocks take
 
     def encode(self, x, scores, generator=None):
-        """x: (B, 3, H, W) enlarged LQ in [-1, 1]; generator: of the posterior's sample, None = its mode
+        """Encode with the VAE's adapters on.
 
+        x: (B, 3, H, W) enlarged LQ in [-1, 1]; generator: of the posterior's sample, None = its mode
         -> (B, 4, h, w) scaled latent
         """
         return self.vae.encode(x, generator, self.matrices("vae", scores))
 
     def start(self, z, t, generator=None):
-        """What the UNet gets: at 999 the LQ latent z itself, else z with the noise of t.  (B, 4, h, w) -> like z"""
+        """Make the UNet's z_t: at 999 the LQ latent z itself, else z with the noise of t.  (B, 4, h, w) -> like z"""
         if t == 999:
             return z
-        a = alphas_cumprod()[t].item()      # the paper's Table 8; the released code has 999 alone
+        a = alphas_cumprod()[t].item()      # the paper's Table 8 varies t; the released code has 999 alone
         return a**0.5 * z + (1 - a) ** 0.5 * self.noise(z, generator)
 
     def noise(self, z, generator=None):
-        """Standard normal, drawn on the CPU, like z"""
+        """Draw standard normal noise like z, on the CPU."""
         return torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
-        """The latent less its noise.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
-        a = alphas_cumprod()[t].item()      # 0.0047 at 999: errors of eps count 14.6 times, so no half precision here
+        """Take the noise out of a latent.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
+        a = alphas_cumprod()[t].item()      # 0.0047 at 999, so errors of eps count 14.6 times: no half precision here
         return ((z_t.float() - (1 - a) ** 0.5 * eps.float()) / a**0.5).to(z_t)      # Eq. S3Diff (5)
 
     def decode(self, z):
-        """(B, 4, h, w) scaled latent -> (B, 3, H, W) in [-1, 1]; adapters of the decoder (Table 4) are not modulated"""
+        """Decode; its adapters (Table 4) are not modulated.  (B, 4, h, w) scaled latent -> (B, 3, H, W) in [-1, 1]"""
         return self.vae.decode(z, {ADAPTER["vae"]: 1}).clamp(-1, 1)
 
     def forward(self, x, scores, context, generator=None):
-        """What training sees: one pass, no guidance.
+        """Do what training does: one pass, no guidance.
 
         x: (B, 3, H, W) enlarged LQ in [-1, 1]; scores: (B, 2); context: (B, 77, D)
         generator: of the posterior's sample, None = its mode -> like x; saturated pixels have no gradient
@@ -147,45 +157,58 @@ class S3Diff(nn.Module):
 
     # ---- in use
 
-    def guided(self, z_t, t, prompts, C, guidance):
-        """Noise by both prompts, in one batch.
+    def guided(self, z_t, t, prompts, adapters, guidance):
+        """Predict the noise by both prompts, in one batch.
 
-        z_t: (B, 4, h, w); prompts: (2, 77, D) positive, negative; C: of the UNet; guidance 1: the positive alone
-        -> like z_t
+        z_t: (B, 4, h, w); prompts: (2, 77, D) positive, negative; adapters: of the UNet
+        guidance: 1 = the positive prompt alone -> like z_t
         """
         B = len(z_t)
         if guidance == 1:
-            return self.unet(z_t, t, prompts[:1].expand(B, -1, -1), C)
+            return self.unet(z_t, t, prompts[:1].expand(B, -1, -1), adapters)
         contexts = prompts.repeat_interleave(B, dim=0)      # (2B, 77, D)
-        eps = self.unet(z_t.repeat(2, 1, 1, 1), t, contexts, repeated(C, 2))
+        eps = self.unet(z_t.repeat(2, 1, 1, 1), t, contexts, repeated(adapters, 2))
         eps_pos, eps_neg = eps.chunk(2)
         return eps_neg + guidance * (eps_pos - eps_neg)     # Eq. S3Diff (5)
 
-    def predict(self, z_t, t, prompts, C, guidance, tile, overlap):
-        """`guided`, in tiles where z_t has more cells than one.  tile, overlap: pixels -> like z_t"""
-        def guided(z_t):
-            return self.guided(z_t, t, prompts, C, guidance)
+    def predict(self, z_t, t, prompts, adapters, guidance, tile, overlap):
+        """Predict the noise as `guided`, in tiles if the latent has more cells than one tile, the images one after the other.
 
-        f, (h, w) = self.vae.factor, z_t.shape[-2:]
+        tile, overlap: pixels; a tile's side is rounded down to a multiple of self.multiple; the rest: of `guided`
+        -> like z_t
+        """
+        f = self.vae.factor
+        h, w = z_t.shape[-2:]
         if h * w <= (tile // f) ** 2:
-            return guided(z_t)
+            return self.guided(z_t, t, prompts, adapters, guidance)
+
         if len(z_t) > 1:        # one image after the other, each with its own C
-            images = []
-            for b, z in enumerate(z_t.split(1)):
-                C_b = {name: C_all[b : b + 1] if torch.is_tensor(C_all) else C_all for name, C_all in C.items()}
-                images.append(self.predict(z, t, prompts, C_b, guidance, tile, overlap))
+            images = [self.predict(z, t, prompts, of_image(adapters, b), guidance, tile, overlap)
+                      for b, z in enumerate(z_t.split(1))]
             return torch.cat(images)
-        side = min(max(tile // f, 8), h, w)         # cells; the UNet halves them three times
+
+        def guided_tiles(tiles):
+            return self.guided(tiles, t, prompts, adapters, guidance)
+
+        multiples = max(tile // self.multiple, 1)           # the UNet halves its maps
+        side = min(multiples * self.multiple // f, h, w)    # cells
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
-        return tiled(guided, boxes, z_t, down=0.5)  # official: the window's centre lies half a cell too low
+        # official: the window's centre lies half a cell too low; here too
+        return tiled(guided_tiles, boxes, z_t, down=0.5)
 
     @torch.no_grad()
     def estimate(self, lq):
-        """How blurred and how noisy images are.  lq: (B, 3, H, W) in [0, 1], not enlarged -> (B, 2) in [0, 1]"""
-        return self.denet(lq.to(next(self.denet.parameters()), non_blocking=True))
+        """Estimate how blurred and how noisy images are.  (B, 3, H, W) in [0, 1], not enlarged -> (B, 2) in [0, 1]"""
+        weight = self.denet.conv_first[0].weight
+        return self.denet(lq.to(weight.device, weight.dtype, non_blocking=True))
 
     def scores(self, lq, blur=None, noise=None):
-        """`estimate`, but for what is given by hand.  lq: (B, 3, H, W) in [0, 1]; blur, noise: in [0, 1] -> (B, 2)"""
+        """Take the scores that are given, and estimate the others.
+
+        lq: (B, 3, H, W) in [0, 1]; blur, noise: in [0, 1], None = estimated -> (B, 2)
+        """
+        if blur is not None and noise is not None:
+            return torch.tensor([[blur, noise]], dtype=torch.float32, device=lq.device).repeat(len(lq), 1)
         scores = self.estimate(lq)
         if blur is not None:
             scores[:, 0] = blur
@@ -194,11 +217,11 @@ class S3Diff(nn.Module):
         return scores
 
     def describe(self, text):
-        """Features of a text.  -> (77, D). Raises WeightError."""
+        """Look up or compute the features of a text.  -> (77, D). Raises WeightError."""
         return text_features([text], self.folder, self.dtype)[0]
 
     def with_texts(self, positive, negative):
-        """The two prompts, but for texts that are given.  -> (2, 77, D). Raises WeightError."""
+        """Take the model's two prompts, or texts that are given instead.  -> (2, 77, D). Raises WeightError."""
         prompts = self.prompts.clone()
         if positive:
             prompts[0] = self.describe(positive)
@@ -209,40 +232,53 @@ class S3Diff(nn.Module):
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, noise=None, blur=None, guidance=None, prompt=None, negative_prompt=None,
                 start_step=None, tile=0, overlap=0, color="wavelet", paper=False):
-        """Super-resolution.
+        """Enlarge images of one size and restore them.
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; noise, blur: in [0, 1], None = estimated, each image its own
         prompt, negative_prompt: texts in place of POSITIVE, NEGATIVE
         start_step: the UNet's t, below 999 with noise by seed
         tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
-        None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError, WeightError.
+        None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]
+        Raises ValueError, WeightError.
         """
         lq = check_image(lq)
-        cfg, (H, W) = self.cfg, (round(side * scale) for side in lq.shape[-2:])
+        cfg = self.cfg
         t = cfg.t if start_step is None else start_step
-        enlarge = cfg.enlarge       # official: the bicubic of the first release overshot
+        enlarge = cfg.enlarge
         if paper:
+            # official: bicubic, which overshoots at edges, in the first release, bilinear later; here both, too
             enlarge, prompt = "bicubic", prompt or POSITIVE_PAPER
         if guidance is None:
             guidance = 1.1 if paper else cfg.guidance
 
+        # 1. estimate the degradation; enlarge, and pad the sides
+        H, W = (round(side * scale) for side in lq.shape[-2:])
         lq = lq.to(self.unet.conv_in.weight.device, non_blocking=True)
         scores = self.scores(lq, blur, noise)
         lq_up = F.interpolate(lq, (H, W), mode=enlarge).clamp(0, 1)
+        x = pad_to_multiple(2 * lq_up - 1, self.multiple)
+
+        # 2. encode
         # official: a sample of the posterior; here its mode
-        z = self.encode(pad_to_multiple(2 * lq_up - 1, self.multiple), scores)
+        z = self.encode(x, scores)
         z_t = self.start(z, t, torch.Generator().manual_seed(seed))
-        prompts, C = self.with_texts(prompt, negative_prompt).to(z), self.matrices("unet", scores)
-        eps = self.predict(z_t, t, prompts, C, guidance, tile or cfg.tile, overlap or cfg.overlap)
-        sr = self.decode(self.clean(z_t, eps, t))[..., :H, :W].float() / 2 + 0.5
+
+        # 3. one step, under both prompts
+        prompts = self.with_texts(prompt, negative_prompt).to(z)
+        adapters = self.matrices("unet", scores)
+        eps = self.predict(z_t, t, prompts, adapters, guidance, tile or cfg.tile, overlap or cfg.overlap)
+        z = self.clean(z_t, eps, t)
+
+        # 4. decode, and give back the colours
+        sr = self.decode(z)[..., :H, :W].float() / 2 + 0.5
         return color_fix(sr, lq_up, color, stablesr=True)
 
     # ---- files: plumbing
 
     @classmethod
     def from_pretrained(cls, name="s3diff", device="cpu", dtype=torch.float32):
-        """A model by its name (s3diff, which is fetched), an s3diff.pkl, or a folder with it or ours.
+        """Load a model: s3diff, which is fetched, or an s3diff.pkl, or from a folder with it or ours.
 
         Raises FileNotFoundError or ValueError, one line.
         """
@@ -258,13 +294,13 @@ class S3Diff(nn.Module):
             raise FileNotFoundError(f"{path}: no such model; name s3diff, an s3diff.pkl, "
                                     "or a folder with it or with model.safetensors")
         model.float()
-        for network in (model.unet, model.vae):     # the others are small, and decide
+        for network in (model.unet, model.vae):     # estimator and modulation are small, and an error in them spreads
             in_half(network, dtype)
         return model.to(device).eval()
 
     @classmethod
     def with_prior(cls, cfg, folder=None, source="S3DiffConfig", dtype=torch.float32):
-        """`load_public`: SD-Turbo and the estimator around a config of file source. Raises WeightError."""
+        """Load SD-Turbo and the estimator into a new model.  cfg: from file source. Raises WeightError."""
         model = load_public(cls, cfg, SD_TURBO | {"denet": "de_net.pth"}, folder, source, dtype)
         model.folder, model.dtype = folder, dtype
         model.prompts = text_features([POSITIVE, NEGATIVE], folder, dtype)
@@ -272,7 +308,7 @@ class S3Diff(nn.Module):
 
     @classmethod
     def from_release(cls, pkl, folder=None, dtype=torch.float32):
-        """The authors' file or ours; public networks from folder or fetched (dtype: see `load_public`).
+        """Load the authors' file or ours; public networks from folder or fetched (dtype: see `load_public`).
 
         Raises WeightError.
         """
@@ -281,10 +317,10 @@ class S3Diff(nn.Module):
             settings, trained = read_s3diff(file)
             cfg = S3DiffConfig(**settings)
         model = cls.with_prior(cfg, folder, pkl, dtype)
-        public = {k: v for k, v in model.state_dict().items() if not is_trained(k)}
+        public = {k: v for k, v in model.state_dict().items() if not is_in_release(k)}
         load_strictly(model, public | trained, pkl)
         return model
 
     def release(self):
-        """What is trained, laid out as s3diff.pkl."""
-        return s3diff_layout(self.cfg, {k: v.detach().cpu() for k, v in self.state_dict().items() if is_trained(k)})
+        """Lay out what is trained as s3diff.pkl."""
+        return s3diff_layout(self.cfg, {k: v.detach().cpu() for k, v in self.state_dict().items() if is_in_release(k)})

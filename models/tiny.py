@@ -78,8 +78,8 @@ class ResBlock(nn.Module):
         self.conv1 = Conv2d(channels, channels, 3, padding=1)
         self.conv2 = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, C=NO_ADAPTERS):
-        return x + self.conv2(F.silu(self.conv1(x, C)), C)
+    def forward(self, x, adapters=NO_ADAPTERS):
+        return x + self.conv2(F.silu(self.conv1(x, adapters)), adapters)
 
 
 class Finish(nn.Module):
@@ -102,15 +102,15 @@ class Finish(nn.Module):
         nn.init.zeros_(self.conv_out.weight)    # at first nothing is added
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, z, x, C=NO_ADAPTERS):
+    def forward(self, z, x, adapters=NO_ADAPTERS):
         """z: (B, c, h, w) scaled latent; x: (B, 3, 8h, 8w) linearly decoded -> like x, to be added to it"""
         h = self.conv_in(z)
         for block in self.deep:
-            h = block(h, C)
+            h = block(h, adapters)
         h = F.pixel_shuffle(self.up(h), 4)      # (B, narrow, 4h, 4w)
         h = h + self.conv_x(F.pixel_unshuffle(x, 2))
         for block in self.fine:
-            h = block(h, C)
+            h = block(h, adapters)
         return F.pixel_shuffle(self.conv_out(h), 2)
 
 
@@ -137,9 +137,9 @@ class TinyVAE(nn.Module):
         self.finish = Finish(cfg.latent_channels, cfg.finish) if cfg.finish else None
         self.register_load_state_dict_pre_hook(drop_old_tensors)
 
-    def analysis(self, x, C=NO_ADAPTERS):
+    def analysis(self, x, adapters=NO_ADAPTERS):
         """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) transform coefficients"""
-        return self.encoder(F.pad(x, (4,) * 4, mode="reflect"), C)
+        return self.encoder(F.pad(x, (4,) * 4, mode="reflect"), adapters)
 
     def synthesis(self, y):
         """(B, c, h, w) transform coefficients -> (B, 3, 8h, 8w), about [-1, 1]"""
@@ -153,17 +153,17 @@ class TinyVAE(nn.Module):
         """
         return (self.cfg.scale * self.std**-self.cfg.whitening).view(1, -1, 1, 1)
 
-    def encode(self, x, generator=None, C=NO_ADAPTERS):
+    def encode(self, x, generator=None, adapters=NO_ADAPTERS):
         """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) scaled latent
 
-        generator: of no use, since nothing is random here; C: {adapter: (B or 1, 1, r, r) or 1}
+        generator: of no use, since nothing is random here; adapters: {name: (B or 1, 1, r, r) or 1}
         """
-        return self.analysis(x, of_block(C, 0)) * self.gain()
+        return self.analysis(x, of_block(adapters, 0)) * self.gain()
 
-    def decode(self, z, C=NO_ADAPTERS):
+    def decode(self, z, adapters=NO_ADAPTERS):
         """(B, c, h, w) scaled latent -> (B, 3, 8h, 8w), about [-1, 1]"""
         x = self.synthesis(z / self.gain())
-        return x if self.finish is None else x + self.finish(z, x, C)
+        return x if self.finish is None else x + self.finish(z, x, adapters)
 
     def loss(self, x, generator):
         """Nested dropout (1402.0915), which sorts the channels by importance.

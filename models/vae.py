@@ -7,8 +7,9 @@ Left out: training losses, LDM's own key names.
     image (B, 3, H, W) -> Encoder: 2 resnets a level, halved three times; attention -> mean, std (B, 4, H/8, W/8) -> z
     z -> Decoder: attention; 3 resnets a level, doubled three times -> image
 
-C, an argument of all layers, switches their adapters on: {adapter: matrix or 1}, see lora.py.
-`self.run(layer, x, C)` is layer(x, C); for large images it computes the same in less memory, see support/strips.py.
+All layers have an argument `adapters`: which of theirs are on, {name: matrix or 1}, see lora.py.
+`self.run(layer, x, adapters)` is layer(x, adapters); for large images it computes the same in less memory, see
+support/strips.py.
 """
 
 from dataclasses import dataclass
@@ -52,13 +53,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, C=NO_ADAPTERS):
-        h = self.conv1(F.silu(self.norm1(x)), C)
-        h = self.conv2(F.silu(self.norm2(h)), C)
-        return h + self.shortcut(x, C)
+    def forward(self, x, adapters=NO_ADAPTERS):
+        h = self.conv1(F.silu(self.norm1(x)), adapters)
+        h = self.conv2(F.silu(self.norm2(h)), adapters)
+        return h + self.shortcut(x, adapters)
 
-    def shortcut(self, x, C=NO_ADAPTERS):
-        return x if self.conv_shortcut is None else self.conv_shortcut(x, C)
+    def shortcut(self, x, adapters=NO_ADAPTERS):
+        return x if self.conv_shortcut is None else self.conv_shortcut(x, adapters)
 
 
 def rename_old_attention(module, state_dict, prefix, *_):
@@ -82,10 +83,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list, since the public names count
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
-    def forward(self, x, C=NO_ADAPTERS):
+    def forward(self, x, adapters=NO_ADAPTERS):
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, c)
-        q, k, v = self.to_q(h, C), self.to_k(h, C), self.to_v(h, C)
-        h = self.to_out[0](strips.attention(q, k, v), C)
+        q, k, v = self.to_q(h, adapters), self.to_k(h, adapters), self.to_v(h, adapters)
+        h = self.to_out[0](strips.attention(q, k, v), adapters)
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
@@ -97,10 +98,10 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
-    def forward(self, x, C=NO_ADAPTERS):
-        x = self.resnets[0](x, C)
-        x = self.attentions[0](x, C)
-        return self.resnets[1](x, C)
+    def forward(self, x, adapters=NO_ADAPTERS):
+        x = self.resnets[0](x, adapters)
+        x = self.attentions[0](x, adapters)
+        return self.resnets[1](x, adapters)
 
 
 class Downsample(nn.Module):
@@ -112,8 +113,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x, C=NO_ADAPTERS):
-        return self.conv(F.pad(x, (0, 1, 0, 1)), C)  # trap: padded at the right and bottom only
+    def forward(self, x, adapters=NO_ADAPTERS):
+        return self.conv(F.pad(x, (0, 1, 0, 1)), adapters)  # trap: padded at the right and bottom only
 
 
 class Upsample(nn.Module):
@@ -125,8 +126,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, C=NO_ADAPTERS):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"), C)
+    def forward(self, x, adapters=NO_ADAPTERS):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"), adapters)
 
 
 def resnets(c_in, c_out, layers, groups):
@@ -139,7 +140,7 @@ def resnets(c_in, c_out, layers, groups):
 class Encoder(strips.InStrips, nn.Module):
     """Image to latent statistics.  (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, H/8, W/8)
 
-    C: {adapter: (B or 1, blocks, r, r) or 1}; the blocks are the levels, the middle, conv_in with conv_out
+    adapters: {name: (B or 1, blocks, r, r) or 1}; the blocks are the levels, the middle, conv_in with conv_out
     """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
@@ -154,20 +155,20 @@ class Encoder(strips.InStrips, nn.Module):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x, C=NO_ADAPTERS):
-        *C_levels, C_mid, C_ends = [of_block(C, i) for i in range(len(self.down_blocks) + 2)]
-        x = self.run(self.conv_in, x, C_ends)
-        for level, C_level in zip(self.down_blocks, C_levels):
+    def forward(self, x, adapters=NO_ADAPTERS):
+        *of_levels, of_mid, of_ends = [of_block(adapters, i) for i in range(len(self.down_blocks) + 2)]
+        x = self.run(self.conv_in, x, of_ends)
+        for level, of_level in zip(self.down_blocks, of_levels):
             for layer in chain(*level.values()):
-                x = self.run(layer, x, C_level)
-        x = self.mid_block(x, C_mid)
-        return self.conv_out(F.silu(self.conv_norm_out(x)), C_ends)
+                x = self.run(layer, x, of_level)
+        x = self.mid_block(x, of_mid)
+        return self.conv_out(F.silu(self.conv_norm_out(x)), of_ends)
 
 
 class Decoder(strips.InStrips, nn.Module):
     """The encoder backwards, one more resnet a level.  (B, in_channels, h, w) unscaled -> (B, out_channels, 8h, 8w)
 
-    C: {adapter: 1}, the same for all layers: no matrices here
+    adapters: {name: 1}, the same for all layers: no matrices here
     """
 
     def __init__(self, in_channels, out_channels, widths, layers, groups):
@@ -183,14 +184,14 @@ class Decoder(strips.InStrips, nn.Module):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, z, C=NO_ADAPTERS):
-        x = self.mid_block(self.conv_in(z, C), C)
+    def forward(self, z, adapters=NO_ADAPTERS):
+        x = self.mid_block(self.conv_in(z, adapters), adapters)
         for level in self.up_blocks:
             for layer in chain(*level.values()):
-                x = self.run(layer, x, C)
+                x = self.run(layer, x, adapters)
         if strips.needed(x):
-            return strips.norm_silu_conv(self.conv_norm_out, self.conv_out, x, C)
-        return self.conv_out(F.silu(self.conv_norm_out(x)), C)
+            return strips.norm_silu_conv(self.conv_norm_out, self.conv_out, x, adapters)
+        return self.conv_out(F.silu(self.conv_norm_out(x)), adapters)
 
 
 # ---- the models
@@ -225,18 +226,18 @@ class VAE(nn.Module):
         self.quant_conv = ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
         self.post_quant_conv = ExactConv2d(c.latent_channels, c.latent_channels, 1)
 
-    def moments(self, x, C=NO_ADAPTERS):
-        """Mean and standard deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 4, h, w), unscaled; C: of Encoder"""
-        return mean_and_std(self.quant_conv(self.encoder(x, C)))
+    def moments(self, x, adapters=NO_ADAPTERS):
+        """Mean and standard deviation of q(z | x).  (B, 3, H, W) -> two of (B, 4, h, w), unscaled"""
+        return mean_and_std(self.quant_conv(self.encoder(x, adapters)))
 
-    def encode(self, x, generator=None, C=NO_ADAPTERS):
+    def encode(self, x, generator=None, adapters=NO_ADAPTERS):
         """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
-        mean, std = self.moments(x, C)
+        mean, std = self.moments(x, adapters)
         return mode_or_sample(mean, std, generator) * self.config.scaling_factor
 
-    def decode(self, z, C=NO_ADAPTERS):
-        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped; C: of Decoder"""
-        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor), C)
+    def decode(self, z, adapters=NO_ADAPTERS):
+        """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped; adapters: of Decoder"""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor), adapters)
 
 
 class LightDecoder(Decoder):

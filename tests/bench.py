@@ -274,8 +274,8 @@ class S3:
         scores, like = ours.estimate(lq), ours.unet.conv_in.weight
         x = F.interpolate(2 * lq.to(like) - 1, scale_factor=4, mode="bilinear")
         C_vae, C_unet = ours.matrices("vae", scores), ours.matrices("unet", scores)
-        z, prompts = ours.vae.encode(x, C=C_vae), ours.prompts.to(like)
-        encode, eps = lambda: ours.vae.encode(x, C=C_vae), lambda: ours.guided(z, cfg.t, prompts, C_unet, cfg.guidance)
+        z, prompts = ours.vae.encode(x, adapters=C_vae), ours.prompts.to(like)
+        encode, eps = lambda: ours.vae.encode(x, adapters=C_vae), lambda: ours.guided(z, cfg.t, prompts, C_unet, cfg.guidance)
         rows = {"estimator": {"ours": lambda: ours.estimate(lq)}, "encode": {"ours": encode}, "UNet, two prompts": {"ours": eps},
                 "decode": {"ours": lambda: ours.vae.decode(z)}, "whole picture": {"ours": lambda: ours.upscale(lq)}}
         if len(lq) == 1:                    # several pictures are never folded

@@ -20,7 +20,7 @@ from degrade import RECIPES, degrade
 from models.discriminator import Discriminator
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
-from models.s3diff import S3Diff, is_trained
+from models.s3diff import S3Diff, is_in_release
 from models.support.precision import in_half
 from models.tiny import PatchDiscriminator, RandomLPIPS, TinyGramSR, TinyS3Diff, TinyVOSR
 from models.vit import PRESETS as VITS
@@ -77,7 +77,7 @@ def s3diff(args, hq, device, dtype):
     with torch.device("meta"):
         model = (TinyS3Diff if args.tiny else S3Diff)(cfg)
     model = with_numbers(model, torch.Generator(device).manual_seed(0), device)
-    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
+    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_in_release(k) and k != "modulation.w"])
     in_half(model.unet, dtype, adapters=False)
     D = (PatchDiscriminator() if args.tiny else Discriminator(ViT(VITS["dino_vitb16"]))).to(device)
     lpips = (RandomLPIPS() if args.tiny else LPIPS("vgg")).requires_grad_(False).to(device)
@@ -134,7 +134,7 @@ def gramsr(args, hq, device, dtype):
         stage = stages[name]
         model.add_set(name, stage.rank)
         model.to(device)
-        step = Step(training.freeze_all_but(model, [*model.lora(name).values(), *model.adapter.parameters()]), device, dtype)
+        step = Step(training.freeze_all_but(model, [*model.parameters_of(name).values(), *model.adapter.parameters()]), device, dtype)
 
         def whole():
             g = training.generator(0)

@@ -11,7 +11,7 @@ import torch
 from cases_vosr import fill_module, tensors
 
 from models.gram import features, gram, loss_csd, loss_gram, normalised
-from models.gramsr import SETS, TEXTURE, GramSR, GramSRConfig, token_adapter
+from models.gramsr import ALL, SETS, TEXTURE, GramSR, GramSRConfig, token_adapter
 from models.support.imaging import adain, from_uint8, low_frequencies, resize
 from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
@@ -101,7 +101,8 @@ def embedder(case, get):
     return {"context": make_adapter(c["adapter"], salt)(vit(normalised(*tensors(get, "image"))))}
 
 
-def three_branch(case, get):        # the plain sum of three passes, as it stands; in float64, since three passes' errors add up
+def three_branch(case, get):
+    """In float64, since three passes' errors add up. `predict` regroups the equation; it must equal the equation as it stands, too."""
     c = case["config"]
     model = make_gramsr({"unet": c}, case["fill"]["salt"]).requires_grad_(False)
     model.cfg.t, = get("timestep")
@@ -110,11 +111,16 @@ def three_branch(case, get):        # the plain sum of three passes, as it stand
     scale = dict(zip(("pixel", "semantic", "texture"), (1, 1, 1))) | c["scale"]
     layer = model.unet.conv_in.s
     assert all(layer[adapter] == scale[name] for name in SETS for adapter in SETS[name] if adapter in layer)
+    e_p, e_ps, e_all = (model.residual(z, context, *ALL[:n]) for n in (1, 2, 3))
 
-    return {"eps_base": model.prior(z, model.cfg.t, context), "eps_pix": model.predict(z, context, (1, 0, 0)),
-            "eps_pix_sem": model.predict(z, context, (1, 1, 0)), "eps_pix_sem_tex": model.predict(z, context),
+    def guided(l1, l2, l3):
+        e = l1 * e_p + l2 * (e_ps - e_p) + l3 * (e_all - e_ps)
+        torch.testing.assert_close(model.predict(z, context, (l1, l2, l3)), e, rtol=1e-9, atol=1e-12)
+        return e
+
+    return {"eps_base": model.prior(z, model.cfg.t, context), "eps_pix": guided(1, 0, 0), "eps_pix_sem": guided(1, 1, 0), "eps_pix_sem_tex": guided(1, 1, 1),
             "eps_sem_alone": model.residual(z, context, "semantic"), "eps_tex_alone": model.residual(z, context, "texture"),
-            **{f"eps_guided_{'_'.join(map(str, scales))}": model.predict(z, context, scales) for scales in get("guidance")}}
+            **{f"eps_guided_{'_'.join(map(str, scales))}": guided(*scales) for scales in get("guidance")}}
 
 
 def official_uint8(x):

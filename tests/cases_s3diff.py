@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from cases_vosr import fill_module, known, tensors
 
 from models.clip import TextConfig, TextEncoder, Tokenizer
-from models.denet import DegradationEstimator
+from models.denet import NUM_BLOCKS, STRIDES, DegradationEstimator
 from models import discriminator
 from models.discriminator import Discriminator, multilevel_loss
 from models.support.imaging import adain, low_frequencies, pad_to_multiple
 from models.support.tiles import tile_boxes
 from models.lora import Conv2d, Linear, Modulation
 from models.lpips import LPIPS
-from models.s3diff import S3Diff, S3DiffConfig, is_trained
+from models.s3diff import S3Diff, S3DiffConfig, is_in_release
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
@@ -131,8 +131,9 @@ def tokens(case, get):
 
 @torch.no_grad()
 def degradation_estimator(case, get):
-    c = {k: v for k, v in case["config"].items() if k != "parameters"}
-    model = fill_module(DegradationEstimator(**c), case["fill"]["salt"])
+    c = case["config"]
+    assert (c["num_in_ch"], c["num_degradation"], tuple(c["num_blocks"]), tuple(c["downscales"])) == (3, 2, NUM_BLOCKS, STRIDES)
+    model = fill_module(DegradationEstimator(c["num_feats"]), case["fill"]["salt"])
     assert sum(p.numel() for p in model.parameters()) == case["config"].get("parameters", 2351362)
     image, = tensors(get, "image")
     branches = enumerate(zip(model.conv_first, model.body))
@@ -177,7 +178,7 @@ def make_s3diff(c, salt, parts=("unet", "vae", "denet")):
                                 r_vae=c["rank_vae"]))
     for part in parts:
         fill_module(getattr(model, part), salt)
-    fill_trained([(name, p) for name, p in model.named_parameters() if is_trained(name)], salt)
+    fill_trained([(name, p) for name, p in model.named_parameters() if is_in_release(name)], salt)
     return model
 
 
@@ -197,7 +198,7 @@ def pipeline(case, get):
     C_vae, C_unet = model.matrices("vae", scores), model.matrices("unet", scores)
     H, W = (c["sf"] * side for side in lq.shape[-2:])
     x = pad_to_multiple(2 * F.interpolate(lq, (H, W), mode="bilinear") - 1, 64)
-    z = model.vae.encode(x, C=C_vae)
+    z = model.vae.encode(x, adapters=C_vae)
     tile, overlap = 8 * c["latent_tiled_size"], 8 * c["latent_tiled_overlap"]
     eps = model.predict(z, 999, prompts, C_unet, guidance, tile, overlap)
     x0 = model.clean(z, eps, 999)
@@ -221,7 +222,7 @@ def train_forward(case, get):
     model = make_s3diff(c, salt)
     x, scores = tensors(get, "x_src", "scores")
     context = describe(c, salt, get("prompts"))
-    z = model.vae.encode(x, C=model.matrices("vae", scores))
+    z = model.vae.encode(x, adapters=model.matrices("vae", scores))
     eps = model.unet(z, 999, context, model.matrices("unet", scores))
     return {"latent": z, "eps": eps, "x0": model.clean(z, eps, 999), "x_tgt_pred": model(x, scores, context)}
 
@@ -291,7 +292,7 @@ def vae_tiled(case, get):
     vae = model.vae
     image, latent, scores = tensors(get, "image", "latent", "scores")
     C = model.matrices("vae", scores)
-    mean = in_tiles(partial(vae.encoder, C=C), image, get("encoder_tile"), 32, 1 / vae.factor)
+    mean = in_tiles(partial(vae.encoder, adapters=C), image, get("encoder_tile"), 32, 1 / vae.factor)
     return {"mode_untiled": vae.moments(image, C)[0],
             "decoded_untiled": vae.decode(latent * vae.config.scaling_factor),
             "mode_tiled": vae.quant_conv(mean).chunk(2, dim=1)[0],
@@ -333,7 +334,7 @@ def train_step(case, get):
     model, D = make_s3diff(c, salt), make_discriminator(c, salt)
     judge = fill_module(LPIPS("vgg"), salt)
     stage = Stage(1, 1, 0.0, lambda_l2=c["lambda_l2"], lambda_lpips=c["lambda_lpips"], lambda_gan=c["lambda_gan"])
-    trained = {path_in_pkl(k): p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"}
+    trained = {path_in_pkl(k): p for k, p in model.named_parameters() if is_in_release(k) and k != "modulation.w"}
     freeze_all_but(model, list(trained.values()))
     with torch.no_grad():
         model.prompts = describe(c, salt, [get("positive_prompt"), get("negative_prompt")])

@@ -132,7 +132,7 @@ class GramSRReference(Autoencoder):
                 for adapter in SETS[name]:
                     alpha = r if name == "texture" else ALPHA
                     self.unet.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=adapted_layers(model.unet, adapter)), adapter)
-            self.unet.set_adapter(list(model.only(*cfg.ranks)))
+            self.unet.set_adapter(list(model.adapters_of(*cfg.ranks)))
         self.vit = DINOv3ViTModel(DINOv3ViTConfig(      # not on the meta device: it would lose its table of positions
             patch_size=vit.patch_size, hidden_size=vit.embed_dim, intermediate_size=int(vit.embed_dim * vit.mlp_ratio), num_register_tokens=vit.registers,
             num_hidden_layers=vit.depth, num_attention_heads=vit.num_heads, use_gated_mlp=vit.gated_mlp)).to(model.vit.norm.weight.device)

@@ -76,7 +76,7 @@ def s3diff_pkl(cfg):
     with torch.device("meta"):
         model = models.s3diff.S3Diff(cfg)
     generator = torch.Generator().manual_seed(0)
-    trained = {k: numbers(k, x.shape, generator) for k, x in model.state_dict().items() if models.s3diff.is_trained(k)}
+    trained = {k: numbers(k, x.shape, generator) for k, x in model.state_dict().items() if models.s3diff.is_in_release(k)}
     model.load_state_dict(trained, strict=False, assign=True)
     return model.release()
 
@@ -86,7 +86,7 @@ def gramsr_files(cfg):
     with torch.device("meta"):
         model = models.gramsr.GramSR(cfg)
     generator = torch.Generator().manual_seed(0)
-    trained = model.lora(*cfg.ranks) | {f"adapter.{k}": x for k, x in model.adapter.state_dict().items()}
+    trained = model.parameters_of(*cfg.ranks) | {f"adapter.{k}": x for k, x in model.adapter.state_dict().items()}
     trained = {k if k.startswith("adapter.") else f"unet.{k}": numbers(k, x.shape, generator) for k, x in trained.items()}
     model.load_state_dict(trained, strict=False, assign=True)
     return model.release()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import degrade as module  # noqa: E402
 from degrade import (CLEAN, GRAMSR, IDENTITY, KERNEL_SIZES, MODES, REAL_ESRGAN_KERNELS, RECIPES, S3DIFF,  # noqa: E402
-                     VOSR, WEAK, Kernel, NoiseSource, apply, blur, degrade, draw_kernel, draw_plan, jpeg,
+                     VOSR, WEAK_RANGES, Kernel, NoiseSource, apply, blur, degrade, draw_kernel, draw_plan, jpeg,
                      kernel_weights, resize, severity, stack_kernels, unit_noise)
 
 STORED = json.loads((ROOT / "tests" / "golden" / "degrade.json").read_text())
@@ -286,7 +286,7 @@ def test_clean_is_half_shrunk_and_half_weak():
         assert 0.92 <= stage.resize_scale <= 1.08 and 85 <= stage.jpeg_quality[0] <= 100
         assert 0 <= stage.noise_strength[0] <= (4 if stage.noise_type == "gaussian" else 0.15)
     assert {stage.resize_scale == 1 for stage in (plan.first for plan in plans)} == {True, False}
-    assert abs(np.mean([plan.first.blur for plan in plans]) - WEAK.blur_probability) < 0.08
+    assert abs(np.mean([plan.first.blur for plan in plans]) - WEAK_RANGES.blur_probability) < 0.08
 
 
 @pytest.mark.parametrize("mode", MODES)

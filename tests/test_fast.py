@@ -76,18 +76,6 @@ def merged_sets():
     return plain, model.predict(z, context)
 
 
-def few_passes():
-    """GramSR's sum by passes that count, with all sets and with some."""
-    plain, fast = [], []
-    for ranks in ({"pixel": 2, "semantic": 2, "texture": 2}, {"pixel": 2, "semantic": 2}, {"pixel": 2}):
-        model = test_gramsr.make(**ranks)
-        z, context = test_gramsr.inputs(model)
-        for scales in ((1, 1, 1), (1, 0.8, 1.2), (0, 0, 1), (1.5, 1.5, 0), (0.5, 3, 5), (0, 0, 0)):
-            plain.append(with_gradients(model.predict, z, context, scales))
-            fast.append(model.predict(z, context, scales))
-    return torch.cat(plain), torch.cat(fast)
-
-
 def winograd_convolution():
     torch.manual_seed(0)
     layer, x = Conv2d(128, 128, 3, padding=1), torch.randn(1, 128, 48, 48)
@@ -95,7 +83,7 @@ def winograd_convolution():
 
 
 FAST = [fixed_tokens, fixed_tokens_of_others, fixed_tokens_of_a_preconditioned_transformer, folded_adapters, merged_sets,
-        few_passes, winograd_convolution]
+        winograd_convolution]
 
 
 @torch.no_grad()
@@ -146,7 +134,7 @@ def test_folding_pays_where_the_weight_is_small_beside_the_image():
     assert not fast_lora.folding_pays(conv, torch.zeros(1, 64, 4, 8), C)
     assert fast_lora.folding_pays(conv, torch.zeros(1, 64, 8, 8), C)
     strided = Conv2d(3, 4, 3, stride=2, padding=1)
-    assert strided.positions(torch.zeros(2, 3, 9, 6)) == 2 * 5 * 3 and linear.positions(torch.zeros(2, 7, 64)) == 14
+    assert fast_lora.positions(strided, torch.zeros(2, 3, 9, 6)) == 2 * 5 * 3 and fast_lora.positions(linear, torch.zeros(2, 7, 64)) == 14
 
 
 AUTOENCODERS = {"vae": lambda: VAE(VAEConfig(widths=(32, 32, 64), layers_per_block=1)),

@@ -34,7 +34,7 @@ def make(**ranks):
     torch.manual_seed(0)
     model = GramSR(replace(SMALL, ranks=ranks or SMALL.ranks))
     with torch.no_grad():
-        for p in model.lora(*SETS).values():
+        for p in model.parameters_of(*SETS).values():
             p.normal_(std=0.1)
     return model.eval().requires_grad_(False)
 
@@ -84,15 +84,15 @@ def shapes(tensors):
 
 def test_the_three_files_equal_the_public_ones(full_size):
     public = manifest("gramsr_model_pkl")
-    assert all(len(full_size.lora(name)) == 2 * 258 for name in SETS)
-    assert shapes(full_size.lora("pixel", "semantic")) == public["tensors"]
-    texture = {k.replace(f".{gramsr.TEXTURE}", ""): v for k, v in full_size.lora("texture").items()}
+    assert all(len(full_size.parameters_of(name)) == 2 * 258 for name in SETS)
+    assert shapes(full_size.parameters_of("pixel", "semantic")) == public["tensors"]
+    texture = {k.replace(f".{gramsr.TEXTURE}", ""): v for k, v in full_size.parameters_of("texture").items()}
     assert shapes(texture) == manifest("gramsr_lora_dino")["tensors"]
     assert shapes(full_size.adapter.state_dict()) == manifest("gramsr_adapter")["tensors"]
     for place, layers in public["module_lists"].items():
         for short in ("pix", "sem"):
             assert set(adapted_layers(full_size.unet, f"default_{place}_{short}")) == set(layers)
-    assert sum(p.numel() for p in full_size.lora("pixel", "semantic").values()) == 8_111_424
+    assert sum(p.numel() for p in full_size.parameters_of("pixel", "semantic").values()) == 8_111_424
 
 
 def test_base_names_equal_the_public_ones(full_size):
@@ -123,17 +123,14 @@ def separate(model, z, context):
 @pytest.mark.parametrize("scales, passes", [((1, 1, 1), 1), ((1, 1, 0), 1), ((2, 0, 0), 1), ((0.5, 0.5, 0.5), 1), ((1, 0.8, 1.2), 3),
                                             ((1.5, 1.5, 0.3), 2), ((0, 0, 1), 2), ((0, 0, 0), 0)])
 def test_guided_sum_equals_separate_passes(model, calls, scales, passes, B):
-    """Plain with three passes, as the equation stands; in use with as few as count."""
-    z, context = inputs(model, B)
-    plain = model.predict(z, context, scales)
-    assert calls == [B] * 3
-    with torch.no_grad():
-        guided = model.predict(z, context, scales)
-    assert calls == [B] * (3 + passes)
+    """In float64, where regrouping the equation rounds nothing that counts; what has a factor of 0 takes no pass."""
+    model = copy.deepcopy(model).double()
+    z, context = (x.double() for x in inputs(model, B))
+    guided = model.predict(z, context, scales)
+    assert calls == [B] * passes
     pixel, semantic, texture = separate(model, z, context)
     expected = scales[0] * pixel + scales[1] * (semantic - pixel) + scales[2] * (texture - semantic)
-    torch.testing.assert_close(plain, expected)
-    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(guided, expected, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(pixel, semantic, atol=1e-3) and not torch.allclose(semantic, texture, atol=1e-3)
 
 
@@ -153,7 +150,7 @@ def test_our_files_mean_the_same_to_peft():
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     unet = UNetConfig(widths=(64, 64, 64, 64), num_heads=(1, 1, 1, 1), context_dim=24, layers_per_block=1)
     model = GramSR(replace(SMALL, unet=unet)).eval().requires_grad_(False)
-    for p in model.lora(*SETS).values():
+    for p in model.parameters_of(*SETS).values():
         p.normal_(std=0.1)
     theirs = diffusers.UNet2DConditionModel(block_out_channels=unet.widths, attention_head_dim=unet.num_heads, layers_per_block=1,
                                             cross_attention_dim=24, use_linear_projection=True).eval()
@@ -168,7 +165,7 @@ def test_our_files_mean_the_same_to_peft():
     tensors = file["state_dict_unet"] | {k.replace(".weight", f".{gramsr.TEXTURE}.weight"): v for k, v in texture.items()}
     lora = {k: p for k, p in theirs.named_parameters() if "lora" in k}
     assert lora.keys() == tensors.keys()
-    z, context = inputs(model, 2)
+    z, context = inputs(model, 2, 8, 8)
     with torch.no_grad():
         for k, p in lora.items():
             p.copy_(tensors[k])
@@ -277,7 +274,7 @@ def test_half_precision_is_close(model):
 def test_training_forward_and_gradients():
     """One set learns and the token adapter with it; everything else stays without a gradient."""
     model = make()
-    learning = [*model.lora("semantic").values(), *model.adapter.parameters()]
+    learning = [*model.parameters_of("semantic").values(), *model.adapter.parameters()]
     for p in learning:
         p.requires_grad_()
     x = 2 * torch.rand(2, 3, 32, 48) - 1

@@ -22,7 +22,7 @@ import models.s3diff
 import models.support.weights
 from models.clip import TextConfig, TextEncoder, text_features
 from models.support import fast_lora
-from models.s3diff import NEGATIVE, POSITIVE, POSITIVE_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_trained
+from models.s3diff import NEGATIVE, POSITIVE, POSITIVE_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
 from models.support.weights import WeightError, save_model
@@ -91,7 +91,7 @@ def test_release_is_laid_out_as_the_public_file(monkeypatch):
         pytest.skip(f"{path} is not at hand")
     with torch.device("meta"):
         model = S3Diff(S3DiffConfig())
-        trained = {k: p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"}
+        trained = {k: p for k, p in model.named_parameters() if is_in_release(k) and k != "modulation.w"}
         assert sum(p.numel() for p in trained.values()) == 34_475_120
         monkeypatch.setattr(torch.Tensor, "cpu", lambda x: x)       # which a tensor without numbers cannot
         file = model.release()
@@ -244,7 +244,7 @@ def test_paper(monkeypatch):
     """Guidance 1.1 and the bicubic enlargement of training; what is given explicitly still holds."""
     model, lq, seen = make(), photo(9, 8), []
     monkeypatch.setattr(models.s3diff, "text_features", lambda *_: model.prompts[:1])       # so that the prompt is not the difference
-    monkeypatch.setattr(model, "guided", lambda z, t, prompts, C, guidance: seen.append(guidance) or S3Diff.guided(model, z, t, prompts, C, guidance))
+    monkeypatch.setattr(model, "guided", lambda z, t, prompts, adapters, guidance: seen.append(guidance) or S3Diff.guided(model, z, t, prompts, adapters, guidance))
     ours, paper = model.upscale(lq, color="none"), model.upscale(lq, color="none", paper=True)
     model.upscale(lq, paper=True, guidance=1.3)
     assert seen == [1.07, 1.1, 1.3] and apart(model.upscale(lq, color="none", guidance=1.1), paper) > 1e-3 and apart(ours, paper) > 1e-3
@@ -291,7 +291,7 @@ def test_a_tile_that_covers_all_is_the_whole():
 def test_tiles_of_a_network_that_sees_one_cell():
     """Blending itself adds nothing: weights sum to one everywhere, at the borders too."""
     model, z = make(), torch.randn(1, 4, 11, 9)
-    model.guided = lambda tiles, t, prompts, C, guidance: 2 * tiles
+    model.guided = lambda tiles, t, prompts, adapters, guidance: 2 * tiles
     for tile, overlap in ((48, 16), (32, 24), (64, 0), (8, 0)):
         close(model.predict(z, 999, model.prompts, {}, 1.0, tile, overlap), 2 * z)
 
@@ -327,7 +327,7 @@ def test_ablations(settings, tmp_path):
     has = {part for part in ("encoder", "decoder") if any("lora_" in k and part in k for k, _ in model.vae.named_parameters())}
     assert has == {part for part in ("encoder", "decoder") if part in settings.get("vae_targets", "encoder")}
     model(2 * photo(64, 64) - 1, torch.rand(1, 2), model.prompts[:1], torch.Generator().manual_seed(0)).square().mean().backward()
-    silent = [k for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w" and not (p.grad is not None and p.grad.any())]
+    silent = [k for k, p in model.named_parameters() if is_in_release(k) and k != "modulation.w" and not (p.grad is not None and p.grad.any())]
     assert all(k.startswith("modulation.vae") for k in silent) and bool(silent) == (settings.get("vae_targets", "encoder").find("encoder") < 0)
 
     again = from_folder(layout(model, tmp_path))

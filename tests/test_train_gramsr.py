@@ -42,7 +42,7 @@ TERMS = {"pixel": ["l2"], "semantic": ["l2", "lpips", "csd"], "texture": ["l2", 
 
 def shrink(patch):
     patch.setitem(train_gramsr.PRESETS, "tiny", (SMALL_TINY, SMALL_STAGES))
-    patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
+    patch.setitem(NETS, "vgg", replace(NETS["vgg"], trunk=trunk, compared={1: 8, 4: 8}, smallest=8))
 
 
 @pytest.fixture(autouse=True)
@@ -193,11 +193,11 @@ def overfit(stage, gram="patches", steps=15):
     torch.manual_seed(0)
     model = GramSR(replace(SMALL, ranks=dict.fromkeys(list(SETS)[: list(SETS).index(stage)], 2)))
     model.add_set(stage, 2)
-    frozen = {k: v.clone() for k, v in model.state_dict().items() if k not in {f"unet.{n}" for n in model.lora(stage)}
+    frozen = {k: v.clone() for k, v in model.state_dict().items() if k not in {f"unet.{n}" for n in model.parameters_of(stage)}
               and "adapter" not in k}
-    params = training.freeze_all_but(model, [*model.lora(stage).values(), *model.adapter.parameters()])
+    params = training.freeze_all_but(model, [*model.parameters_of(stage).values(), *model.adapter.parameters()])
     vit, lpips = DINOv3(replace(SMALL.vit, gated_mlp=True)).requires_grad_(False), LPIPS().requires_grad_(False)
-    for i in range(len(lpips.compared)):
+    for i in range(len(lpips.net.compared)):
         torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
     g = torch.Generator().manual_seed(0)
     x = torch.nn.functional.interpolate(2 * torch.rand(2, 1, 3, 6, 6, generator=g).flatten(0, 1) - 1, (48, 48),
@@ -233,7 +233,7 @@ def test_the_prior_learns_nothing_and_tells_no_gradient_to_the_context():
     """CSD reaches the latent alone: its gradient of the adapter comes through the UNet that is trained."""
     torch.manual_seed(0)
     model = GramSR(replace(SMALL, ranks={"pixel": 2, "semantic": 2}))
-    params = training.freeze_all_but(model, [*model.lora("semantic").values(), *model.adapter.parameters()])
+    params = training.freeze_all_but(model, [*model.parameters_of("semantic").values(), *model.adapter.parameters()])
     seen = []
     model.prior, prior = lambda z, t, context: seen.append((t, context)) or prior(z, t, context), model.prior
     stage = replace(SMALL_STAGES["semantic"], lambda_l2=0.0, lambda_lpips=0.0)
@@ -366,7 +366,7 @@ def test_public_sizes():
         model = GramSR(GramSRConfig())
     adapter = training.count(model.adapter.parameters())
     for stage in SETS:
-        assert training.count(model.lora(stage).values()) + adapter == 5_892_768
+        assert training.count(model.parameters_of(stage).values()) + adapter == 5_892_768
     assert [s.before + s.steps for s in PAPER.values()] == [4000, 12_501, 53_001]
 
 

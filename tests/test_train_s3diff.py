@@ -21,7 +21,7 @@ import train_s3diff
 import training
 from models.discriminator import Discriminator
 from models.lpips import LPIPS, NETS
-from models.s3diff import S3Diff, S3DiffConfig, is_trained
+from models.s3diff import S3Diff, S3DiffConfig, is_in_release
 from models.tiny import TinyS3Diff, TinyS3DiffConfig, TinyVAEConfig, is_prior
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
@@ -45,7 +45,7 @@ def trunk():
 def shrink(patch, **changes):
     patch.setitem(train_s3diff.PRESETS, "tiny",
                   (SMALL_TINY, {stage: replace(STAGE, **changes) for stage in ("prior", "estimator", "adapters")}))
-    patch.setitem(NETS, "vgg", (trunk, {1: 8, 4: 8}, 8, NETS["vgg"][-1]))
+    patch.setitem(NETS, "vgg", replace(NETS["vgg"], trunk=trunk, compared={1: 8, 4: 8}, smallest=8))
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_what_learns(monkeypatch, photos, tmp_path):  # noqa: F811
     stays = {k for k in one["model"] if torch.equal(one["model"][k], four["model"][k])}
     assert not stays and "modulation.w" not in one["model"], "all moves, though it starts on a saddle"
     a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "four"))
-    assert all(torch.equal(a[k], b[k]) for k in a if not is_trained(k)) and any("lora_" in k for k in a)
+    assert all(torch.equal(a[k], b[k]) for k in a if not is_in_release(k)) and any("lora_" in k for k in a)
     assert not any(torch.equal(one["D"][k], four["D"][k]) for k in one["D"] if k.endswith(("weight_orig", "bias")))
 
 
@@ -173,7 +173,7 @@ def test_the_discriminator_does_not_learn_to_be_deceived():
     torch.manual_seed(0)
     model = S3Diff(SMALL)
     D = Discriminator(ViT(ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1)), head_width=8)
-    training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k) and k != "modulation.w"])
+    training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_in_release(k) and k != "modulation.w"])
     x_src, _, scores = random_batch()
     D.requires_grad_(False)
     y = model(x_src, scores, model.prompts[:1].expand(2, -1, -1))
@@ -198,7 +198,7 @@ def test_overfits_one_picture():
     """Reconstruction alone, one pair, a latent far from what the decoder needs: the loss falls by half."""
     torch.manual_seed(0)
     model = S3Diff(SMALL).train()
-    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_trained(k)
+    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_in_release(k)
                                              and k != "modulation.w"])
     optimizer = torch.optim.AdamW(params, lr=3e-3)
     x_src, x_tgt, scores = random_batch(1, 32)

@@ -12,7 +12,6 @@ from test_release import TINY
 from models.dit import DiT, DiTConfig
 from models.flow import conditions, correction_rcgm, draw, guided, loss_distill, loss_flow, sample
 from models.support.download import WeightError
-from models.support.strips import plain
 from models.tiny import TinyDiT, TinyVAE, TinyVAEConfig, TinyVOSR, TinyVOSRConfig
 from models.vit import ViT, ViTConfig
 from models.vosr import VOSR

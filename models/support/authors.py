@@ -118,7 +118,7 @@ def settings_of_args(cfg, settings, path):
             "guidance": take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100)}
 
 
-# ---- S3Diff's s3diff.pkl, and the steps in the names of GramSR's files
+# ---- S3Diff's s3diff.pkl
 
 EMBEDDINGS = ["vae_block", "unet_block"]        # parts of the modulation
 MLPS = [f"{network}_{part}_mlp" for network in ("vae", "unet") for part in ("de", "block", "fuse")]
@@ -150,6 +150,40 @@ def s3diff_layout(cfg, trained):
         file["w"] = trained["modulation.w"]
     if (cfg.t, cfg.modulation) != (999, "blocks"):
         file["nanosr"] = {"t": cfg.t, "modulation": cfg.modulation}
+    return file
+
+
+# ---- GramSR's files, and the steps in their names
+
+SHORT = {"pixel": "pix", "semantic": "sem"}     # what model_*.pkl calls the sets
+
+
+def read_gramsr(file):
+    """Take model_*.pkl apart, the authors' or ours.
+
+    -> {set: rank}, with texture None, since its file says it; {name in the UNet: tensor} of pixel and semantic
+    """
+    sets = file.get("nanosr", {}).get("sets", [*SHORT, "texture"])
+    ranks = {name: None if name == "texture" else int(file[f"lora_rank_unet_{SHORT[name]}"]) for name in sets}
+    return ranks, dict(file["state_dict_unet"])
+
+
+def read_gramsr_texture(file, adapter):
+    """Take lora_weights_*.safetensors apart.  adapter: its name, which the file leaves out -> rank, tensors"""
+    tensors = {name.replace(".weight", f".{adapter}.weight"): x for name, x in file.items()}
+    ranks = [len(x) for name, x in tensors.items() if "lora_A" in name]
+    return ranks[0] if ranks else 4, tensors        # without any, loading will say what is missing
+
+
+def gramsr_layout(ranks, tensors, layers):
+    """Make what model_*.pkl holds, the reverse of `read_gramsr`.  layers: {set: {part of the UNet: names of layers}}"""
+    file = {"state_dict_unet": tensors}
+    for name, places in layers.items():
+        file[f"lora_rank_unet_{SHORT[name]}"] = ranks[name]
+        for place, names in places.items():
+            file[f"unet_lora_{place}_modules_{SHORT[name]}"] = names
+    if len(ranks) < len(SHORT) + 1:
+        file["nanosr"] = {"sets": list(ranks)}      # ours: this training is not over
     return file
 
 
