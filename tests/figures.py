@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import plane as flat  # noqa: E402
 from degrade import RECIPES, apply, draw_plan  # noqa: E402
 from models.flow import guided, sample  # noqa: E402
 from models.gram import gram as gram_matrix  # noqa: E402
@@ -380,11 +381,150 @@ def csd():
     return b.done()
 
 
+# ---- the plane ------------------------------------------------------------------------------------------------------
+
+ONE_LQ = 0.7        # the LQ coordinate whose answers are orange
+
+
+class Square:
+    """A window of a Board onto the plane, 3.8 wide round (-0.1, 0.3), its left upper corner at (x, y)."""
+
+    def __init__(self, board, x, y, side, caption):
+        self.board, self.x, self.y, self.side = board, x, y, side
+        board.draw.rounded_rectangle([2 * x, 2 * y, 2 * (x + side), 2 * (y + side)], 14, None, GREY, 4)
+        board.text(x + side / 2, y + side + 8, caption, 17, INK, "ma")
+
+    def place(self, point):
+        u, v = map(float, point)
+        return 2 * (self.x + self.side * (0.5 + (u + 0.1) / 3.8)), 2 * (self.y + self.side * (0.5 - (v - 0.3) / 3.8))
+
+    def dots(self, z, fill, radius):
+        """z: (B, 2, 1, 1); what lies outside is not drawn"""
+        for point in z.flatten(1)[inside(z)]:
+            x, y = self.place(point)
+            self.board.draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill)
+
+    def line(self, points, fill, width):
+        self.board.draw.line([c for point in points for c in self.place(point)], fill, width, joint="curve")
+
+    def lq_line(self):
+        """Where the first coordinate is ONE_LQ, dashed."""
+        for k in range(-15, 21, 2):
+            self.line([(ONE_LQ, k / 10), (ONE_LQ, (k + 1) / 10)], DIM, 2)
+
+
+def inside(z):
+    """Which of z (B, 2, 1, 1) a Square shows.  -> (B,) bool"""
+    return (z.flatten(1) - torch.tensor([-0.1, 0.3])).abs().amax(1) < 1.85
+
+
+def plane():
+    """A world of two numbers: what regression and the flow answer, guidance, distillation, error against distance."""
+    b, w = Board(1034), flat.world()
+    some, one = answered(w, 0, 1800), answered(w, 1800, 1900, ONE_LQ)
+    walk, flow, rcgm = flat.walk, flat.flow_net(), flat.one_step_net("rcgm")
+    answers = {     # caption: function of a World
+        "what is true": lambda w: flat.posterior(w)[1],
+        "regression": lambda w: flat.regress(flat.regression_net(), w.z_lq, w.feat),
+        "flow, 1 step": lambda w: walk(flow, w, 1),
+        "flow, 4 steps": lambda w: walk(flow, w, 4),
+        "flow, 25 steps": lambda w: walk(flow, w, 25),
+        "guidance 0": lambda w: walk(flow, w, 25, 0),
+        "guidance 0.5": lambda w: walk(flow, w, 25, 0.5),
+        "0.5, from no condition": lambda w: walk(flat.flow_net(weak=(0.0, 0.0)), w, 25, 0.5, weak=0.0),
+        "guidance 1.5": lambda w: walk(flow, w, 25, 1.5),
+        "RCGM, 1 step": lambda w: walk(rcgm, w, 1),
+    }
+    b.text(18, 20, "Blue: answers to many LQ images. Orange: 100 answers to one of them, whose first coordinate is the "
+           "dashed line. Off: farther than 0.1 from the spiral.", 17, DIM, "lm")
+    for k, (caption, answer) in enumerate(answers.items()):
+        error, _, _, off = flat.measure(answer(w), w)
+        x, y = 18 + 236 * (k % 5), 40 + 296 * (k // 5)
+        square = Square(b, x, y, 222, f"{caption}\nerror {error:.2f}, {off:.0%} off")
+        square.lq_line()
+        square.dots(answer(some), "#9db8d6", 2.5)
+        square.dots(answer(one), DEEP[ORANGE], 5)
+    plane_chart(b, 70, 644, 480, 310, w)
+    plane_paths(b, 640, 644, 260, w)
+    return b.done()
+
+
+def answered(w, first, last, lq=None):
+    """Some images of a World, all with the same LQ coordinate if it is given."""
+    part = flat.World(*(x[first:last].clone() for x in w))
+    if lq is not None:
+        part.z_lq[:, 0] = lq
+    return part
+
+
+def plane_chart(b, x, y, width, height, w):
+    """Error against distance: regression, 1 to 100 steps, 1 after distillation; left upper corner at (x, y)."""
+    def place(error, distance):
+        return x + width * (error - 0.28) / 0.45, y + height * (-0.7 - math.log10(distance)) / 3.2
+
+    def point(z, fill, words, dx, dy, anchor):
+        u, v = place(*flat.measure(z, w)[:2])
+        b.draw.ellipse([2 * u - 11, 2 * v - 11, 2 * u + 11, 2 * v + 11], fill)
+        b.text(u + dx, v + dy, words, 16, fill, anchor)
+        return u, v
+
+    b.draw.rectangle([2 * x, 2 * y, 2 * (x + width), 2 * (y + height)], None, GREY, 4)
+    for distance in (0.1, 0.01, 0.001):
+        _, at = place(0, distance)
+        b.draw.line([2 * x, 2 * at, 2 * (x + width), 2 * at], GREY, 2)
+        b.text(x - 8, at, f"{distance:g}", 16, DIM, "rm")
+    least = flat.measure(flat.posterior(w)[0], w)[0]
+    for error, words in ((least, "the least error"), (2 * least, "twice as much")):
+        at, _ = place(error, 1)
+        b.draw.line([2 * at, 2 * y, 2 * at, 2 * (y + height)], DEEP[GREEN], 3)
+        b.text(at, y + height + 6, f"{words}\n{error:.3f}", 16, DEEP[GREEN], "ma")
+    b.text(x + width / 2 + 10, y + height + 16, "error", 17, DIM)
+    b.text(x + width - 10, y + 22, "distance", 17, DIM, "rm")
+
+    beside = {2: (12, -10, "lm"), 4: (12, -10, "lm"), 8: (-12, 6, "rm"), 25: (-12, 6, "rm"), 100: (14, 4, "lm")}
+    way = [point(flat.walk(flat.flow_net(), w, 1), DEEP[BLUE], "", 0, 0, "lm")]
+    for n, where in beside.items():
+        way.append(point(flat.walk(flat.flow_net(), w, n), DEEP[BLUE], f"{n} steps", *where))
+    b.draw.line([2 * c for p in way for c in p], DEEP[BLUE], 4)
+    regression = flat.regress(flat.regression_net(), w.z_lq, w.feat)
+    point(regression, RED, "regression, and 1 step of the flow", 14, -8, "lm")
+    point(flat.walk(flat.one_step_net("rcgm"), w, 1), DEEP[ORANGE], "RCGM, 1", 18, -8, "lm")
+    point(flat.walk(flat.one_step_net("shortcut"), w, 1), DEEP[ORANGE], "shortcut, 1", 18, 8, "lm")
+
+
+def plane_paths(b, x, y, side, w):
+    """The way from a few noises to their answers: 25 steps, and one step before and after distillation."""
+    few = answered(w, 1900, 1912, ONE_LQ)
+    few = flat.World(*(x[inside(few.eps)] for x in few))
+    way = []
+
+    def velocity(z, t, r):
+        way.append(z.flatten(1))
+        return guided(flat.flow_net(), z, few.z_lq, few.feat, t, r)
+
+    end = sample(velocity, few.eps, 25)
+    ways = torch.stack([*way, end.flatten(1)], dim=1)       # (n, 26, 2)
+    networks = {"one step before distillation": flat.flow_net(), "one step after it": flat.one_step_net("rcgm")}
+    for k, (words, net) in enumerate(networks.items()):
+        square = Square(b, x + k * (side + 18), y, side, words)
+        square.lq_line()
+        square.dots(flat.world(1800).z_hq, "#cfdbe8", 2.5)
+        answers = flat.walk(net, few, 1)
+        for path, answer in zip(ways, answers.flatten(1)):
+            square.line(path, DEEP[BLUE], 3)
+            square.line([path[0], answer], DEEP[ORANGE], 3)
+        square.dots(few.eps, INK, 5)
+        square.dots(end, DEEP[BLUE], 8)
+        square.dots(answers, DEEP[ORANGE], 6)
+    b.text(x, y + side + 40, "From noise (black) to answers to one LQ image (dashed).\n"
+           "Blue: the flow in 25 steps. Orange: one step.", 17, DIM, "la")
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
           "scores": scores, "negatives": negatives, "sets": sets}
-DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd}
+DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd, "plane": plane}
 
 
 def main():
