@@ -188,7 +188,7 @@ def upscale(name, model, path, target, lq, args):
     if kept is not None:
         return kept, None
     start, knobs = time.perf_counter(), knobs_of(model, args)
-    if hasattr(model, "estimate"):
+    if "blur" in signature(model.upscale).parameters:
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
     if args.compile:        # of a map in strips every strip would be compiled anew
@@ -262,7 +262,7 @@ class Failures(list):
         print(self[-1], file=sys.stderr)
 
 
-def load(args):
+def load_models(args):
     """The models by their names, and in args what they may be measured with. Raises OSError, ValueError."""
     names = [args.model]
     if args.model == "all":
@@ -275,6 +275,8 @@ def load(args):
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     for model in models.values():
+        if args.sweep and not model.SWEEP:
+            raise ValueError(f"--sweep: {args.model} has no knobs to turn")
         tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
         if tile and (args.overlap or 0) >= tile:
             raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
@@ -426,7 +428,7 @@ def main(argv=None):
             names |= find_pictures(top, print)
     try:
         references = find_references(names.values(), args.ref, args.scale)
-        models = load(args)
+        models = load_models(args)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
     taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
