@@ -194,7 +194,7 @@ def upscale(name, model, path, lq, args):
     lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), seconds. Raises PictureError.
     """
     start, knobs = time.perf_counter(), knobs_of(model, args)
-    if hasattr(model, "estimate"):
+    if "blur" in signature(model.upscale).parameters:
         knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
         print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
     if args.compile:        # of a map in strips every strip would be compiled anew
@@ -285,6 +285,8 @@ def load_models(args):
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
         raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
     for model in models.values():
+        if args.sweep and not model.SWEEP:
+            raise ValueError(f"--sweep: {args.model} has no knobs to turn")
         tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
         if tile and (args.overlap or 0) >= tile:
             raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
