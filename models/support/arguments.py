@@ -40,14 +40,14 @@ COUNT = between(1, 2**31 - 1, whole=True)
 SEED = between(0, 2**63 - 1, whole=True)
 
 
-def path(text):
+def path_argument(text):
     """Make a path of an argument: ~ is the home folder, which shells leave as it is in --out=~/x.  -> str"""
     return os.path.expanduser(text)
 
 
 def file_or_folder(text):
     """Make a path of an argument, of something that is there or not.  -> Path"""
-    return Path(path(text))
+    return Path(path_argument(text))
 
 
 def folder(text):
@@ -72,9 +72,9 @@ def existing(text):
 class SafeStream:
     """A text stream to which no print fails, so that a message never costs the work it reports.
 
-    Two reports asked for it. On Windows, and into a file there, Python's streams have the code page cp1252: a print of a
-    folder named in Japanese raised UnicodeEncodeError. What a code page lacks is escaped here. And where the reader of
-    a pipe has ended (`python train.py | head`), a print raised BrokenPipeError. Such lines are lost here.
+    Users' reports asked for it. On Windows, or into a file there, Python's streams have a code page such as cp1252, and
+    a print of a folder named in Japanese raised UnicodeEncodeError: what a code page lacks is escaped here. And where the
+    reader of a pipe has ended (`python sample.py | head`), a print raised BrokenPipeError: here such lines are lost.
     """
 
     def __init__(self, stream):
