@@ -34,8 +34,8 @@ import torch
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff
-from models.support.arguments import (SEED, Stop, between, command, existing, file_or_folder, folder, no_memory,
-                                      positive)
+from models.support.arguments import (COUNT, SEED, Stop, between, command, existing, file_or_folder, folder,
+                                      no_memory)
 from models.support.evaluation import (append_row, average, find_metrics, find_references, measure, read_reference,
                                        hash_of, record_of, row_of, write_metrics, write_text)
 from models.support.evaluation import report as as_text
@@ -57,7 +57,7 @@ SYSTEMS = {system.__name__.lower(): system for system in (VOSR, S3Diff, GramSR, 
 STRENGTH = between(-100, 100)
 KNOBS = {   # of the models: type, meaning. What is not given is a model's own setting, what it does not have an error
     "guidance": (STRENGTH, "1: one pass, no guidance. VOSR: smaller invents more. S3Diff: larger is sharper"),
-    "steps": (positive, "VOSR: steps of the sampler, from 1 on"),
+    "steps": (COUNT, "VOSR: steps of the sampler, from 1 on"),
     "weak": (between(0, 1), "VOSR: strength of the weak condition that guidance starts from"),
     "temperature": (between(0, 100), "VOSR: deviation of the starting noise; one step: 0 is soft, 1 crisp"),
     "noise": (between(0, 1), "S3Diff: how noisy the picture is, in place of the estimate"),
@@ -69,7 +69,7 @@ KNOBS = {   # of the models: type, meaning. What is not given is a model's own s
     "semantic": (STRENGTH, "GramSR: strength of the semantic LoRA"),
     "texture": (STRENGTH, "GramSR: strength of the texture LoRA"),
     "tile": (between(64, 2**16, whole=True), "side of the tiles in output pixels, 64 or more"),
-    "overlap": (positive, "pixels that tiles share"),
+    "overlap": (COUNT, "pixels that tiles share"),
 }
 # torch 2.5 has none: it compiles for large images too
 set_stance = getattr(torch.compiler, "set_stance", lambda stance: None)

@@ -22,7 +22,6 @@ the best so far, not the last.
 
 import argparse
 import copy
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -36,14 +35,15 @@ from degrade import degrade
 from models.gram import CSD_TIMES, features, loss_csd, loss_gram
 from models.gramsr import SETS, GramSR, GramSRConfig, token_adapter
 from models.lpips import LPIPS
-from models.support.arguments import between
+from models.support.arguments import between, path_argument
 from models.support.evaluation import find_niqe
 from models.support.imaging import round8
 from models.support.metrics import BLOCK, niqe
-from models.support.precision import in_half
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from models.tiny import GRAMSR_STAGES, RandomLPIPS, TinyGramSR, TinyGramSRConfig, load_prior
+from models.tiny import RandomLPIPS, TinyGramSR, TinyGramSRConfig, load_prior
 from models.vit import PRESETS as VITS, DINOv3
+
+NIQE_CROP = 2 * BLOCK       # pixels a side: NIQE compares blocks, and four are the least from which it says something
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Run(training.Run):
     vit: torch.nn.Module = None         # DINOv3 of the Gram loss
     niqe: object = None                 # NIQE's parameters, where they are on this disk
     judge: str = "held_out"             # the metric of early stopping, smaller is better
-    best: dict = field(default_factory=dict)    # {judge: its smallest value so far}
+    best: dict = field(default_factory=dict)    # {judge: its smallest value so far}; by name, since a run that is
+                                        # resumed may have another judge: values of two do not compare
     waited: int = 0                     # evaluations since then
     written: list = field(default_factory=list)     # names of the model's files
 
@@ -82,33 +83,52 @@ class Run(training.Run):
 
 
 PAPER = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR has 4000 of pixel
-    "pixel": Stage(steps=4000),
-    "semantic": Stage(steps=8501, before=4000, lambda_lpips=2.0, lambda_csd=1.0),
+    "pixel": Stage(
+        steps=4000),
+    "semantic": Stage(
+        steps=8501, before=4000, lambda_lpips=2.0, lambda_csd=1.0),
     # inferred: LPIPS and CSD stay; that it is stopped early by NIQE is known, not when
-    "texture": Stage(steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0,
-                     patience=10),
+    "texture": Stage(
+        steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10),
 }
-TINY = {name: Stage(**settings) for name, settings in GRAMSR_STAGES.items()}
+TINY = {    # ours, for a laptop; two steps in three by the first recipe, the third by the other
+    "pixel": Stage(
+        steps=5000, batch_size=8, lr=1e-3, schedule="cosine", warmup=50,
+        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16, learn_vit=True),
+    # lambdas by gradients at the end of stage pixel: LPIPS half of L2's, Gram ten times, CSD 3 %. At 30 % the tiny
+    # prior, which hardly knows its prompts, weaves a lattice; its guidance is weaker for the same reason
+    "semantic": Stage(
+        steps=250, before=5000, batch_size=8, lr=5e-4, schedule="cosine",
+        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16,
+        lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0),
+    "texture": Stage(
+        steps=250, before=5250, batch_size=8, lr=5e-4, schedule="cosine",
+        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16,
+        lambda_lpips=0.015, lambda_csd=0.003, lambda_gram=0.4, guidance=3.0),
+}
 PRESETS = {     # name: config of the model, its stages
     "sd-2.1": (GramSRConfig(ranks={}), PAPER),
     "tiny": (TinyGramSRConfig(), TINY),
 }
+ORDER = list(SETS)      # of the stages, each with a LoRA set of its name
 SETTINGS = ("stage", "preset", "data", "init", "seed", "gram", "rank")      # flags that stay when a run is resumed
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", required=True, choices=PAPER)
-    p.add_argument("--preset", default="sd-2.1", choices=PRESETS, help="sd-2.1 (default); tiny: on S3Diff's prior")
-    p.add_argument("--init", type=training.path,
+    p.add_argument("--preset", default="sd-2.1", choices=PRESETS,
+                   help="sizes and hyper-parameters: sd-2.1 (default); tiny: on S3Diff's prior")
+    p.add_argument("--init", type=path_argument,
                    help="model to start from: the earlier stage's --out; stage pixel, tiny: --out of "
                    "train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")
     # what the paper leaves open
     p.add_argument("--gram", choices=("patches", "channels"),
                    help="the matrix of stage texture: of patches (default) or channels")
     p.add_argument("--patience", type=between(0, 10**6, whole=True),
-                   help="stop after so many evaluations without a better NIQE of the held-out images (or loss, "
-                        "without its file), and keep the best model; 0 = never (default 10 in stage texture, else 0)")
+                   help="stop after so many evaluations without a better NIQE of the held-out crops, or loss where "
+                        "its file is not here or crops are below 192 pixels, as the tiny ones of 128; and keep the "
+                        "best model; 0 = never (default 10 in stage texture, else 0; tiny 0)")
     p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     training.add_arguments(p)
     args = p.parse_args(argv)
@@ -129,13 +149,60 @@ def parse_args(argv=None):
 
 
 def build(args, cfg, stage):
-    """-> GramSR with its new LoRA set, LPIPS and DINOv3 for its losses (None if not needed), a line on their origin."""
-    earlier = list(SETS)[: list(SETS).index(args.stage)]
+    """Build GramSR with its new LoRA set.  -> the model, a line on its origin"""
+    earlier = ORDER[: ORDER.index(args.stage)]
     if earlier:
         model, origin = build_later(args, cfg, earlier)
     else:
         model, origin = build_first(args, cfg)
     model.add_set(args.stage, stage.rank)
+    return model, f"{origin}, new LoRA set {args.stage}"
+
+
+def build_first(args, cfg):
+    """Build GramSR around its prior, with a new token adapter, no LoRA set.  -> the model, a line on its origin"""
+    if args.tiny:
+        model, origin = TinyGramSR(cfg), "FROM SCRATCH"
+        if args.init != "none":
+            origin = f"from {load_prior(model, args.init)}"
+    else:
+        model, origin = GramSR.with_prior(cfg), "SD 2.1 and DINOv3, new adapter"
+    # anew: of public networks alone the adapter was on the meta device, without numbers
+    model.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
+    return model, origin
+
+
+def build_later(args, cfg, earlier):
+    """Build GramSR of --init, which must have the LoRA sets `earlier`.  -> the model, a line on its origin"""
+    system = TinyGramSR if args.tiny else GramSR
+    model = system.from_pretrained(args.init)
+    check_init(args, cfg, model, earlier)
+    return model, f"from {args.init}"
+
+
+def check_init(args, cfg, model, earlier):
+    """Raise UserError where the model of --init is not one that the stage can start from."""
+    if list(model.cfg.ranks) != earlier:
+        have, want = " and ".join(model.cfg.ranks), " and ".join(earlier)
+        raise training.UserError(f"{args.init}: has LoRA set {have}; --stage {args.stage} starts from {want}")
+    if as_stored(replace(model.cfg, ranks={})) != as_stored(cfg):
+        raise training.UserError(f"{args.init}: its networks are not those of --preset {args.preset}")
+
+
+def as_stored(cfg):
+    """Turn a config into what a file holds of it, where tuples have become lists.  -> nested dicts"""
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(x) for name, x in value.items()}
+        if isinstance(value, tuple):
+            return list(value)
+        return value
+
+    return plain(asdict(cfg))
+
+
+def build_judges(args, stage, model):
+    """Build what the stage's losses need.  -> LPIPS and DINOv3, each frozen, or None"""
     lpips, vit = None, None
     if stage.lambda_lpips:
         lpips = RandomLPIPS() if args.tiny else LPIPS.from_pretrained("vgg")
@@ -143,37 +210,11 @@ def build(args, cfg, stage):
     if stage.lambda_gram:
         vit = copy.deepcopy(model.vit) if args.tiny else small_dino()
         vit.requires_grad_(False)
-    return model, lpips, vit, f"{origin}, new LoRA set {args.stage}"
-
-
-def build_first(args, cfg):
-    """-> GramSR without a LoRA set, around its prior, with a new token adapter; a line on its origin"""
-    if args.tiny:
-        model, origin = TinyGramSR(cfg), "FROM SCRATCH"
-        if args.init != "none":
-            origin = f"from {load_prior(model, args.init)}"
-    else:
-        model, origin = GramSR.with_prior(cfg), "SD 2.1 and DINOv3, new adapter"
-    # now with numbers
-    model.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
-    return model, origin
-
-
-def build_later(args, cfg, earlier):
-    """-> GramSR of --init, which must have the LoRA sets `earlier`; a line on its origin. Raises UserError."""
-    system = TinyGramSR if args.tiny else GramSR
-    model = system.from_pretrained(args.init)
-    if list(model.cfg.ranks) != earlier:
-        have, want = " and ".join(model.cfg.ranks), " and ".join(earlier)
-        raise training.UserError(f"{args.init}: has LoRA set {have}; --stage {args.stage} starts from {want}")
-    # as JSON, in which files have them: a tuple becomes a list
-    if json.dumps(asdict(replace(model.cfg, ranks={}))) != json.dumps(asdict(cfg)):
-        raise training.UserError(f"{args.init}: its networks are not those of --preset {args.preset}")
-    return model, f"from {args.init}"
+    return lpips, vit
 
 
 def small_dino():
-    """DINOv3 of the Gram loss, which is not the one that makes the tokens."""
+    """Load DINOv3 of the Gram loss, which is not the one that makes the tokens."""
     path = fetch("dinov3-vits16plus-pretrain-lvd1689m/model.safetensors")
     with torch.device("meta"):
         vit = DINOv3(VITS["dinov3_vits16plus"])
@@ -181,81 +222,79 @@ def small_dino():
     return vit
 
 
-def is_learned(name, learn_vit=False):
-    """Whether a parameter is of a LoRA set or the token adapter: all that is not in public files."""
-    return "lora_" in name or name.startswith("adapter.") or learn_vit and name.startswith("vit.")
+def learns(run, name):
+    """Tell whether the run's stage trains the tensor of that name: its own LoRA set, the token adapter.
+
+    Inferred: the adapter learns in each stage; the authors release a new one with each set.
+    """
+    own_set = tuple(f".{adapter}.weight" for adapter in SETS[run.args.stage])
+    if name.startswith("vit."):
+        return run.stage.learn_vit
+    return name.endswith(own_set) or name.startswith("adapter.")
 
 
 def prepare(args):
-    """Networks, what is to be learned, optimizer.  -> Run"""
+    """Set up networks, what is to be learned, optimizer.  -> Run"""
     cfg, stages = PRESETS[args.preset]
     run = Run(args, stages[args.stage])
     training.start(run)
     run.title = f"GramSR {args.preset}, stage {args.stage}"
     run.terms = tuple(name for name in TERMS if getattr(run.stage, f"lambda_{name}"))
     run.columns = ("niqe",)
-    torch.manual_seed(args.seed + list(SETS).index(args.stage))     # or all sets would begin alike
-    model, lpips, vit, run.origin = build(args, cfg, run.stage)
-    run.is_saved = partial(is_learned, learn_vit=run.stage.learn_vit)
-    # inferred: the adapter learns in each stage; the authors release a new one with each set
-    trained = [*model.parameters_of(args.stage).values(), *model.adapter.parameters()]
-    if run.stage.learn_vit:
-        trained += model.vit.parameters()
-    run.trained = training.freeze_all_but(model, trained)
-    if run.dtype != torch.float32 and not args.tiny:
-        in_half(model.unet, run.dtype, adapters=False)      # earlier LoRA sets go into the files as they came
-    run.model = model.to(run.device)
-    run.ema = run.model     # no average
-    run.lpips, run.vit = lpips and lpips.to(run.device), vit and vit.to(run.device)
-    # a new one a stage: PiSA-SR's would go on moving what is frozen
-    run.optimizer = training.adamw(run.trained, run.stage)
-    run.state = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
-    if run.stage.crop >= 2 * BLOCK:
+    run.draw = draw
+    torch.manual_seed(args.seed + ORDER.index(args.stage))      # or all sets would begin alike
+    model, run.origin = build(args, cfg, run.stage)
+    lpips, vit = build_judges(args, run.stage, model)
+    training.store_in_half(run, model.unet, model.vae, model.vit)       # earlier LoRA sets stay as they came, too
+    # a new optimizer a stage: PiSA-SR goes on with one, whose moments would go on moving what is frozen by now
+    training.set_model(run, model, partial(learns, run), order=["unet.", "adapter."])
+    if lpips:
+        run.lpips = lpips.to(run.device)
+    if vit:
+        run.vit = vit.to(run.device)
+    if run.stage.crop >= NIQE_CROP:
         run.niqe = find_niqe(None)      # None where it is not on this disk
-        run.judge = "niqe" if run.niqe else "held_out"
+    if run.niqe:
+        run.judge = "niqe"
     return run
 
 
-# ---- data: photos, and what a stage draws from them
+# ---- data: what a stage draws from photos
 
 
-def open_data(run):
-    """Photos to learn from; held-out ones with their LQ images."""
-    hq = training.open_photos(run)
-    lq_up = degrade(hq, run.recipes[0], training.generator(0))[1]
-    run.held_out = 2 * hq - 1, 2 * lq_up - 1
-
-
-def draw(run, hq, g):
-    """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; g: generator
-
-    -> hq, lq_up (B, 3, H, W) in [-1, 1], g for the losses
-    """
-    lq_up = degrade(hq, training.recipe(run), g)[1]
-    return 2 * hq - 1, 2 * lq_up - 1, g
+def draw(run, hq, recipe, g):
+    """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; g: generator -> hq, lq_up (B, 3, H, W) in [-1, 1]"""
+    _, lq_up = degrade(hq, recipe, g)
+    return 2 * hq - 1, 2 * lq_up - 1
 
 
 # ---- the losses: one function, since each stage has those of the stages before
+# run: Run, for its stage, LPIPS and DINOv3; model: GramSR; hq, lq_up: of `draw`; g: generator of all that is random
+# -> {name: scalar}, summed up
 
 
-def losses(model, lpips, vit, stage, gram, hq, lq_up, g):
-    """hq, lq_up: (B, 3, H, W) in [-1, 1]; gram: patches or channels; g: generator of all draws
-
-    -> {name: scalar}, summed up
-    """
+def losses(run, model, hq, lq_up, g):
+    """Compute the losses of what the model makes of LQ images."""
     sr, z, context = model(lq_up)
-    sr = sr.float()
+    return losses_of_result(run, model, sr.float(), z, context, hq, g)
+
+
+def losses_of_result(run, model, sr, z, context, hq, g):
+    """sr, hq: (B, 3, H, W) in [-1, 1]; z: (B, 4, h, w), of which sr was decoded; context: (B, N, D) visual tokens"""
+    stage = run.stage
     terms = {"l2": stage.lambda_l2 * F.mse_loss(sr, hq)}
     if stage.lambda_lpips:
-        terms["lpips"] = stage.lambda_lpips * lpips(sr, hq).mean()
+        terms["lpips"] = stage.lambda_lpips * run.lpips(sr, hq).mean()
     if stage.lambda_csd:
         t = torch.randint(*CSD_TIMES, (len(z),), generator=g).to(z.device)
         noise = torch.randn(z.shape, generator=g).to(z.device)
+        # the tokens are a condition here; the latent alone is to change
         good, bad = model.csd_conditions(context.detach())
         terms["csd"] = stage.lambda_csd * loss_csd(model.prior, z, t, noise, good, bad, stage.guidance)
     if stage.lambda_gram:
         with torch.autocast(sr.device.type, enabled=False):     # small differences of large sums
-            difference = loss_gram(features(vit, sr), features(vit, hq), channels=gram == "channels")
+            tokens_sr, tokens_hq = features(run.vit, sr), features(run.vit, hq)
+            difference = loss_gram(tokens_sr, tokens_hq, channels=run.args.gram == "channels")
         terms["gram"] = stage.lambda_gram * difference
     return terms        # Eq. GramSR (6)
 
@@ -263,58 +302,56 @@ def losses(model, lpips, vit, stage, gram, hq, lq_up, g):
 TERMS = ("l2", "lpips", "csd", "gram")
 
 
-# ---- step, evaluate, save
-
-
-def step(run):
-    """One step of the optimizer; gradients of the micro-batches are added up."""
-    training.set_lr(run.optimizer, run.lr)
-    for i, (hq, g) in enumerate(training.micro_batches(run)):
-        inputs = draw(run, hq, g)
-        with training.forward(run, run.losses, i):
-            terms = run.losses(*inputs)
-        training.backward(run, terms)
-    run.grad_norm = training.update(run, run.optimizer)
-    training.ema_update(run.ema, run.model, run.stage.ema)
+# ---- evaluate, save
 
 
 @torch.no_grad()
 def evaluate(run):
-    """On held-out photos: loss with fixed draws, PSNR over RGB, NIQE (nan without its file, or of flat images).
+    """Measure on held-out crops, one after the other: the loss, PSNR over RGB, NIQE.
 
+    NIQE is nan without its file, and of crops so flat that it says nothing.
     -> {column of the log: value}, {column of the sheet: images in [-1, 1]}
     """
-    hq, lq_up = run.held_out
-    results, values = [], []
-    for i, pair in enumerate(zip(hq.split(1), lq_up.split(1))):
-        terms = losses(run.model, run.lpips, run.vit, run.stage, run.args.gram, *pair, training.generator(1, i))
+    values, results, naturalness = [], [], []
+    for i, (hq, lq_up) in enumerate(run.held_out):
+        sr, z, context = run.model(lq_up)
+        sr = sr.float()
+        terms = losses_of_result(run, run.model, sr, z, context, hq, training.generator(training.HELD_OUT_LOSS, i))
         values.append(float(sum(terms.values())))
-        results.append(run.model(pair[1])[0].float())
-    sr = torch.cat(results)
-    naturalness = [niqe(round8(x / 2 + 0.5), run.niqe) if run.niqe else math.nan for x in sr.split(1)]
+        results.append(sr)
+        naturalness.append(niqe(round8(sr / 2 + 0.5), run.niqe) if run.niqe else math.nan)
+    sr, hq = torch.cat(results), run.held_out_hq
     metrics = {"held_out": sum(values) / len(values), "psnr": training.psnr(sr, hq),
                "niqe": float(torch.tensor(naturalness).nanmean())}
-    return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
+    return metrics, {"LQ": torch.cat([lq_up for _, lq_up in run.held_out]), f"result, step {run.step}": sr, "HQ": hq}
 
 
-def is_best(run):
-    """Early stopping: count evaluations without a better one -> whether the newest is the best so far"""
+def count_evaluation(run):
+    """Count the newest evaluation for early stopping: the best so far, or one more in vain.  -> is it the best?"""
     if run.metrics is None:     # interrupted between two evaluations
         return False
-    better = run.metrics[run.judge] < run.best.get(run.judge, math.inf)
-    if better:
-        run.best, run.waited = {run.judge: run.metrics[run.judge]}, 0
-    else:
-        run.waited += 1
-    run.over = 0 < run.stage.patience <= run.waited
-    return better
+    value = run.metrics[run.judge]
+    if value < run.best.get(run.judge, math.inf):
+        run.best, run.waited = {run.judge: value}, 0
+        return True
+    run.waited += 1
+    return False
+
+
+def out_of_patience(run):
+    """Tell whether so many evaluations in a row were no better that the stage is over."""
+    return 0 < run.stage.patience <= run.waited
 
 
 def save(run):
-    """The model's files, with --patience only where it got better, then the checkpoint: if that says that the run is
-    over, all is there."""
-    better = is_best(run)
-    if run.rank == 0 and (better or not run.stage.patience or not run.written):
+    """Write the model's files, then the checkpoint: if that says that the run is over, all is there.
+
+    With --patience the files hold the best model so far: they are written when it got better, or never were.
+    """
+    is_best = count_evaluation(run)
+    run.stopped_early = out_of_patience(run)
+    wanted = is_best or run.stage.patience == 0 or not run.written
+    if wanted and run.rank == 0:
         names = run.model.save_release(run.out, run.stage.before + run.step)
         for name in set(run.written) - set(names):
             (run.out / name).unlink(missing_ok=True)
@@ -332,16 +369,15 @@ def main(argv=None):
         checkpoint = training.resume(run, SETTINGS)
         if checkpoint:
             run.best, run.waited, run.written = checkpoint["best"], checkpoint["waited"], checkpoint["written"]
-            run.over = 0 < run.stage.patience <= run.waited
+            run.stopped_early = out_of_patience(run)
         for part in (run.model.unet, *run.model.vae.children()):
             part.checkpointing = args.checkpointing
         if args.compile:
             training.compile_all(run.model.unet.blocks[:-1], run.device)
-        terms = partial(losses, run.model, run.lpips, run.vit, run.stage, args.gram)
-        run.losses = training.replicate(run, run.model, terms)
-        open_data(run)
-        status = training.fit(run, step, evaluate, save)
-        if run.over:
+        run.losses = training.replicate(run, run.model, partial(losses, run, run.model))
+        training.open_data(run)
+        status = training.fit(run, training.step, evaluate, save)
+        if run.stopped_early:
             print(f"stopped early at step {run.step}: {run.judge} was no better {run.waited} times; "
                   f"the model is the best so far, {' '.join(run.written)}")
         return status

@@ -3,7 +3,7 @@
     python train_s3diff.py --data PHOTOS --out runs/s3diff
     torchrun --nproc_per_node=4 train_s3diff.py --data photos.txt --out runs/s3diff --micro-batch 4 --checkpointing
 
-A step has four parts, each with its own backward and its own step of an optimizer:
+A step of stage adapters has four parts, each with its own backward and its own step of an optimizer:
 
     1. reconstruct   the target by L2 and LPIPS; one image in twenty has the bad prompt, and its LQ image as target
     2. adversary     all images with the good prompt: make the discriminator D take them for photos
@@ -11,11 +11,11 @@ A step has four parts, each with its own backward and its own step of an optimiz
     4. fake          D is to know the images of part 2
 
 Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients.
+The stages, in the order of a run:
 
+    prior       a tiny Stable Diffusion, in place of SD-Turbo               ours, with --preset tiny
+    estimator   of the degradation, in place of the authors'                ours, with --preset tiny
     adapters    the above
-    and, ours, with --preset tiny, before it:
-    prior       a tiny Stable Diffusion, in place of SD-Turbo
-    estimator   of the degradation, in place of the authors'
 
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds s3diff.pkl, laid
 out as the public file, for sample.py --model (with --preset tiny: model.safetensors), checkpoint-*.pt, log.csv,
@@ -23,11 +23,10 @@ loss.png and sheet.png (LQ | result | HQ of held-out photos; of a prior noisy | 
 """
 
 import argparse
-import copy
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +36,10 @@ from degrade import apply, degrade, draw_plan, severity
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
 from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
-from models.support.arguments import between
-from models.support.precision import in_half
+from models.support.arguments import between, path_argument
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from models.tiny import (S3DIFF_STAGES, PatchDiscriminator, RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, is_prior,
-                         load_autoencoder, load_prior)
+from models.tiny import (PatchDiscriminator, RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder,
+                         load_prior)
 from models.unet import alphas_cumprod
 from models.vit import PRESETS as VITS, ViT
 
@@ -51,53 +49,73 @@ class Stage(training.Stage):
     """Hyper-parameters of a stage of S3Diff."""
 
     recipes: tuple = ("s3diff",)
+    ema_warmup: bool = True
     lr_D: float = 0.0                   # learning rate of D, constant; 0 = as the generator's
     lambda_l2: float = 2.0
     lambda_lpips: float = 5.0
     lambda_gan: float = 0.5
-    l2_alone: float = 0.0               # ours: share of the steps, the first, with L2 alone and true scores: faster
+    l2_share: float = 0.0               # ours: share of the steps, the first, with L2 alone and true scores: faster
 
 
 @dataclass
 class Run(training.Run):
-    """What a run of S3Diff has beside the model."""
+    """What a run of S3Diff has beside the model: all of it is of stage adapters."""
 
     generate: Callable = None           # the model's forward, (lq_up, scores, context, generator) -> sr
     discriminate: Callable = None       # D's forward, (image, "real" or "fake", plan) -> (B, 1)
     lpips: torch.nn.Module = None
     D: torch.nn.Module = None           # the discriminator
     optimizer_D: torch.optim.Optimizer = None
-    l2_alone: bool = False              # this step has L2 alone, and true scores
+    true_scores: bool = False           # `draw` gives the true scores, not the estimator's
 
 
-@dataclass
-class Pairs:
+class Pairs(NamedTuple):
     """What stage adapters draws for a micro-batch of B images."""
 
     lq_up: torch.Tensor                 # (B, 3, H, W) in [-1, 1], enlarged
     hq: torch.Tensor                    # (B, 3, H, W) in [-1, 1]
     scores: torch.Tensor                # (B, 2) in [0, 1], blur and noise of the LQ image
     negative: torch.Tensor              # (B,) bool: part 1 has the bad prompt, and the LQ image as target
-    generator: torch.Generator          # of the posterior's samples and D's augmentations
 
 
 # ---- the stages
 
 
-# the paper's steps, the code counts 50 epochs; officially 4 GPUs x 4 photos x 4 parts
-PAPER = {"adapters": Stage(steps=30_000, batch_size=64, lr=2e-5)}
-TINY = {name: Stage(**settings) for name, settings in S3DIFF_STAGES.items()}
+PAPER = {       # the paper's steps, the code counts 50 epochs; batch: 4 GPUs x 4 photos x 4 accumulated micro-batches
+    "adapters": Stage(steps=30_000, batch_size=64, lr=2e-5),
+}
+TINY = {        # ours, for a laptop; where two steps in three have a recipe, the third has another
+    "prior": Stage(     # the embedded one was trained with --steps 3500; its loss was still falling
+        steps=6000, batch_size=16, lr=6e-4, schedule="cosine", warmup=300, ema=0.999,
+        crop=128, recipes=("s3diff", "vosr", "s3diff")),
+    "estimator": Stage(
+        steps=1500, batch_size=4, lr=1e-3, schedule="cosine", warmup=100, ema=0.99,
+        crop=256, recipes=("wide", "s3diff", "wide", "vosr")),
+    # lambda_lpips: of RandomLPIPS, whose gradient is larger: a third of L2's (measured for GramSR, train_gramsr.py)
+    # lambda_gan: at .5 so small a D soon believed everything, and edges got haloes (tests/RESULTS.md)
+    "adapters": Stage(
+        steps=4000, batch_size=8, lr=1e-3, schedule="cosine", warmup=100, ema=0.999,
+        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image",
+        lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.75),
+}
 PRESETS = {     # name: config of the model, its stages
     "sd-turbo": (S3DiffConfig(), PAPER),
     "tiny": (TinyS3DiffConfig(), TINY),
 }
-PLACES = {      # of adapters, for --lora: names of the VAE's layers; the UNet always has some
-    "unet": "", "unet+encoder": VAE_TARGETS, "unet+decoder": VAE_TARGETS.replace("encoder", "decoder", 1),
+PLACES = {      # of adapters, for --lora: names of the VAE's layers, "" = none of them; the UNet always has some
+    "unet": "",
+    "unet+encoder": VAE_TARGETS,
+    "unet+decoder": VAE_TARGETS.replace("encoder", "decoder", 1),
     "unet+encoder+decoder": VAE_TARGETS.replace("encoder", "(encoder|decoder)", 1),
 }
 TINY_PLACES = {     # of the tiny VAE's layers
-    "unet": "", "unet+encoder": "encoder", "unet+decoder": r"finish\..*", "unet+encoder+decoder": r"encoder|finish\..*",
+    "unet": "",
+    "unet+encoder": "encoder",
+    "unet+decoder": r"finish\..*",
+    "unet+encoder+decoder": r"encoder|finish\..*",
 }
+ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
+             "start_step": None}        # flags of stage adapters alone, and their defaults; None: the preset's
 SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "init",
             "seed")     # flags that stay when a run is resumed
 
@@ -105,16 +123,17 @@ SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "r
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", default="adapters", choices=TINY, help="adapters (default); others: tiny only")
-    p.add_argument("--preset", default="sd-turbo", choices=PRESETS, help="sd-turbo (default); tiny: all trained here")
-    p.add_argument("--init", type=training.path,
+    p.add_argument("--preset", default="sd-turbo", choices=PRESETS,
+                   help="sizes and hyper-parameters: sd-turbo (default); tiny: all trained here")
+    p.add_argument("--init", type=path_argument,
                    help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new adapters"
                    " on SD-Turbo, or on the embedded tiny prior; none: on random weights, ours)")
-    # the paper's ablations
-    p.add_argument("--lora", default="unet+encoder", choices=PLACES, help="what gets adapters (Table 4; unet+encoder)")
-    p.add_argument("--modulation", default="blocks", choices=("blocks", "shared", "none"),
-                   help="a matrix for each block (default), one for all blocks, or plain LoRA (Table 5)")
-    p.add_argument("--neg-prob", type=between(0, 1), default=0.05,
-                   help="how often a photo has the bad prompt; 0 = no negative prompting (Table 6)")
+    # the paper's ablations, of stage adapters
+    p.add_argument("--lora", choices=PLACES, help="what gets adapters (Table 4; default unet+encoder)")
+    p.add_argument("--modulation", choices=("blocks", "shared", "none"),
+                   help="a matrix for each block (default blocks), one for all blocks, or plain LoRA (Table 5)")
+    p.add_argument("--neg-prob", type=between(0, 1),
+                   help="how often a photo has the bad prompt (default 0.05); 0 = no negative prompting (Table 6)")
     p.add_argument("--rank-unet", type=between(1, 1024, whole=True), help="of the UNet's adapters (Table 7; 32)")
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
@@ -125,9 +144,15 @@ def parse_args(argv=None):
     args.tiny = args.preset == "tiny"
     if args.stage not in stages:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
-    own = args.rank_unet or args.rank_vae or args.lora != "unet+encoder" or args.modulation != "blocks"
-    if args.init and own and not args.tiny:
+    given = [name for name in ABLATIONS if getattr(args, name) is not None]
+    if given and args.stage != "adapters":
+        p.error(f"--{given[0].replace('_', '-')} is not read by --stage {args.stage}")
+    changes_adapters = {"lora", "modulation", "rank_unet", "rank_vae"} & set(given)
+    if args.init and changes_adapters and not args.tiny:
         p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
+    for name, default in ABLATIONS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return args
 
 
@@ -135,33 +160,34 @@ def parse_args(argv=None):
 
 
 def build(args, cfg):
-    """-> S3Diff to train, LPIPS and discriminator for its losses, a line on their origin."""
+    """Build the networks.  -> S3Diff to train, a line on its origin. Its loaders check --init's networks."""
     places = TINY_PLACES if args.tiny else PLACES
     cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
                   vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t)
     if args.tiny:
-        model, origin = build_tiny(args, cfg)
-        return model, RandomLPIPS().requires_grad_(False), PatchDiscriminator(), origin
+        return build_tiny(args, cfg)
     if args.init:
-        model, origin = S3Diff.from_pretrained(args.init), f"from {args.init}"
+        model = S3Diff.from_pretrained(args.init)
         model.cfg.t = cfg.t
-    else:
-        model, origin = S3Diff.with_prior(cfg), "SD-Turbo with new adapters"
-        model.adapt()           # now with numbers
-    path = fetch("dino_vitbase16_pretrain.pth")
-    with torch.device("meta"):
-        vit = ViT(VITS["dino_vitb16"])
-    load_strictly(vit, read_tensors(path), path)
-    return model, LPIPS.from_pretrained("vgg"), Discriminator(vit), origin
+        return model, f"from {args.init}"
+    model = S3Diff.with_prior(cfg)
+    model.adapt()       # anew: until now what learns was on the meta device, without numbers
+    return model, "SD-Turbo with new adapters"
 
 
 def build_tiny(args, cfg):
-    """-> TinyS3Diff with the autoencoder of all tiny models, what --init has, the rest new; a line on its origin"""
+    """Build TinyS3Diff with the autoencoder of all tiny models, what --init has, the rest new.
+
+    -> the model, a line on its origin
+    """
     model, origin = TinyS3Diff(cfg), "FROM SCRATCH"
-    model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))      # learned, where SD has a text encoder
-    for conv in model.denet.conv_first:     # blind for brightness, so that grain and edges are what it sees first
+    # Stable Diffusion's text encoder makes its prompts; here stage prior learns them
+    model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))
+    for conv in model.denet.conv_first:
+        # blind for brightness, so that noise and edges are what it sees first; 8 times as large, since small
+        # differences are all that is left
         conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
-    # with its convolutions: straight from the linear decoder, an adversary's textures become a weave
+    # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
     load_autoencoder(model)
     if args.init == "none" or args.stage == "prior" and not args.init:
         return model, origin
@@ -170,86 +196,85 @@ def build_tiny(args, cfg):
     return model, f"from {path}"
 
 
-def learns(stage, name):
-    """Whether a stage trains the parameter of that name."""
-    if stage == "prior":
+def build_adversary(args):
+    """Build what judges stage adapters.  -> LPIPS, discriminator"""
+    if args.tiny:
+        return RandomLPIPS().requires_grad_(False), PatchDiscriminator()
+    path = fetch("dino_vitbase16_pretrain.pth")
+    with torch.device("meta"):
+        vit = ViT(VITS["dino_vitb16"])
+    load_strictly(vit, read_tensors(path), path)
+    return LPIPS.from_pretrained("vgg"), Discriminator(vit)
+
+
+def learns(run, name):
+    """Tell whether the run's stage trains the tensor of that name."""
+    if run.args.stage == "prior":
         return is_prior(name) and not name.startswith("vae.")
-    if stage == "estimator":
+    if run.args.stage == "estimator":
         return name.startswith("denet.")
-    return is_in_release(name) and name != "modulation.w"
-
-
-def is_known(stage, name):
-    """Whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has learned."""
-    return stage == "adapters" or is_prior(name) or stage == "estimator" and name.startswith("denet.")
+    return is_in_release(name)
 
 
 def prepare(args):
-    """Networks, what is to be learned, optimizers.  -> Run"""
+    """Set up networks, what is to be learned, optimizers.  -> Run"""
     cfg, stages = PRESETS[args.preset]
     run = Run(args, stages[args.stage])
     training.start(run)
     run.title, run.terms = f"S3Diff {args.preset}, stage {args.stage}", TERMS[args.stage]
-    run.columns = ("rank_blur", "rank_noise") if args.stage == "estimator" else ()
-    model, lpips, D, run.origin = build(args, cfg)
-    run.is_saved = partial(learns, args.stage)
-    trained = [p for name, p in model.named_parameters() if run.is_saved(name)]
-    run.trained = training.freeze_all_but(model, trained)
-    if run.dtype != torch.float32 and not args.tiny:
-        in_half(model.unet, run.dtype, adapters=False)      # frozen weights need no float32; official: they have it
-    run.model = model.to(run.device)
-    run.ema = copy.deepcopy(run.model).eval() if run.stage.ema else run.model
-    run.lpips, run.D = lpips.to(run.device), D.to(run.device)
-    run.optimizer = training.adamw(run.trained, run.stage)
-    run.optimizer_D = training.adamw(list(D.parameters()), run.stage)
-    run.state = {"model": run.model, "ema": run.ema, "D": run.D, "G_optimizer": run.optimizer,
-                 "D_optimizer": run.optimizer_D, "scaler": run.scaler}
+    if args.stage == "estimator":
+        run.columns = ("rank_blur", "rank_noise")
+    run.draw = DRAW[args.stage]
+    model, run.origin = build(args, cfg)
+    training.store_in_half(run, model.unet, model.vae)
+    training.set_model(run, model, partial(learns, run))
+    if args.stage == "adapters":
+        prepare_adversary(run)
+    # their names in checkpoints: G, the generator, and D have an optimizer each
+    run.state["G_optimizer"] = run.state.pop("optimizer")
     return run
 
 
-# ---- data: photos, and what a stage draws from them
+def prepare_adversary(run):
+    """Set up the discriminator, its optimizer, LPIPS, and where scores come from."""
+    lpips, D = build_adversary(run.args)
+    run.lpips, run.D = lpips.to(run.device), D.to(run.device)
+    run.optimizer_D = training.adamw(list(D.parameters()), run.stage)
+    run.state |= {"D": run.D, "D_optimizer": run.optimizer_D}
+    run.true_scores = run.stage.l2_share > 0        # of held-out photos, too
 
 
-def open_data(run):
-    """Photos to learn from; held-out ones, and what is drawn from them."""
-    hq = training.open_photos(run)
-    run.l2_alone = run.stage.l2_alone > 0       # held-out photos have true scores, too
-    recipe = replace(run.recipes[0], branches_per="image")
-    drawn = DRAW[run.args.stage](run, hq, training.generator(0), recipe)
-    run.held_out = 2 * hq - 1, drawn
+# ---- data: what a stage draws from photos
+# run: Run; hq: (B, 3, H, W) in [0, 1]; recipe: of degrade.py; g: generator
 
 
-def draw(run, hq, g):
-    """What the stage's function below draws from photos.  hq: (B, 3, H, W) in [0, 1]; g: generator"""
-    return DRAW[run.args.stage](run, hq, g, training.recipe(run))
+def draw_prior(run, hq, recipe, g):
+    """Degrade every image with a chance of one half.
 
-
-def draw_prior(run, hq, g, recipe):
-    """Photos and degraded ones, half of each.
-
-    -> x (B, 3, H, W) in [-1, 1], bad (B,) 1 where x is degraded, else 0, g for the losses
+    -> x (B, 3, H, W) in [-1, 1], is_degraded (B,) 1 where x is, else 0
     """
-    good = len(hq) // 2
-    x = torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]])
-    bad = (torch.arange(len(hq)) >= good).long()
-    return 2 * x - 1, bad, g
+    is_degraded = torch.rand(len(hq), generator=g) < 0.5
+    x = hq.clone()
+    if is_degraded.any():
+        x[is_degraded] = degrade(hq[is_degraded], recipe, g)[1]
+    return 2 * x - 1, is_degraded.long()
 
 
-def draw_estimator(run, hq, g, recipe):
-    """-> lq (B, 3, h, w) in [0, 1], true scores (B, 2)"""
+def draw_estimator(run, hq, recipe, g):
+    """Degrade photos.  -> lq (B, 3, h, w) in [0, 1], true scores (B, 2)"""
     lq, _, scores = degrade_and_score(hq, recipe, g)
     return lq, scores
 
 
-def draw_adapters(run, hq, g, recipe):
-    """-> Pairs"""
-    if run.l2_alone:
-        lq, lq_up, scores = degrade_and_score(hq, recipe, g)
+def draw_adapters(run, hq, recipe, g):
+    """Degrade photos, say how badly, and choose whose target is the LQ image.  -> Pairs"""
+    if run.true_scores:
+        _, lq_up, scores = degrade_and_score(hq, recipe, g)
     else:
         lq, lq_up = degrade(hq, recipe, g)
         scores = run.model.estimate(lq)
     negative = (torch.rand(len(hq), generator=g) < run.args.neg_prob).to(hq.device)     # online negative prompting
-    return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative, g)
+    return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative)
 
 
 def degrade_and_score(hq, recipe, g):
@@ -267,33 +292,53 @@ def degrade_and_score(hq, recipe, g):
 DRAW = {"prior": draw_prior, "estimator": draw_estimator, "adapters": draw_adapters}
 
 
-# ---- the losses, of which a stage has one, and stage adapters four
+# ---- the losses: stages prior and estimator have one
+# run: Run; model: S3Diff, while it learns or averaged; then what `draw` returned; g: generator of all that is random
 # -> {name: scalar}, summed up
 
 
-def prior_losses(model, x, bad, g):
-    """Stable Diffusion's own training: the noise that was added, with the prompt of good or bad images, or with none.
+def prior_losses(run, model, x, is_degraded, g):
+    """Train a Stable Diffusion: predict the noise that was added, with an image's prompt, or with none.
 
-    x: (B, 3, H, W) in [-1, 1]; bad: (B,) 1 where x is degraded, 0 where it is a photo; g: generator of all draws
+    x: (B, 3, H, W) in [-1, 1]; is_degraded: (B,) 0 or 1, the number of its prompt
     """
-    z, T = model.vae.encode(x), 1000
-    t = (torch.rand(len(z), generator=g) * T).long()
-    ends = torch.rand(len(z), generator=g)      # S3Diff and GramSR work near the ends: one in ten each there
-    t = torch.where(ends < 0.1, t % 100 + 900, torch.where(ends < 0.2, t % 10, t))
+    z = model.vae.encode(x)
+    t = prior_times(len(z), g)
     eps = torch.randn(z.shape, generator=g).to(z)
-    prompted = (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)      # one in ten has no prompt
+    has_prompt = (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)        # nine in ten
     a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
     z_t = a.sqrt() * z + (1 - a).sqrt() * eps
-    predicted = model.unet(z_t, t.to(z.device), prompted * model.prompts[bad])
+    predicted = model.unet(z_t, t.to(z.device), has_prompt * model.prompts[is_degraded])
     error = (predicted - eps).float().square().mean((1, 2, 3))
     snr = (a / (1 - a)).flatten()
     return {"eps": (error * snr.clamp(max=5) / snr).mean()}     # min-SNR weights, 2303.09556
 
 
-def estimator_losses(model, lq, scores):
-    """How far estimates are from true scores.  lq: (B, 3, h, w) in [0, 1]; scores: (B, 2)"""
+def prior_times(B, g):
+    """Draw times of 0 .. 999: one image in ten is at the start, one in ten at the end, the others anywhere.
+
+    Ours: there start the one step of GramSR, at t = 1, and of S3Diff, at 999 (of the tiny one with --start-step alone).
+    """
+    anywhere = torch.randint(1000, (B,), generator=g)
+    start = torch.randint(10, (B,), generator=g)
+    end = torch.randint(900, 1000, (B,), generator=g)
+    where = torch.rand(B, generator=g)
+    t = torch.where(where < 0.1, start, anywhere)
+    return torch.where(where > 0.9, end, t)
+
+
+def estimator_losses(run, model, lq, scores, g):
+    """Measure how far estimates are from true scores.  lq: (B, 3, h, w) in [0, 1]; scores: (B, 2)"""
     blur, noise = (model.denet(lq) - scores).abs().mean(0)
     return {"blur": blur, "noise": noise}
+
+
+LOSSES = {"prior": prior_losses, "estimator": estimator_losses}
+
+
+# ---- the losses of stage adapters, one for each part of its step
+# they are given the images, since a step makes them twice; plan: of `D.draw`; without one, Discriminator sees images as
+# they are. stage: for its lambdas -> {name: scalar}, summed up
 
 
 def reconstruct(sr, target, lpips, stage):
@@ -305,12 +350,12 @@ def reconstruct(sr, target, lpips, stage):
 
 
 def adversary(sr, D, stage, plan=None):
-    """Part 2. sr: (B, 3, H, W) in [-1, 1]; plan: of `D.draw`, None = D sees sr as it is"""
+    """Part 2. sr: (B, 3, H, W) in [-1, 1]"""
     return {"gan": stage.lambda_gan * D(sr, "generator", plan).mean()}      # Eq. S3Diff (6)
 
 
 def real(hq, D, stage, plan=None):
-    """Part 3. hq: (B, 3, H, W) in [-1, 1]; D: the discriminator or its replica"""
+    """Part 3. hq: (B, 3, H, W) in [-1, 1]. As officially, lambda_gan weighs D's own losses, too."""
     return {"d_real": stage.lambda_gan * D(hq, "real", plan).mean()}
 
 
@@ -319,64 +364,50 @@ def fake(sr, D, stage, plan=None):
     return {"d_fake": stage.lambda_gan * D(sr, "fake", plan).mean()}
 
 
-LOSSES = {"prior": prior_losses, "estimator": estimator_losses}
 TERMS = {"prior": ("eps",), "estimator": ("blur", "noise"), "adapters": ("l2", "lpips", "gan", "d_real", "d_fake")}
 
 
-# ---- step, evaluate, save
-
-
-def step(run):
-    """One step of the optimizer; gradients of the micro-batches are added up."""
-    training.set_lr(run.optimizer, run.lr)
-    for i, (hq, g) in enumerate(training.micro_batches(run)):
-        inputs = draw(run, hq, g)
-        with training.forward(run, run.losses, i):
-            terms = run.losses(*inputs)
-        training.backward(run, terms)
-    run.grad_norm = training.update(run, run.optimizer)
-    training.ema_update(run.ema, run.model, ema_decay(run))
-
-
-def ema_decay(run):
-    """Smaller at first, or the average would long remember the initial weights."""
-    return min(run.stage.ema, (1 + run.step) / (10 + run.step))
+# ---- the step of stage adapters; the others have training.step
 
 
 def step_adapters(run):
-    """Stage adapters: the four parts, or the first alone; gradients of the micro-batches are added up in each."""
+    """Do the four parts, or the first alone; gradients of the micro-batches are added up in each."""
+    l2_alone = run.step / run.stage.steps < run.stage.l2_share
+    run.true_scores = l2_alone
     training.set_lr(run.optimizer, run.lr)
     training.set_lr(run.optimizer_D, run.stage.lr_D or run.lr)
-    run.l2_alone = run.step / run.stage.steps < run.stage.l2_alone
-    batch = [draw(run, hq, g) for hq, g in training.micro_batches(run)]
+    # kept for all four parts: each looks at the same images; g goes on from part to part
+    batch = [(run.draw(run, hq, training.recipe(run), g), g) for hq, g in training.micro_batches(run)]
 
     # ---- 1. reconstruct
-    for i, pairs in enumerate(batch):
-        with training.forward(run, run.generate, i):
+    lpips = None if l2_alone else run.lpips
+    for i, (pairs, g) in enumerate(batch):
+        with training.micro_batch_context(run, run.generate, i):
             context, target = prompts_and_targets(run.model, pairs)
-            sr = run.generate(pairs.lq_up, pairs.scores, context, pairs.generator)
-            terms = reconstruct(sr, target, None if run.l2_alone else run.lpips, run.stage)
+            sr = run.generate(pairs.lq_up, pairs.scores, context, g)
+            terms = reconstruct(sr, target, lpips, run.stage)
         training.backward(run, terms)
     run.grad_norm = training.update(run, run.optimizer)
 
-    if not run.l2_alone:
+    if not l2_alone:
         compete(run, batch)
-    training.ema_update(run.ema, run.model, ema_decay(run))
+    training.ema_update(run.ema, run.model, training.ema_decay(run))
 
 
 def compete(run, batch):
-    """Parts 2 to 4: generator against discriminator.  batch: list of Pairs, a micro-batch each"""
+    """Do parts 2 to 4: generator against discriminator.  batch: list of (Pairs, generator), a micro-batch each"""
     stage, good = run.stage, run.model.prompts[:1]
 
     # ---- 2. adversary
     # official: D is not frozen here, so what this leaves in its gradients teaches it a little to be deceived
     run.D.requires_grad_(False)
     results = []
-    for i, pairs in enumerate(batch):
-        with training.forward(run, run.generate, i):
-            plan = run.D.draw(pairs.lq_up, pairs.lq_up, pairs.generator)
+    for i, (pairs, g) in enumerate(batch):
+        with training.micro_batch_context(run, run.generate, i):
+            plan = run.D.draw(pairs.lq_up, pairs.lq_up, g)
             # official: all photos, each with the good prompt; the paper: only those that have it in part 1
-            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), pairs.generator)
+            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), g)
+            # D itself, not its replica: it learns nothing here, so there are no gradients of it to average
             terms = adversary(sr, run.D, stage, plan)
         training.backward(run, terms)
         results.append(sr.detach())
@@ -384,81 +415,104 @@ def compete(run, batch):
     training.update(run, run.optimizer)
 
     # ---- 3. real
-    for i, pairs in enumerate(batch):
-        plan = run.D.draw(pairs.hq, pairs.lq_up, pairs.generator)
-        with training.forward(run, run.discriminate, i):
+    for i, (pairs, g) in enumerate(batch):
+        plan = run.D.draw(pairs.hq, pairs.lq_up, g)
+        with training.micro_batch_context(run, run.discriminate, i):
             terms = real(pairs.hq, run.discriminate, stage, plan)
         training.backward(run, terms)
     training.update(run, run.optimizer_D)
 
     # ---- 4. fake
-    for i, (pairs, sr) in enumerate(zip(batch, results)):
-        plan = run.D.draw(sr, pairs.lq_up, pairs.generator)
-        with training.forward(run, run.discriminate, i):
+    for i, ((pairs, g), sr) in enumerate(zip(batch, results)):
+        plan = run.D.draw(sr, pairs.lq_up, g)
+        with training.micro_batch_context(run, run.discriminate, i):
             terms = fake(sr, run.discriminate, stage, plan)
         training.backward(run, terms)
     training.update(run, run.optimizer_D)
 
 
 def prompts_and_targets(model, pairs):
-    """Online negative prompting: this is what the bad prompt means.
+    """Online negative prompting: the bad prompt means LQ images, so with it the LQ image itself is the target.
 
-    -> features of each image's prompt (B, 77, D), target (B, 3, H, W): the photo, with the bad prompt the LQ image
+    -> features of each image's prompt (B, 77, D), target (B, 3, H, W)
     """
     context = model.prompts[pairs.negative.long()]
-    return context, torch.where(pairs.negative[:, None, None, None], pairs.lq_up, pairs.hq)
+    is_negative = pairs.negative[:, None, None, None]
+    return context, torch.where(is_negative, pairs.lq_up, pairs.hq)
+
+
+# ---- evaluate, save
 
 
 @torch.no_grad()
 def evaluate(run):
-    """The averaged weights on held-out photos, as the stage's function below says.
+    """Measure the averaged weights on held-out crops, one after the other, as the stage's function below says.
 
     -> {column of the log: value}, {column of the sheet: images in [-1, 1]}
     """
-    hq, drawn = run.held_out
-    return EVALUATE[run.args.stage](run, hq, drawn)
+    return EVALUATE[run.args.stage](run)
 
 
-def evaluate_adapters(run, hq, pairs):
-    """Loss of part 1 and PSNR over RGB, with the good prompt, no guidance, the mode of the posterior."""
+def evaluate_adapters(run):
+    """Measure the loss of part 1, and PSNR over RGB, with the good prompt, no guidance, the mode of the posterior."""
     good, results, losses = run.ema.prompts[:1], [], []
-    for lq_up, target, scores in zip(pairs.lq_up.split(1), hq.split(1), pairs.scores.split(1)):
-        results.append(run.ema(lq_up, scores, good))
-        losses.append(float(sum(reconstruct(results[-1], target, run.lpips, run.stage).values())))
-    sr = torch.cat(results).float()
+    for lq_up, hq, scores, _ in run.held_out:
+        sr = run.ema(lq_up, scores, good)
+        terms = reconstruct(sr, hq, run.lpips, run.stage)
+        losses.append(float(sum(terms.values())))
+        results.append(sr)
+    sr, hq = torch.cat(results).float(), run.held_out_hq
     metrics = {"held_out": sum(losses) / len(losses), "psnr": training.psnr(sr.clamp(-1, 1), hq)}
-    return metrics, {"LQ": pairs.lq_up, f"result, step {run.step}": sr, "HQ": hq}
+    lq_up = torch.cat([lq_up for lq_up, *_ in run.held_out])
+    return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
 
-def evaluate_prior(run, hq, drawn):
-    """Loss with fixed draws, and PSNR of photos with the noise of t = 300, denoised with the good prompt."""
-    model, (x, bad, _), t = run.ema, drawn, 300
-    loss = prior_losses(model, x, bad, training.generator(1))["eps"]
-    a, z = alphas_cumprod()[t].item(), model.vae.encode(hq)
-    z_t = a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=training.generator(2)).to(z)
-    eps = model.unet(z_t, t, model.prompts[:1].expand(len(z), -1, -1))
-    denoised = model.vae.decode(model.clean(z_t, eps, t)).float()
-    metrics = {"held_out": float(loss), "psnr": training.psnr(denoised.clamp(-1, 1), hq)}
-    return metrics, {"noisy": model.vae.decode(z_t / a**0.5), f"denoised, step {run.step}": denoised, "HQ": hq}
+def evaluate_prior(run):
+    """Measure the loss, and PSNR of photos with the noise of t = 300, denoised with the good prompt."""
+    model, hq, t, noisy, results = run.ema, run.held_out_hq, 300, [], []
+    a = alphas_cumprod()[t].item()
+    for i, one in enumerate(hq.split(1)):
+        z = model.vae.encode(one)
+        z_t = a**0.5 * z + (1 - a) ** 0.5 * training.fixed_noise(z, i)
+        eps = model.unet(z_t, t, model.prompts[:1])
+        noisy.append(model.vae.decode(z_t / a**0.5))
+        results.append(model.vae.decode(model.clean(z_t, eps, t)).float())
+    denoised = torch.cat(results)
+    metrics = {"held_out": training.held_out_loss(run, prior_losses), "psnr": training.psnr(denoised.clamp(-1, 1), hq)}
+    return metrics, {"noisy": torch.cat(noisy), f"denoised, step {run.step}": denoised, "HQ": hq}
 
 
-def evaluate_estimator(run, hq, drawn):
-    """Loss, and rank correlation of each estimated score with the true one; no images."""
-    lq, scores = drawn
-    ranks = torch.stack([run.ema.denet(lq), scores]).argsort(1).argsort(1).float()      # (2, B, 2)
-    blur, noise = (float(torch.corrcoef(pair)[0, 1]) for pair in ranks.unbind(2))
-    loss = float(sum(estimator_losses(run.ema, lq, scores).values()))
+def evaluate_estimator(run):
+    """Measure the loss, and the rank correlation of each estimated score with the true one; no images."""
+    estimates = torch.cat([run.ema.denet(lq) for lq, _ in run.held_out])
+    scores = torch.cat([scores for _, scores in run.held_out])
+    loss = training.held_out_loss(run, estimator_losses)
+    blur, noise = (rank_correlation(estimates[:, i], scores[:, i]) for i in range(2))
     return {"held_out": loss, "rank_blur": blur, "rank_noise": noise}, {}
+
+
+def rank_correlation(a, b):
+    """Compute Spearman's correlation.  a, b: (N,) -> float"""
+    # the first argsort lists places by size; the second inverts that: the rank of each place
+    ranks = [x.argsort().argsort().float() for x in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 EVALUATE = {"prior": evaluate_prior, "estimator": evaluate_estimator, "adapters": evaluate_adapters}
 
 
+def is_kept(stage, name):
+    """Tell whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has trained."""
+    if stage == "adapters":
+        return True
+    return is_prior(name) or stage == "estimator" and name.startswith("denet.")
+
+
 def save(run):
-    """The model's file, then the checkpoint: if that says that the run is over, all is there."""
+    """Write the model's file, then the checkpoint: if that says that the run is over, all is there."""
     if run.rank == 0 and run.args.tiny:
         note = f"{run.title}, step {run.step}"
-        tensors = {name: x for name, x in run.ema.state_dict().items() if is_known(run.args.stage, name)}
+        tensors = {name: x for name, x in run.ema.state_dict().items() if is_kept(run.args.stage, name)}
         save_model(run.out / "model.safetensors", run.model.cfg, tensors, note=note)
     elif run.rank == 0:
         training.write(run.out / "s3diff.pkl", run.model.release())
@@ -474,13 +528,15 @@ def main(argv=None):
             part.checkpointing = args.checkpointing
         if args.compile:
             training.compile_all(run.model.unet.blocks[:-1], run.device)
+        step = training.step
         if args.stage == "adapters":
+            step = step_adapters
             run.generate = training.replicate(run, run.model, run.model.forward)
             run.discriminate = training.replicate(run, run.D, run.D.forward)
         else:
-            run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run.model))
-        open_data(run)
-        return training.fit(run, step_adapters if args.stage == "adapters" else step, evaluate, save)
+            run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run, run.model))
+        training.open_data(run)
+        return training.fit(run, step, evaluate, save)
 
 
 if __name__ == "__main__":

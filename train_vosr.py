@@ -3,17 +3,18 @@
     python train_vosr.py --stage autoencoder --data PHOTOS --out runs/ae
     python train_vosr.py --stage flow        --data PHOTOS --out runs/flow    --init runs/ae
 
-and so on from stage to stage: refine, distill, decoder. Full size, on several GPUs:
+and so on from stage to stage. Full size, on several GPUs:
 
     torchrun --nproc_per_node=4 train_vosr.py --preset 0.5b --stage flow --data PHOTOS --out runs/flow --init vosr-0.5b
 
-    flow256     flow at 256 pixels, the paper's first size
+The stages, in the order of a run:
+
+    autoencoder pixels to latents and back          ours, with --preset tiny; full sizes take a public one
+    flow256     flow at 256 pixels                  the paper's first size, with --preset 0.5b-paper and 1.4b-paper
     flow        from noise to the clean latent, under the LQ latent and visual tokens
+    refine      flow again, on harsher degradations                         ours, with --preset tiny
     distill     one step of a student for 25 of its teacher, which is a flow
-    and, ours, with --preset tiny:
-    autoencoder pixels to latents and back; full sizes take a public one
-    refine      flow again, on harsher degradations
-    decoder     convolutions that mend what the one-step model decodes
+    decoder     convolutions that mend what the one-step model decodes      ours, with --preset tiny
 
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds the model for
 sample.py (EMA weights: model.safetensors, or args.json and checkpoints/ as the authors have them), checkpoint-*.pt,
@@ -21,7 +22,6 @@ log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos; of an auto
 """
 
 import argparse
-import copy
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,10 +33,14 @@ import training
 from degrade import degrade
 from models.dit import DiT
 from models.flow import guided, loss_distill, loss_flow, sample
-from models.support.precision import in_half
+from models.support.arguments import path_argument
 from models.support.weights import save_model, save_release
-from models.tiny import VOSR_STAGES, TinyDiT, TinyVOSR, TinyVOSRConfig
+from models.tiny import TinyDiT, TinyVOSR, TinyVOSRConfig
 from models.vosr import SIZES, VOSR
+
+WEAK_FLOW = (0.05, 0.25)    # the weak condition's strength in a flow: drawn from this range, one for a batch
+WEAK_DISTILL = 0.1          # in distillation, for teacher and student
+NONE = 0.0                  # usual guidance, by no condition at all: of the ablation
 
 
 @dataclass
@@ -47,10 +51,10 @@ class Stage(training.Stage):
     recipes: tuple = ("vosr",)
     betas: tuple = (0.9, 0.95)
     ema: float = 0.9999
-    strength: tuple = (5.0, 1.0)        # mu, sigma of the LQ condition's strength
-    lognorm: tuple | None = None        # mu, sigma of the flow's times; None = uniform
+    strength: tuple = (5.0, 1.0)        # mu, sigma of the LQ condition's strength a = sigmoid(sigma N + mu)
+    lognorm: tuple | None = None        # mu, sigma of the flow's times t = sigmoid(sigma N + mu); None = uniform
     distill: str = "rcgm"               # or "shortcut": the loss of stage distill
-    omega: float = 0.5                  # the teacher's guidance there
+    omega: float = 0.5                  # the teacher's guidance there; 1 = none
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Run(training.Run):
 # ---- the stages
 
 
-AUTHORS = {     # of the authors' code
+AUTHORS = {     # of the authors' code; their last step has the number 400,000 or 100,000, counted from 0
     "flow": Stage(steps=400_001, batch_size=8, lr=5e-5, save_every=10_000),
     "distill": Stage(steps=100_001, batch_size=32, lr=2e-5, save_every=5_000),
 }
@@ -72,13 +76,44 @@ PAPER = {       # of the paper, as far as known: for 100 million photos, and the
     "flow": Stage(steps=400_000, batch_size=256, lr=5e-5, save_every=10_000),
     "distill": Stage(steps=50_000, batch_size=32, lr=2e-5, save_every=5_000),
 }
-TINY = {name: Stage(**settings) for name, settings in VOSR_STAGES.items()}
+TINY = {        # ours, for a laptop
+    "autoencoder": Stage(
+        steps=3000, batch_size=16, lr=3e-3, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0, ema=0.99,
+        crop=128, flip=True, recipes=()),
+    # strength: the LQ condition's noise has deviation .04, a third of the paper's; not compared with it
+    # lognorm: more times near noise, where the one step starts in which all of this ends
+    "flow": Stage(
+        steps=2600, batch_size=8, lr=8e-4, schedule="cosine", warmup=100, ema=0.998,
+        crop=128, flip=True, recipes=("s3diff",), strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
+    "refine": Stage(
+        steps=3600, batch_size=8, lr=5e-4, schedule="cosine", warmup=100, ema=0.998,
+        crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
+    # steps: few suffice, since the student begins as its teacher; ema: of so few
+    # omega: guidance of .5 costs a flow of this size .46 dB (tests/RESULTS.md)
+    "distill": Stage(
+        steps=40, batch_size=8, lr=5e-5, schedule="cosine", warmup=5, ema=0.8,
+        crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", strength=(7.0, 1.0), omega=1.0),
+    "decoder": Stage(
+        steps=1500, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, betas=(0.9, 0.99), weight_decay=0.0, ema=0.99,
+        crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image"),
+}
 PRESETS = {     # name: config of the model, its stages
     "tiny": (TinyVOSRConfig(), TINY),
     "0.5b": (SIZES["0.5b"], AUTHORS), "0.5b-paper": (SIZES["0.5b"], PAPER),
     "1.4b": (SIZES["1.4b"], AUTHORS), "1.4b-paper": (SIZES["1.4b"], PAPER),
 }
-ABLATIONS = {"tokens": {"blind": True}, "weak": {"weak": 0.0}}      # no visual tokens; usual guidance: no condition
+LEARNS = {      # beginnings of the names of what a stage trains
+    "autoencoder": ("vae.",),
+    "flow256": ("dit.",), "flow": ("dit.",),
+    "refine": ("dit.", "vit."),
+    "distill": ("dit.",),
+    "decoder": ("vae.finish.",),
+}
+LEARNS_TINY = LEARNS | {"flow": ("dit.", "vit.")}       # ours: nobody has pretrained so small a vision transformer
+ABLATIONS = {   # fields of the model's config, which later stages find in --init
+    "tokens": {"blind": True},          # without visual tokens
+    "weak": {"weak": NONE},             # guidance compares with no condition, as usual, not with a weak one
+}
 FINISH = 96         # channels of what stage decoder adds to TinyVAE
 SETTINGS = ("stage", "preset", "ablate", "distill", "data", "init", "seed")     # flags that stay when a run is resumed
 
@@ -86,17 +121,19 @@ SETTINGS = ("stage", "preset", "ablate", "distill", "data", "init", "seed")     
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", required=True, choices=sorted({*TINY, *PAPER}))
-    p.add_argument("--preset", default="tiny", choices=PRESETS, help="sizes and hyper-parameters (default tiny)")
-    p.add_argument("--init", type=training.path,
+    p.add_argument("--preset", default="tiny", choices=PRESETS,
+                   help="sizes and hyper-parameters: tiny (default), the authors' code, the paper")
+    p.add_argument("--init", type=path_argument,
                    help="start from the earlier stage's --out, or anything that sample.py --model takes")
-    p.add_argument("--ablate", choices=ABLATIONS, help="stage flow without visual tokens, or with no weak condition")
+    p.add_argument("--ablate", choices=ABLATIONS,
+                   help="stage flow without visual tokens, or with no condition in place of the weak one")
     p.add_argument("--distill", choices=("rcgm", "shortcut"), help="loss of stage distill (default rcgm)")
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
     args.tiny = args.preset == "tiny"
     if args.stage not in stages:
-        p.error(f"preset {args.preset} has no --stage {args.stage}, only {', '.join(stages)}")
+        p.error(f"--stage {args.stage} is not of --preset {args.preset}, which has {', '.join(stages)}")
     if args.distill and args.stage != "distill":
         p.error(f"--distill is not read by --stage {args.stage}")
     if args.ablate and not (args.stage == "flow" and args.tiny):
@@ -112,151 +149,151 @@ def parse_args(argv=None):
 
 
 def build(args, cfg):
-    """-> VOSR to train, its frozen teacher (DiT) or None, names of the modules that learn, a line on their origin."""
+    """Build the networks.  -> VOSR to train, its frozen teacher (DiT) or None, a line on their origin"""
     if args.stage == "autoencoder":
-        return TinyVOSR(cfg), None, ["vae"], "FROM SCRATCH"
+        return TinyVOSR(cfg), None, "FROM SCRATCH"
     if not args.init:
         model = VOSR.with_frozen(cfg)
-        model.dit = DiT(cfg.dit)
-        return model, None, ["dit"], "transformer FROM SCRATCH"
+        model.dit = DiT(cfg.dit)        # until now without numbers
+        return model, None, "transformer FROM SCRATCH"
 
     system = TinyVOSR if args.tiny else VOSR
-    model, origin = system.from_pretrained(args.init).train(), f"from {args.init}"
+    model = system.from_pretrained(args.init).train()
     if args.stage == "flow" and args.tiny:
-        origin = f"autoencoder {origin}, transformers FROM SCRATCH"
-        return new_transformers(model.vae, cfg), None, ["dit", "vit"], origin
+        model = new_transformers(model.vae, cfg, args.ablate)
+        return model, None, f"autoencoder from {args.init}, transformers FROM SCRATCH"
     check_init(args, cfg, model)
+    teacher = None
     if args.stage == "distill":
-        student, teacher = new_student(model, cfg, args.tiny)
-        return student, teacher, ["dit"], origin
+        teacher = make_student(model, cfg.temperature)
     if args.stage == "decoder":
-        return new_decoder(model), None, ["vae.finish"], origin
-    if args.stage == "refine":
-        return model, None, ["dit", "vit"], origin
-    return model, None, ["dit"], origin
+        model = new_decoder(model)
+    return model, teacher, f"from {args.init}"
 
 
 def check_init(args, cfg, model):
     """Raise UserError where the model of --init is not one that the stage can start from."""
     one_step = args.stage == "decoder"
     if model.cfg.dit != replace(cfg.dit, auxiliary_time_cond=one_step):
-        kind = f"{'one' if one_step else 'many'}-step model of preset {args.preset}"
-        raise training.UserError(f"{args.init}: is no {kind}, from which stage {args.stage} starts: {model.cfg.dit}")
+        kind = "one-step" if one_step else "many-step"
+        raise training.UserError(f"{args.init}: is no {kind} model of preset {args.preset}, "
+                                 f"from which stage {args.stage} starts; give the --out folder of the stage before it")
 
 
-def new_transformers(vae, cfg):
-    """The tiny model around an autoencoder that is trained already."""
-    model = TinyVOSR(replace(cfg, temperature=1.0))     # many steps need all of the noise they were trained on
+def new_transformers(vae, cfg, ablation):
+    """Make the tiny model around an autoencoder that is trained already."""
+    cfg = replace(cfg, temperature=1.0)     # many steps need all of the noise they were trained on
+    model = TinyVOSR(replace(cfg, **ABLATIONS.get(ablation, {})))
     model.vae.load_state_dict(vae.state_dict(), strict=False)       # all but the convolutions after the decoder
     return model
 
 
-def new_student(model, cfg, tiny):
-    """-> a model whose transformer begins as that of a many-step model but is told a second time r, the old one"""
+def make_student(model, temperature):
+    """Make a many-step model one of a single step: a new transformer is told a second time r, too.
+
+    It begins as the old one. temperature: of the model's one step -> the old transformer, frozen: the teacher
+    """
     teacher = model.dit.requires_grad_(False)
-    transformer = TinyDiT if tiny else DiT
-    model.dit = transformer(replace(cfg.dit, auxiliary_time_cond=True))
+    cfg = replace(teacher.cfg, auxiliary_time_cond=True)
+    if isinstance(teacher, TinyDiT):
+        model.dit = TinyDiT(cfg, teacher.local)
+    else:
+        model.dit = DiT(cfg)
     model.dit.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
-    kept = {"light_decoder": model.cfg.light_decoder, "weak": model.cfg.weak}
-    if tiny:
-        kept["blind"] = model.cfg.blind
-    model.cfg = replace(cfg, dit=model.dit.cfg, steps=1, guidance=1.0, **kept)
-    return model, teacher
+    model.cfg = replace(model.cfg, dit=cfg, steps=1, guidance=1.0, temperature=temperature)
+    return teacher
 
 
 def new_decoder(model):
-    """The tiny model with new convolutions after its decoder."""
-    cfg = replace(model.cfg, vae=replace(model.cfg.vae, finish=FINISH))
-    finished = TinyVOSR(cfg)
+    """Make a tiny model that has new convolutions after its decoder, else model's parameters."""
+    finished = TinyVOSR(replace(model.cfg, vae=replace(model.cfg.vae, finish=FINISH)))
     finished.load_state_dict(model.state_dict(), strict=False)
     return finished
 
 
+def learns(run, name):
+    """Tell whether the run's stage trains the tensor of that name."""
+    table = LEARNS_TINY if run.args.tiny else LEARNS
+    return name.startswith(table[run.args.stage])
+
+
 def prepare(args):
-    """Networks, what is to be learned, optimizer.  -> Run"""
+    """Set up networks, what is to be learned, optimizer.  -> Run"""
     cfg, stages = PRESETS[args.preset]
     run = Run(args, stages[args.stage])
     training.start(run)
     run.title, run.terms = f"VOSR {args.preset}, stage {args.stage}", TERMS[args.stage]
-    model, teacher, learning, run.origin = build(args, cfg)
-    model.cfg = replace(model.cfg, **ABLATIONS.get(args.ablate, {}))
-    frozen = {name: m for name, m in model.named_children() if name not in [path.split(".")[0] for path in learning]}
-    if run.dtype == torch.bfloat16 and "vae" in frozen and not args.tiny:
-        for m in frozen.values():               # official: the autoencoder stays in float32
-            in_half(m, run.dtype)
-    run.model = model.to(run.device)
-    run.ema = copy.deepcopy(model, {id(m): m for m in frozen.values()}).eval()      # what is frozen exists once
-    run.teacher = teacher and teacher.to(run.device)
-    run.is_saved = lambda name: name.startswith(tuple(f"{path}." for path in learning))
-    trained = [p for path in learning for name, p in model.get_submodule(path).named_parameters()
-               if name != "mask_token"]     # which DINOv2 has for its own training
-    run.trained = training.freeze_all_but(model, trained)
-    run.optimizer = training.adamw(run.trained, run.stage)
-    run.state = {"model": run.model, "ema": run.ema, "optimizer": run.optimizer, "scaler": run.scaler}
+    run.draw = draw
+    model, teacher, run.origin = build(args, cfg)
+    frozen = [model.vae, model.vit]     # official: the autoencoder stays in float32
+    if model.light_decoder:
+        frozen.append(model.light_decoder)
+    training.store_in_half(run, *frozen)
+    training.set_model(run, model, partial(learns, run), order=["dit."])
+    if teacher:
+        run.teacher = teacher.to(run.device)
     return run
 
 
-# ---- data: photos, and what a stage draws from them
+# ---- data: what a stage draws from photos
 
 
-def open_data(run):
-    """Photos to learn from; held-out ones with their LQ images, an equal share of them by each recipe."""
-    hq = training.open_photos(run)
-    lq_up = []
-    for recipe, some in zip(run.recipes, hq.chunk(max(len(run.recipes), 1))):
-        lq_up.append(degrade(some, replace(recipe, branches_per="image"), training.generator(0))[1])
-    run.held_out = 2 * hq - 1, 2 * torch.cat(lq_up or [hq]) - 1
-
-
-def draw(run, hq, g):
+def draw(run, hq, recipe, g):
     """Degrade photos, unless the stage has no recipe.  hq: (B, 3, H, W) in [0, 1]; g: generator
 
-    -> hq, lq_up (B, 3, H, W) in [-1, 1], g for the losses
+    -> hq, lq_up (B, 3, H, W) in [-1, 1]
     """
-    lq_up = degrade(hq, training.recipe(run), g)[1] if run.recipes else hq
-    return 2 * hq - 1, 2 * lq_up - 1, g
+    if recipe is None:
+        return 2 * hq - 1, 2 * hq - 1
+    _, lq_up = degrade(hq, recipe, g)
+    return 2 * hq - 1, 2 * lq_up - 1
 
 
 # ---- the losses, of which a stage has one
-# model: VOSR; teacher: DiT, of stage distill; hq, lq_up: (B, 3, H, W) in [-1, 1]; g: generator of all draws
-# -> {name: scalar}, summed up
+# run: Run, for its stage and teacher; model: VOSR, while it learns or averaged; hq, lq_up: of `draw`; g: generator of
+# all that is random -> {name: scalar}, summed up
 
 
-def autoencoder_losses(model, teacher, stage, hq, lq_up, g):
-    """Squared errors of the image from all channels of the latent, and from the first k of them."""
-    return dict(zip(("all", "first_k"), model.vae.loss(hq, g)))
+def autoencoder_losses(run, model, hq, lq_up, g):
+    """Compute squared errors of the image from all channels of the latent, and from the first k of them."""
+    all_channels, first_k = model.vae.loss(hq, g)
+    return {"all": all_channels, "first_k": first_k}
 
 
-def flow_losses(model, teacher, stage, hq, lq_up, g):
-    """Flow matching: the velocity from the clean latent to noise."""
+def flow_losses(run, model, hq, lq_up, g):
+    """Match the flow: the velocity from the clean latent to noise."""
     z_hq, z_lq, feat = encode(model, hq, lq_up, g)
-    weak = (0.05, 0.25) if model.cfg.weak else (0.0, 0.0)
-    loss = loss_flow(model.dit, z_hq, z_lq, feat, g, strength=stage.strength, lognorm=stage.lognorm, weak=weak)
+    weak = WEAK_FLOW if model.cfg.weak else (NONE, NONE)
+    loss = loss_flow(model.dit, z_hq, z_lq, feat, g, strength=run.stage.strength, lognorm=run.stage.lognorm, weak=weak)
     return {"flow": loss}
 
 
-def distill_losses(model, teacher, stage, hq, lq_up, g):
-    """v: the teacher's velocity where the student's step has no length; u: steps that agree with each other."""
+def distill_losses(run, model, hq, lq_up, g):
+    """v: match the teacher's velocity where the student's step has no length; u: make its steps agree."""
     z_hq, z_lq, feat = encode(model, hq, lq_up, g)
-    weak = 0.1 if model.cfg.weak else 0.0
-    return loss_distill(model.dit, teacher, z_hq, z_lq, feat, g, kind=stage.distill, omega=stage.omega,
-                        strength=stage.strength, weak=weak)
+    return loss_distill(model.dit, run.teacher, z_hq, z_lq, feat, g, kind=run.stage.distill, omega=run.stage.omega,
+                        strength=run.stage.strength, weak=weak_in_distillation(model))
 
 
-def decoder_losses(model, teacher, stage, hq, lq_up, g):
+def decoder_losses(run, model, hq, lq_up, g):
     """L1 between the photo and the image that the frozen one-step model makes."""
     z_lq = model.vae.encode(lq_up).float()
-    T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)     # all temperatures that are of use
-    eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
-    z = model.restore(z_lq, lq_up, eps, 1, 1.0, model.cfg.weak)
+    temperature = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)       # all that are of use
+    eps = (temperature * torch.randn(z_lq.shape, generator=g)).to(z_lq)
+    z = model.restore(z_lq, lq_up, eps, steps=1, guidance=1.0, weak=model.cfg.weak)     # has no gradient
     return {"L1": F.l1_loss(model.decode(z), hq)}
 
 
 def encode(model, hq, lq_up, g):
-    """-> latents of both, (B, C, h, w) float32, and visual tokens of the LQ image, (B, M, z_dims)"""
-    with torch.no_grad():
+    """Encode both images.  -> latents (B, C, h, w) float32, visual tokens of the LQ image (B, M, z_dims)"""
+    with torch.no_grad():       # the autoencoder is frozen
         z_hq, z_lq = model.vae.encode(hq, g).float(), model.vae.encode(lq_up, g).float()
-    return z_hq, z_lq, model.tokens(lq_up)
+    return z_hq, z_lq, model.tokens(lq_up)      # with a gradient, since a tiny vision transformer learns, too
+
+
+def weak_in_distillation(model):
+    """Say how strong the weak condition of a student and its teacher is."""
+    return WEAK_DISTILL if model.cfg.weak else NONE
 
 
 LOSSES = {"autoencoder": autoencoder_losses, "flow256": flow_losses, "flow": flow_losses, "refine": flow_losses,
@@ -265,70 +302,59 @@ TERMS = {"autoencoder": ("all", "first_k"), "flow256": ("flow",), "flow": ("flow
          "distill": ("v", "u"), "decoder": ("L1",)}
 
 
-# ---- step, evaluate, save
-
-
-def step(run):
-    """One step of the optimizer; gradients of the micro-batches are added up."""
-    training.set_lr(run.optimizer, run.lr)
-    for i, (hq, g) in enumerate(training.micro_batches(run)):
-        inputs = draw(run, hq, g)
-        with training.forward(run, run.losses, i):
-            terms = run.losses(*inputs)
-        training.backward(run, terms)
-    run.grad_norm = training.update(run, run.optimizer)
-    training.ema_update(run.ema, run.model, run.stage.ema)
+# ---- evaluate, save
 
 
 @torch.no_grad()
 def evaluate(run):
-    """The averaged weights on held-out photos, as the stage's function below says.
+    """Measure the averaged weights on held-out crops, one after the other, as the stage's function below says.
 
     -> {column of the log: value}, {column of the sheet: images in [-1, 1]}
     """
-    return EVALUATE[run.args.stage](run, *run.held_out)
+    return EVALUATE[run.args.stage](run)
 
 
-def evaluate_autoencoder(run, hq, lq_up):
-    """Loss with fixed draws, PSNR over RGB of what is decoded again."""
-    decoded = run.ema.vae.decode(run.ema.vae.encode(hq)).float().clamp(-1, 1)
-    metrics = {"held_out": held_out_loss(run, hq, lq_up), "psnr": training.psnr(decoded, hq)}
+def evaluate_autoencoder(run):
+    """Measure the loss, and PSNR over RGB of what is decoded again."""
+    vae, hq = run.ema.vae, run.held_out_hq
+    decoded = torch.cat([vae.decode(vae.encode(one)).float().clamp(-1, 1) for one in hq.split(1)])
+    metrics = {"held_out": training.held_out_loss(run, autoencoder_losses), "psnr": training.psnr(decoded, hq)}
     return metrics, {"HQ": hq, f"HQ decoded, step {run.step}": decoded}
 
 
-def evaluate_flow(run, hq, lq_up):
-    """Loss with fixed draws, PSNR over RGB of what the model's own sampler makes."""
-    sr = restore(run.ema, lq_up)
-    metrics = {"held_out": held_out_loss(run, hq, lq_up), "psnr": training.psnr(sr, hq)}
+def evaluate_flow(run):
+    """Measure the loss, and PSNR over RGB of what the model's own sampler makes."""
+    hq, (lq_up, sr) = run.held_out_hq, restore_held_out(run)
+    metrics = {"held_out": training.held_out_loss(run, LOSSES[run.args.stage]), "psnr": training.psnr(sr, hq)}
     return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
 
-def evaluate_distill(run, hq, lq_up):
-    """Squared distance from the student's one step to the teacher's 25, since the losses aim at the student itself."""
-    z_lq, feat = run.ema.vae.encode(lq_up).float(), run.ema.tokens(lq_up)
-    eps = fixed_noise(z_lq)
-    one = sample(lambda z, t, r: guided(run.ema.dit, z, z_lq, feat, t, r), eps, 1)
-    many = sample(lambda z, t, r: guided(run.teacher, z, z_lq, feat, t, r, run.stage.omega), eps, 25)
-    sr = restore(run.ema, lq_up)
-    metrics = {"held_out": float((one - many).square().mean()), "psnr": training.psnr(sr, hq)}
+def evaluate_distill(run):
+    """Measure the squared distance from the student's one step to the teacher's 25, and PSNR over RGB.
+
+    Not the loss, which aims at the student itself and need not fall while it gets better.
+    """
+    distances, weak = [], weak_in_distillation(run.ema)
+    for i, (_, lq_up) in enumerate(run.held_out):
+        z_lq, feat = run.ema.vae.encode(lq_up).float(), run.ema.tokens(lq_up)
+        eps = training.fixed_noise(z_lq, i)
+        one = sample(lambda z, t, r: guided(run.ema.dit, z, z_lq, feat, t, r), eps, 1)
+        many = sample(lambda z, t, r: guided(run.teacher, z, z_lq, feat, t, r, run.stage.omega, weak), eps, 25)
+        distances.append(float((one - many).square().mean()))
+    hq, (lq_up, sr) = run.held_out_hq, restore_held_out(run)
+    metrics = {"held_out": sum(distances) / len(distances), "psnr": training.psnr(sr, hq)}
     return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
 
-def held_out_loss(run, hq, lq_up):
-    terms = LOSSES[run.args.stage](run.ema, None, run.stage, hq, lq_up, training.generator(1))
-    return float(sum(terms.values()))
-
-
-def restore(model, lq_up):
-    """What the model makes of LQ images, always from the same noise.  -> like lq_up"""
-    cfg, z_lq = model.cfg, model.vae.encode(lq_up).float()
-    eps = cfg.temperature * fixed_noise(z_lq)
-    z = model.restore(z_lq, lq_up, eps, cfg.steps, cfg.guidance, cfg.weak)
-    return model.decode(z).float().clamp(-1, 1)
-
-
-def fixed_noise(z):
-    return torch.randn(z.shape, generator=training.generator(2)).to(z)
+def restore_held_out(run):
+    """Restore the held-out crops, each from noise of its own that is always the same.  -> lq_up, results"""
+    model, cfg, results = run.ema, run.ema.cfg, []
+    for i, (_, lq_up) in enumerate(run.held_out):
+        z_lq = model.vae.encode(lq_up).float()
+        eps = cfg.temperature * training.fixed_noise(z_lq, i)
+        z = model.restore(z_lq, lq_up, eps, steps=cfg.steps, guidance=cfg.guidance, weak=cfg.weak)
+        results.append(model.decode(z).float().clamp(-1, 1))
+    return torch.cat([lq_up for _, lq_up in run.held_out]), torch.cat(results)
 
 
 EVALUATE = {"autoencoder": evaluate_autoencoder, "flow256": evaluate_flow, "flow": evaluate_flow,
@@ -336,12 +362,13 @@ EVALUATE = {"autoencoder": evaluate_autoencoder, "flow256": evaluate_flow, "flow
 
 
 def save(run):
-    """The model's file, then the checkpoint: if that says that the run is over, all is there."""
+    """Write the model's file, then the checkpoint: if that says that the run is over, all is there."""
     if run.rank == 0 and run.args.tiny:
         note = f"{run.title}, step {run.step}"
         save_model(run.out / "model.safetensors", run.model.cfg, run.ema.state_dict(), note=note)
     elif run.rank == 0:
-        settings = {"stage": run.args.stage, "steps": run.step, "weak_cond_strength_aelq_list": [0.05, 0.25]}
+        # as the authors' args.json names the range of the weak condition
+        settings = {"stage": run.args.stage, "steps": run.step, "weak_cond_strength_aelq_list": [*WEAK_FLOW]}
         save_release(run.out, run.ema.dit.state_dict(), asdict(run.model.cfg.dit) | settings)
     training.save_state(run)
 
@@ -354,10 +381,9 @@ def main(argv=None):
         run.model.dit.checkpointing = args.checkpointing
         if args.compile:
             training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
-        terms = partial(LOSSES[args.stage], run.model, run.teacher, run.stage)
-        run.losses = training.replicate(run, run.model, terms)
-        open_data(run)
-        return training.fit(run, step, evaluate, save)
+        run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run, run.model))
+        training.open_data(run)
+        return training.fit(run, training.step, evaluate, save)
 
 
 if __name__ == "__main__":

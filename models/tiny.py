@@ -13,9 +13,8 @@ Each system is the paper's (vosr.py, s3diff.py, gramsr.py) with other parts:
     RandomLPIPS                   LPIPS on VGG16                   VGG16 is a download of 553 MB
     two learned prompts           a text encoder                   a tiny prior never saw a text
     TinyVOSR, TinyS3Diff, TinyGramSR and their configs             the three systems with these parts
-    VOSR_STAGES, S3DIFF_STAGES, GRAMSR_STAGES                      how each is trained
 
-What was tried beside them is in tests/RESULTS.md.
+How each is trained stands in the scripts, TINY in train_vosr.py, train_s3diff.py, train_gramsr.py. What was tried beside them is in tests/RESULTS.md.
 """
 
 from dataclasses import dataclass, field, replace
@@ -86,7 +85,7 @@ class Finish(nn.Module):
     """The decoder's residual network: what to add to a linearly decoded image.
 
     Trained last, on images that a transformer made: its errors, one token each, show as a faint grid of 8 pixels, which
-    this takes away. Its price: it smooths. Originals come back with 30.9 dB instead of 40.5.
+    this takes away. Its price: it smooths. assets/example_hq.png, encoded and decoded, has 29.0 dB instead of 34.5.
     """
 
     def __init__(self, latent_channels, wide, narrow=32):
@@ -378,7 +377,10 @@ PROMPT_TOKENS = 8       # of each of the two prompts that the prior learned: pho
 
 
 def is_prior(name):
-    """Whether prior_tiny.safetensors holds the parameter of that name."""
+    """Whether a tensor is of the prior: of the UNet without adapters, of its prompts, or of the autoencoder around it.
+
+    prior_tiny.safetensors lacks the autoencoder, which vosr_tiny.safetensors holds; see `read_foundation`.
+    """
     return name.startswith(("unet.", "vae.", "prompts")) and "lora_" not in name
 
 
@@ -424,7 +426,8 @@ def load_prior(model, init=None, wanted=is_prior):
     """Load the tiny prior, around which a TinyS3Diff or a TinyGramSR learns; the rest of the model stays as it is.
 
     init: --out of train_s3diff.py, None = the embedded prior and degradation estimator
-    wanted: function of a tensor's name: load it, too -> path of the file. Raises WeightError.
+    wanted: function of a tensor's name, whether to load it, in place of `is_prior` -> path of the file.
+    Raises WeightError.
     """
     if init:
         path = Path(init, "model.safetensors")
@@ -476,37 +479,3 @@ class TinyGramSR(GramSR):
         """What CSD compares: the prior's good and bad prompt for each image -> two of (B, 8, D)"""
         good, bad = self.prompts
         return good.expand(len(context), -1, -1), bad.expand(len(context), -1, -1)
-
-
-# ---- how they are trained: fields of each trainer's Stage
-
-COMMON = dict(crop=128, schedule="cosine")
-BOTH = dict(recipes=("s3diff", "vosr"), branches_per="image")
-FLOW = dict(**COMMON, batch_size=8, flip=True, strength=(7.0, 1.0), warmup=100, ema=0.998)
-VOSR_STAGES = {
-    "autoencoder": dict(**COMMON, batch_size=16, flip=True, steps=3000, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0,
-                        ema=0.99, recipes=()),
-    "flow": dict(**FLOW, steps=2600, lr=8e-4, lognorm=(1.0, 1.2), recipes=("s3diff",)),
-    "refine": dict(**FLOW, **BOTH, steps=3600, lr=5e-4, lognorm=(1.5, 1.2)),
-    "distill": dict(**FLOW | BOTH | dict(steps=40, lr=5e-5, warmup=5, ema=0.8, omega=1.0)),
-    "decoder": dict(**COMMON, **BOTH, batch_size=8, flip=True, steps=1500, lr=1e-3, warmup=50, betas=(0.9, 0.99),
-                    weight_decay=0.0, ema=0.99),
-}
-HARSHER = ("s3diff", "s3diff", "vosr")      # two steps in three as the papers degrade, one harsher
-S3DIFF_STAGES = {
-    "prior": dict(**COMMON, batch_size=16, steps=6000, lr=6e-4, warmup=300, ema=0.999,
-                  recipes=("s3diff", "vosr", "s3diff")),
-    "estimator": dict(**COMMON | dict(crop=256), batch_size=4, steps=1500, lr=1e-3, warmup=100, ema=0.99,
-                      recipes=("wide", "s3diff", "wide", "vosr")),
-    "adapters": dict(**COMMON, batch_size=8, steps=4000, lr=1e-3, warmup=100, ema=0.999, recipes=HARSHER,
-                     branches_per="image", lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_alone=0.75),
-}
-GRAMSR = dict(**COMMON, batch_size=8, rank=16, recipes=HARSHER)
-# by gradients at the end of stage pixel: LPIPS half of L2's, Gram ten times, CSD 3 %; at 30 % the tiny prior, which
-# hardly knows its prompts, weaves a lattice
-PERCEPTUAL = dict(**GRAMSR, steps=250, lr=5e-4, lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0)
-GRAMSR_STAGES = {
-    "pixel": dict(**GRAMSR, steps=5000, lr=1e-3, warmup=50, learn_vit=True),
-    "semantic": dict(**PERCEPTUAL, before=5000),
-    "texture": dict(**PERCEPTUAL, before=5250, lambda_gram=0.4),
-}

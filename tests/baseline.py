@@ -7,7 +7,6 @@ pixel's 16 new ones, fitted in closed form. L1, AdamW, EMA. It is embedded nowhe
 """
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 
@@ -78,12 +77,10 @@ def prepare(args):
     run = training.Run(args, STAGE)
     training.start(run)
     run.origin = "baseline: FROM SCRATCH"
-    run.model = Baseline(args.width).to(run.device)
-    run.ema = copy.deepcopy(run.model).eval()
-    run.trained = training.freeze_all_but(run.model, [p for k, p in run.model.named_parameters() if k != "wiener.weight"])
-    run.optimizer = training.adamw(run.trained, run.stage)
-    run.state = {name: getattr(run, name) for name in ("model", "ema", "optimizer", "scaler")}
-    run.is_saved, run.terms, run.title = lambda name: True, ("l1",), "control group"
+    model = Baseline(args.width)
+    model.wiener.weight.requires_grad_(False)       # `fit` computes it
+    training.set_model(run, model, lambda name: True)
+    run.terms, run.title = ("l1",), "control group"
     return run
 
 
@@ -111,7 +108,7 @@ def step(run):
     training.set_lr(run.optimizer, run.lr)
     for i, (hq, g) in enumerate(training.micro_batches(run)):
         lq = small(hq, training.recipe(run), g)
-        with training.forward(run, run.model, i):
+        with training.micro_batch_context(run, run.model, i):
             terms = {"l1": F.l1_loss(run.model(lq), hq)}
         training.backward(run, terms)
     run.grad_norm = training.update(run, run.optimizer)

@@ -5,9 +5,11 @@ A row is one step, or one of its parts, in autocast's precision: degradation, lo
 """
 
 import time
+from argparse import Namespace
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from bench import Table, with_numbers
@@ -38,7 +40,7 @@ class Step:
 
     def __call__(self, compute):
         self.run.sums = defaultdict(float)
-        with training.forward(self.run, compute, 0):
+        with training.micro_batch_context(self.run, compute, 0):
             terms = compute()
         training.backward(self.run, terms)
         training.update(self.run, self.optimizer)
@@ -55,16 +57,17 @@ def vosr(args, hq, device, dtype):
     for name in ("flow", "distill"):
         stage, teacher = stages[name], None
         if name == "distill":
-            model, teacher = train_vosr.new_student(model, cfg, args.tiny)
+            teacher = train_vosr.make_student(model, cfg.temperature)
             model.to(device)
+        run = train_vosr.Run(args, stage, teacher=teacher)
         ema = deepcopy(model, {id(m): m for m in frozen.values()})
-        step = Step(training.freeze_all_but(model, [*model.dit.parameters()]), device, dtype)
+        step = Step(training.freeze_all_but(model, lambda k: k.startswith("dit.")), device, dtype)
         recipe = RECIPES[stage.recipes[0]]
 
         def whole():
             g = training.generator(0)
             lq_up = degrade(hq, recipe, g)[1]
-            step(lambda: train_vosr.LOSSES[name](model, teacher, stage, 2 * hq - 1, 2 * lq_up - 1, g))
+            step(lambda: train_vosr.LOSSES[name](run, model, 2 * hq - 1, 2 * lq_up - 1, g))
             training.ema_update(ema, model, stage.ema)
 
         yield f"VOSR {name}", {"degradation": lambda: degrade(hq, recipe, training.generator(0)), "step": whole}, [model.dit]
@@ -77,7 +80,7 @@ def s3diff(args, hq, device, dtype):
     with torch.device("meta"):
         model = (TinyS3Diff if args.tiny else S3Diff)(cfg)
     model = with_numbers(model, torch.Generator(device).manual_seed(0), device)
-    params = training.freeze_all_but(model, [p for k, p in model.named_parameters() if is_in_release(k) and k != "modulation.w"])
+    params = training.freeze_all_but(model, is_in_release)
     in_half(model.unet, dtype, adapters=False)
     D = (PatchDiscriminator() if args.tiny else Discriminator(ViT(VITS["dino_vitb16"]))).to(device)
     lpips = (RandomLPIPS() if args.tiny else LPIPS("vgg")).requires_grad_(False).to(device)
@@ -87,23 +90,23 @@ def s3diff(args, hq, device, dtype):
         g = training.generator(0)
         lq, lq_up = degrade(hq, RECIPES["s3diff"], g)
         negative = torch.rand(len(hq), generator=g).to(device) < 0.05
-        return train_s3diff.Pairs(2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), negative, g)
+        return train_s3diff.Pairs(2 * lq_up - 1, 2 * hq - 1, model.estimate(lq), negative), g
 
     def reconstruct():
-        batch = draw()
+        batch, g = draw()
 
         def compute():
             context, target = train_s3diff.prompts_and_targets(model, batch)
-            return train_s3diff.reconstruct(model(batch.lq_up, batch.scores, context, batch.generator), target, lpips, stage)
+            return train_s3diff.reconstruct(model(batch.lq_up, batch.scores, context, g), target, lpips, stage)
 
         G_step(compute)
 
     def adversary():
-        batch = draw()
+        batch, g = draw()
 
         def compute():
-            plan = D.draw(batch.lq_up, batch.lq_up, batch.generator)
-            sr = model(batch.lq_up, batch.scores, model.prompts[:1].expand(len(hq), -1, -1), batch.generator)
+            plan = D.draw(batch.lq_up, batch.lq_up, g)
+            sr = model(batch.lq_up, batch.scores, model.prompts[:1].expand(len(hq), -1, -1), g)
             return train_s3diff.adversary(sr, D, stage, plan)
 
         D.requires_grad_(False)
@@ -112,8 +115,8 @@ def s3diff(args, hq, device, dtype):
 
     def discriminate():
         for loss in (train_s3diff.real, train_s3diff.fake):
-            batch = draw()
-            D_step(lambda: loss(batch.hq, D, stage, D.draw(batch.hq, batch.lq_up, batch.generator)))
+            batch, g = draw()
+            D_step(lambda: loss(batch.hq, D, stage, D.draw(batch.hq, batch.lq_up, g)))
 
     def whole():
         reconstruct(), adversary(), discriminate()
@@ -126,7 +129,7 @@ def gramsr(args, hq, device, dtype):
     cfg, stages = train_gramsr.PRESETS["tiny" if args.tiny else "sd-2.1"]
     with torch.device("meta"):
         model = (TinyGramSR if args.tiny else GramSR)(cfg)
-    model = with_numbers(model, torch.Generator(device).manual_seed(0), device).requires_grad_(False)
+    model = with_numbers(model, torch.Generator(device).manual_seed(0), device)
     in_half(model.unet, dtype)
     lpips = (RandomLPIPS() if args.tiny else LPIPS("vgg")).requires_grad_(False).to(device)
     vit = DINOv3(cfg.vit if args.tiny else VITS["dinov3_vits16plus"]).requires_grad_(False).to(device)
@@ -134,12 +137,13 @@ def gramsr(args, hq, device, dtype):
         stage = stages[name]
         model.add_set(name, stage.rank)
         model.to(device)
-        step = Step(training.freeze_all_but(model, [*model.parameters_of(name).values(), *model.adapter.parameters()]), device, dtype)
+        run = train_gramsr.Run(Namespace(stage=name, gram="patches"), stage, lpips=lpips, vit=vit)
+        step = Step(training.freeze_all_but(model, partial(train_gramsr.learns, run)), device, dtype)
 
         def whole():
             g = training.generator(0)
             lq_up = degrade(hq, RECIPES["gramsr"], g)[1]
-            step(lambda: train_gramsr.losses(model, lpips, vit, stage, "patches", 2 * hq - 1, 2 * lq_up - 1, g))
+            step(lambda: train_gramsr.losses(run, model, 2 * hq - 1, 2 * lq_up - 1, g))
 
         yield f"GramSR {name}", {"step": whole}, [model.unet, *model.vae.children()]
 

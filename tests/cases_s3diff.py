@@ -335,12 +335,12 @@ def train_step(case, get):
     judge = fill_module(LPIPS("vgg"), salt)
     stage = Stage(1, 1, 0.0, lambda_l2=c["lambda_l2"], lambda_lpips=c["lambda_lpips"], lambda_gan=c["lambda_gan"])
     trained = {path_in_pkl(k): p for k, p in model.named_parameters() if is_in_release(k) and k != "modulation.w"}
-    freeze_all_but(model, list(trained.values()))
+    freeze_all_but(model, is_in_release)
     with torch.no_grad():
         model.prompts = describe(c, salt, [get("positive_prompt"), get("negative_prompt")])
     x_src, x_tgt, scores, u = tensors(get, "x_src", "x_tgt", "scores", "neg_draws")
 
-    context, target = prompts_and_targets(model, Pairs(x_src, x_tgt, scores, u < get("neg_prob"), None))
+    context, target = prompts_and_targets(model, Pairs(x_src, x_tgt, scores, u < get("neg_prob")))
     y = model(x_src, scores, context)
     terms = reconstruct(y, target, judge, stage)
     loss = sum(terms.values())

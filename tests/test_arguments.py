@@ -8,17 +8,17 @@ import threading
 
 import pytest
 
-from models.support.arguments import SIGNALS, SEED, Lenient, Stop, between, folder, positive
+from models.support.arguments import SIGNALS, SEED, SafeStream, Stop, between, folder, COUNT
 
 
 def test_what_is_a_number_of_that_range():
     assert [between(0, 8)(text) for text in ("0", "2.5", "8", "4.0", "1e0")] == [0, 2.5, 8, 4, 1]
-    assert type(between(0, 8)("4.0")) is int and positive("1") == 1 and SEED(str(2**63 - 1)) == 2**63 - 1
+    assert type(between(0, 8)("4.0")) is int and COUNT("1") == 1 and SEED(str(2**63 - 1)) == 2**63 - 1
 
 
 @pytest.mark.parametrize("kind, text", [(between(0, 8), "nan"), (between(0, 8), "inf"), (between(0, 8), "8.01"), (between(0, 8), "x"),
-                                        (between(0, 8), ""), (positive, "0"), (positive, "-2"), (positive, "2.5"), (positive, "nan"),
-                                        (positive, "1e3"), (positive, "9" * 5000), (SEED, "-1"), (SEED, str(2**63))])
+                                        (between(0, 8), ""), (COUNT, "0"), (COUNT, "-2"), (COUNT, "2.5"), (COUNT, "nan"),
+                                        (COUNT, "1e3"), (COUNT, "9" * 5000), (SEED, "-1"), (SEED, str(2**63))])
 def test_anything_else_is_refused(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match="number from"):
         kind(text)
@@ -35,7 +35,7 @@ def test_a_folder_is_no_picture(tmp_path):
 @pytest.mark.parametrize("coding, shown", [("cp1252", "\\u6771 \\udcff é"), ("utf-8", "東 \\udcff é"), ("ascii", "\\u6771 \\udcff \\xe9")])
 def test_printing_never_fails(coding, shown):
     buffer = io.BytesIO()
-    stream = Lenient(io.TextIOWrapper(buffer, encoding=coding))
+    stream = SafeStream(io.TextIOWrapper(buffer, encoding=coding))
     print("東 \udcff é", file=stream, flush=True)
     assert buffer.getvalue().decode(coding) == shown + os.linesep and stream.encoding == coding
 
@@ -44,7 +44,7 @@ def test_printing_never_fails(coding, shown):
 def test_nobody_reads():
     read, write = os.pipe()
     os.close(read)
-    stream = Lenient(open(write, "w"))
+    stream = SafeStream(open(write, "w"))
     for _ in range(2):
         print("x" * 10**5, file=stream, flush=True)
     stream.stream.buffer.raw.close()

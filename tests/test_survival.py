@@ -245,7 +245,7 @@ def test_too_many_of_them_end_the_run(monkeypatch, photos, half):  # noqa: F811
     """With a sentence; what the checkpoints hold is what was learned before."""
     before = newest(half)["model"]
     monkeypatch.setattr(training, "MAX_SKIPPED", 5)
-    monkeypatch.setitem(train_vosr.LOSSES, "autoencoder", lambda model, *_: {"all": model.vae.encoder.weight.sum() * float("inf")})
+    monkeypatch.setitem(train_vosr.LOSSES, "autoencoder", lambda run, model, *_: {"all": model.vae.encoder.weight.sum() * float("inf")})
     with pytest.raises(training.UserError, match="5 steps in a row had no finite gradient"):
         vosr(monkeypatch, photos, half)
     assert all(torch.equal(x, before[k]) for k, x in newest(half)["model"].items() if k != "vae.std")     # a buffer

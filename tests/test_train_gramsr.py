@@ -1,5 +1,6 @@
 """train_gramsr.py on networks of a few thousand parameters. Run: python -m pytest tests/test_train_gramsr.py"""
 
+import argparse
 import csv
 import os
 import sys
@@ -26,7 +27,7 @@ from models.tiny import TinyGramSR, TinyGramSRConfig, TinyS3Diff, TinyS3DiffConf
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.vit import DINOv3, DINOv3Config
-from train_gramsr import PAPER, is_learned, losses
+from train_gramsr import PAPER, losses
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = GramSRConfig(
@@ -127,10 +128,10 @@ def test_what_a_stage_writes(trained, tmp_path, capsys, stage):
     model = TinyGramSR.from_pretrained(folder)
     assert list(model.cfg.ranks) == list(SETS)[: n // 4]
     assert model.upscale(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
-    for k, p in model.state_dict().items():
-        if is_learned(k):
-            # the file is float16
-            torch.testing.assert_close(p, checkpoint["model"][k].half().float(), rtol=0, atol=0)
+    tensors = model.state_dict()
+    assert of(checkpoint, stage).keys() == checkpoint["model"].keys() - {k for k in tensors if k.startswith("adapter.")}
+    for k, x in checkpoint["model"].items():        # the file is float16
+        torch.testing.assert_close(tensors[k], x.half().float(), rtol=0, atol=0)
     Image.new("RGB", (9, 7), "teal").save(tmp_path / "teal.png")
     assert sample.main([str(tmp_path / "teal.png"), "--model", str(folder), "--out", str(tmp_path / "out"),
                         "--semantic", "0.5"]) == 0
@@ -144,10 +145,10 @@ def test_earlier_sets_do_not_change_by_a_bit(trained):
         init, ours = (load_file(trained[name][0] / "model.safetensors") for name in (earlier[-1], stage))
         moved = {k for k in init if not torch.equal(init[k], ours[k])}
         assert moved == {k for k in init if k.startswith("adapter.")}
-        assert of(trained[stage][1], *earlier).keys() == {k for k in init if "lora_" in k}
+        assert {k for k in ours if "lora_" in k} - of(trained[stage][1], stage).keys() == {k for k in init if "lora_" in k}
     start = load_file(trained["pixel"][0] / "model.safetensors")
     assert {k for k in load_file(trained["texture"][0] / "model.safetensors") if k not in start} == {
-        *of(trained["texture"][1], "semantic", "texture")}
+        *of(trained["semantic"][1], "semantic"), *of(trained["texture"][1], "texture")}
 
 
 @pytest.mark.parametrize("stage", SETS)
@@ -161,7 +162,7 @@ def test_all_of_the_new_set_moves(monkeypatch, photos, trained, tmp_path, stage)
 
 def test_sets_start_differently(trained):
     """Each stage draws A anew: with one seed for all, the second set would span what the first does already."""
-    pixel, semantic = (of(trained["semantic"][1], name)[f"unet.conv_in.lora_A.default_encoder_{name[:3]}.weight"]
+    pixel, semantic = (of(trained[name][1], name)[f"unet.conv_in.lora_A.default_encoder_{name[:3]}.weight"]
                        for name in ("pixel", "semantic"))
     assert (pixel - semantic).abs().mean() > 0.1
 
@@ -188,6 +189,11 @@ def test_checkpointing_changes_nothing(monkeypatch, photos, trained, tmp_path, s
 # the losses
 
 
+def a_run(stage, gram="patches", **parts):
+    """A Run that knows its stage and what its losses need."""
+    return train_gramsr.Run(argparse.Namespace(stage=stage, gram=gram), SMALL_STAGES[stage], **parts)
+
+
 def overfit(stage, gram="patches", steps=15):
     """One pair again and again, with the same draws for CSD. -> list of {term: value}"""
     torch.manual_seed(0)
@@ -195,7 +201,7 @@ def overfit(stage, gram="patches", steps=15):
     model.add_set(stage, 2)
     frozen = {k: v.clone() for k, v in model.state_dict().items() if k not in {f"unet.{n}" for n in model.parameters_of(stage)}
               and "adapter" not in k}
-    params = training.freeze_all_but(model, [*model.parameters_of(stage).values(), *model.adapter.parameters()])
+    params = training.freeze_all_but(model, partial(train_gramsr.learns, a_run(stage)))
     vit, lpips = DINOv3(replace(SMALL.vit, gated_mlp=True)).requires_grad_(False), LPIPS().requires_grad_(False)
     for i in range(len(lpips.net.compared)):
         torch.nn.init.constant_(lpips.get_submodule(f"lin{i}.model.1").weight, 1.0)
@@ -204,7 +210,7 @@ def overfit(stage, gram="patches", steps=15):
                                         mode="bicubic").clamp(-0.9, 0.9)
     optimizer, found = torch.optim.AdamW(params, lr=1e-2), []
     for _ in range(steps):
-        terms = losses(model, lpips, vit, SMALL_STAGES[stage], gram, x[1:], x[:1], training.generator(0))
+        terms = losses(a_run(stage, lpips=lpips, vit=vit, gram=gram), model, x[1:], x[:1], training.generator(0))
         sum(terms.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -233,12 +239,13 @@ def test_the_prior_learns_nothing_and_tells_no_gradient_to_the_context():
     """CSD reaches the latent alone: its gradient of the adapter comes through the UNet that is trained."""
     torch.manual_seed(0)
     model = GramSR(replace(SMALL, ranks={"pixel": 2, "semantic": 2}))
-    params = training.freeze_all_but(model, [*model.parameters_of("semantic").values(), *model.adapter.parameters()])
+    run = a_run("semantic")
+    params = training.freeze_all_but(model, partial(train_gramsr.learns, run))
     seen = []
     model.prior, prior = lambda z, t, context: seen.append((t, context)) or prior(z, t, context), model.prior
-    stage = replace(SMALL_STAGES["semantic"], lambda_l2=0.0, lambda_lpips=0.0)
+    run.stage = replace(run.stage, lambda_l2=0.0, lambda_lpips=0.0)
     hq, lq_up = torch.rand(2, 3, 3, 48, 48)
-    terms = losses(model, None, None, stage, "patches", hq, lq_up, training.generator(7))
+    terms = losses(run, model, hq, lq_up, training.generator(7))
     terms["csd"].backward()
     (t, context), = seen
     assert len(t) == 6 and torch.equal(t[:3], t[3:]) and 20 <= t.min() and t.max() < 500
@@ -287,7 +294,7 @@ def test_judged_by_niqe(monkeypatch, photos, tmp_path):  # noqa: F811
     """With NIQE's parameters at hand and pictures large enough for it. Those too flat for a number are passed over."""
     monkeypatch.setattr(train_gramsr, "find_niqe", lambda path: "parameters")
     monkeypatch.setattr(train_gramsr, "niqe", lambda x, parameters: 5.0 + float(x.mean()))
-    monkeypatch.setattr(train_gramsr, "BLOCK", 24)
+    monkeypatch.setattr(train_gramsr, "NIQE_CROP", 48)
     checkpoint = launch(monkeypatch, photos, tmp_path, "pixel", "--steps", 1)
     assert checkpoint["best"].keys() == {"niqe"} and 5 < checkpoint["best"]["niqe"] < 6
     assert float(rows(tmp_path)[1]["niqe"]) > 5
@@ -349,9 +356,10 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
                             preset="sd-2.1")
         assert not (out / "model.safetensors").exists()
         loaded = GramSR.from_pretrained(out)
-        assert all(torch.equal(p, checkpoint["model"][k]) for k, p in loaded.state_dict().items() if is_learned(k))
-        pixel = pixel or of(checkpoint, "pixel")
-        ours = of(checkpoint, "pixel")
+        tensors = loaded.state_dict()
+        assert all(torch.equal(tensors[k], x) for k, x in checkpoint["model"].items())
+        ours = of({"model": tensors}, "pixel")
+        pixel = pixel or ours
         assert same(ours, pixel), "to the last bit of float32, whatever the frozen prior is rounded to"
         assert loaded.upscale(torch.rand(1, 3, 6, 6)).shape == (1, 3, 24, 24)
         init = ["--init", out]

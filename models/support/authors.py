@@ -29,7 +29,7 @@ def read_vocabulary(vocab, merges, single):
 
 
 def dit_config(cls, tensors, path, settings):
-    """The DiTConfig (cls) of a transformer, read off its tensors; settings: of args.json. Raises ValueError."""
+    """The DiTConfig (cls) of a transformer, read off its tensors; settings: of args.json. Raises WeightError."""
     try:
         shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         D, C_in, p, _ = shape["x_embedder.proj.weight"]
@@ -45,7 +45,7 @@ def dit_config(cls, tensors, path, settings):
             auxiliary_time_cond="r_embedder.mlp.0.weight" in shape,
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise ValueError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
+        raise WeightError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
 
 
 def release_config(sizes, size, dit_cls, tensors, weights, args):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from models.support.download import WeightError
+
 YCBCR = (65.481, 128.553, 24.966, 16)               # luma of BT.601 on 16 .. 235: weights of R, G, B in [0, 1], offset
 YIQ = (255 * 0.299, 255 * 0.587, 255 * 0.114, 0)  # official: pyiqa's default; GramSR's script asks for YCBCR
 
@@ -78,7 +80,7 @@ BLOCK = 96  # pixels; half of it at the second scale
 
 
 def load_niqe(path):
-    """niqe_pris_params.npz -> (mean (36,), covariance (36, 36), window (7, 7)), float64. Raises ValueError."""
+    """niqe_pris_params.npz -> (mean (36,), covariance (36, 36), window (7, 7)), float64. Raises WeightError."""
     shapes = {"mu_pris_param": (1, 36), "cov_pris_param": (36, 36), "gaussian_window": (7, 7)}
     try:
         with np.load(path) as file:
@@ -87,7 +89,8 @@ def load_niqe(path):
             raise ValueError("another shape, or not finite")
     except Exception as error:      # numpy raises nearly anything at a wrong file
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not NIQE's parameter file ({reason}); get niqe_pris_params.npz of BasicSR") from None
+        raise WeightError(f"{path}: not NIQE's parameter file ({reason}); "
+                          "get niqe_pris_params.npz of BasicSR") from None
     mean, covariance, window = (torch.from_numpy(x).double() for x in found)
     return mean[0], covariance, window
 

@@ -20,14 +20,18 @@ from models.support.files import SUFFIXES, PictureError, find_pictures, is_pictu
 KINDS = " ".join(sorted(SUFFIXES))
 
 
+class DataError(ValueError):
+    """No photos to train on; the message is one line for the user."""
+
+
 def list_photos(source):
     """All photos of a folder, an image, or a .txt list of such, a line each -> list of Path, each as often as named
 
-    Prints what else a folder holds. Raises FileNotFoundError, ValueError.
+    Prints what else a folder holds. Raises FileNotFoundError, DataError.
     """
     photos = list(expand(Path(source)))
     if not photos:
-        raise ValueError(f"{source}: no images in it; put some there ({KINDS})")
+        raise DataError(f"{source}: no images in it; put some there ({KINDS})")
     return photos
 
 
@@ -38,18 +42,18 @@ def expand(source, lists=(), where=""):
     if source.is_dir():
         yield from find_pictures(source, print)
     elif not source.is_file():      # to open a pipe would wait for ever
-        raise ValueError(f"{source}: is a pipe or a device{where}; give a file or a folder")
+        raise DataError(f"{source}: is a pipe or a device{where}; give a file or a folder")
     elif is_picture(source):
         yield source
     elif source.suffix.lower() != ".txt":
-        raise ValueError(f"{source}: is no source of photos{where}; give a folder, a .txt list or an image ({KINDS})")
+        raise DataError(f"{source}: is no source of photos{where}; give a folder, a .txt list or an image ({KINDS})")
     elif source.resolve() in lists:
-        raise ValueError(f"{source}: this list leads back to itself{where}; remove that line")
+        raise DataError(f"{source}: this list leads back to itself{where}; remove that line")
     else:
         try:
             lines = source.read_text(encoding="utf-8-sig").splitlines()     # sig: Windows' editors begin it with a mark
         except UnicodeDecodeError:
-            raise ValueError(f"{source}: is no text in UTF-8; save it as such") from None
+            raise DataError(f"{source}: is no text in UTF-8; save it as such") from None
         for number, line in enumerate(map(str.strip, lines), 1):
             if line and line[0] != "#":
                 where = f" (named in {source}, line {number})"
@@ -78,7 +82,7 @@ class Photos(torch.utils.data.Dataset):
             except Exception:
                 self.pixels(file)   # says what is wrong
         if all(file in self.skipped for file in self.files):
-            raise ValueError(f"{source}: none of its {len(self)} images can be used for crops of {crop}; give others")
+            raise DataError(f"{source}: none of its {len(self)} images can be used for crops of {crop}; give others")
 
     def __len__(self):
         return len(self.files)
@@ -110,7 +114,7 @@ class Photos(torch.utils.data.Dataset):
         turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))
         array = next((array for array in turn if array is not None), None)
         if array is None:
-            raise ValueError(f"{self.files[0]}: neither this nor the other {n - 1} images can be read; see above")
+            raise DataError(f"{self.files[0]}: neither this nor the other {n - 1} images can be read; see above")
         rng = np.random.default_rng((self.seed, 1, i))
         y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
         array = array[y : y + self.crop, x : x + self.crop]
@@ -121,7 +125,7 @@ def photos_for(data, crop, seed, names=None, **options):
     """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the good ones that are held out, one of every 30.
 
     names: of the files when the run began, seen from the source, so that a resumed run is the same run and what came
-    later is not seen; None = it begins now -> Photos, crops, names. Raises ValueError.
+    later is not seen; None = it begins now -> Photos, crops, names. Raises DataError.
     """
     root, files = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data)
     found = {str(f).removeprefix(f"{root}{os.sep}"): f for f in files}
@@ -130,7 +134,7 @@ def photos_for(data, crop, seed, names=None, **options):
     else:
         new = found.keys() - set(names)
         if len(new) == len(found):
-            raise ValueError(f"{data}: has none of the photos of this run's beginning, as {names[0]}; "
+            raise DataError(f"{data}: has none of the photos of this run's beginning, as {names[0]}; "
                              "put them or a link there, or begin another --out")
         if new:
             print(f"{data}: {len(new)} photos came after this run began and are left out", file=sys.stderr)
@@ -147,7 +151,7 @@ def photos_for(data, crop, seed, names=None, **options):
     photos.files = [f for f in files if f not in held_out]
     photos.cache, photos.cache_left = {}, room
     if photos.skipped.keys() >= set(photos.files):
-        raise ValueError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
+        raise DataError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
     test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
     good = len(set(photos.files) - photos.skipped.keys())
     print(printable(f"{data}: {good} photos to train on, {len(held_out)} held out"))
