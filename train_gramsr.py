@@ -249,8 +249,8 @@ def losses(model, lpips, vit, stage, gram, hq, lq_up, g):
     if stage.lambda_lpips:
         terms["lpips"] = stage.lambda_lpips * lpips(sr, hq).mean()
     if stage.lambda_csd:
-        t = torch.randint(*CSD_TIMES, (len(z),), generator=g).to(z.device)
-        noise = torch.randn(z.shape, generator=g).to(z.device)
+        t = torch.randint(*CSD_TIMES, (len(z),), generator=g, device=g.device).to(z.device)
+        noise = torch.randn(z.shape, generator=g, device=g.device).to(z.device)
         good, bad = model.csd_conditions(context.detach())
         terms["csd"] = stage.lambda_csd * loss_csd(model.prior, z, t, noise, good, bad, stage.guidance)
     if stage.lambda_gram:
@@ -293,7 +293,7 @@ def evaluate(run):
     sr = torch.cat(results)
     naturalness = [niqe(round8(x / 2 + 0.5), run.niqe) if run.niqe else math.nan for x in sr.split(1)]
     metrics = {"held_out": sum(values) / len(values), "psnr": training.psnr(sr, hq),
-               "niqe": float(torch.tensor(naturalness).nanmean())}
+               "niqe": float(torch.tensor(naturalness, device="cpu").nanmean())}
     return metrics, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
 

@@ -231,7 +231,7 @@ def draw_prior(run, hq, g, recipe):
     """
     good = len(hq) // 2
     x = torch.cat([hq[:good], degrade(hq[good:], recipe, g)[1]])
-    bad = (torch.arange(len(hq)) >= good).long()
+    bad = (torch.arange(len(hq), device="cpu") >= good).long()
     return 2 * x - 1, bad, g
 
 
@@ -248,7 +248,8 @@ def draw_adapters(run, hq, g, recipe):
     else:
         lq, lq_up = degrade(hq, recipe, g)
         scores = run.model.estimate(lq)
-    negative = (torch.rand(len(hq), generator=g) < run.args.neg_prob).to(hq.device)     # online negative prompting
+    drawn = torch.rand(len(hq), generator=g, device=g.device)
+    negative = (drawn < run.args.neg_prob).to(hq.device)    # online negative prompting
     return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative, g)
 
 
@@ -277,11 +278,12 @@ def prior_losses(model, x, bad, g):
     x: (B, 3, H, W) in [-1, 1]; bad: (B,) 1 where x is degraded, 0 where it is a photo; g: generator of all draws
     """
     z, T = model.vae.encode(x), 1000
-    t = (torch.rand(len(z), generator=g) * T).long()
-    ends = torch.rand(len(z), generator=g)      # S3Diff and GramSR work near the ends: one in ten each there
+    t = (torch.rand(len(z), generator=g, device=g.device) * T).long()
+    # S3Diff and GramSR work near the ends: one in ten each there
+    ends = torch.rand(len(z), generator=g, device=g.device)
     t = torch.where(ends < 0.1, t % 100 + 900, torch.where(ends < 0.2, t % 10, t))
-    eps = torch.randn(z.shape, generator=g).to(z)
-    prompted = (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)      # one in ten has no prompt
+    eps = torch.randn(z.shape, generator=g, device=g.device).to(z)
+    prompted = (torch.rand(len(z), 1, 1, generator=g, device=g.device) > 0.1).to(z)     # one in ten has no prompt
     a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
     z_t = a.sqrt() * z + (1 - a).sqrt() * eps
     predicted = model.unet(z_t, t.to(z.device), prompted * model.prompts[bad])
@@ -435,7 +437,8 @@ def evaluate_prior(run, hq, drawn):
     model, (x, bad, _), t = run.ema, drawn, 300
     loss = prior_losses(model, x, bad, training.generator(1))["eps"]
     a, z = alphas_cumprod()[t].item(), model.vae.encode(hq)
-    z_t = a**0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=training.generator(2)).to(z)
+    noise = torch.randn(z.shape, generator=training.generator(2), device="cpu").to(z)
+    z_t = a**0.5 * z + (1 - a) ** 0.5 * noise
     eps = model.unet(z_t, t, model.prompts[:1].expand(len(z), -1, -1))
     denoised = model.vae.decode(model.clean(z_t, eps, t)).float()
     metrics = {"held_out": float(loss), "psnr": training.psnr(denoised.clamp(-1, 1), hq)}

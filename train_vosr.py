@@ -246,8 +246,8 @@ def distill_losses(model, teacher, stage, hq, lq_up, g):
 def decoder_losses(model, teacher, stage, hq, lq_up, g):
     """L1 between the photo and the image that the frozen one-step model makes."""
     z_lq = model.vae.encode(lq_up).float()
-    T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)     # all temperatures that are of use
-    eps = (T * torch.randn(z_lq.shape, generator=g)).to(z_lq)
+    T = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g, device=g.device)    # all temperatures that are of use
+    eps = (T * torch.randn(z_lq.shape, generator=g, device=g.device)).to(z_lq)
     z = model.restore(z_lq, lq_up, eps, 1, 1.0, model.cfg.weak)
     return {"L1": F.l1_loss(model.decode(z), hq)}
 
@@ -328,7 +328,7 @@ def restore(model, lq_up):
 
 
 def fixed_noise(z):
-    return torch.randn(z.shape, generator=training.generator(2)).to(z)
+    return torch.randn(z.shape, generator=training.generator(2), device="cpu").to(z)
 
 
 EVALUATE = {"autoencoder": evaluate_autoencoder, "flow256": evaluate_flow, "flow": evaluate_flow,

@@ -26,7 +26,7 @@ from models.support.arguments import SEED, Stop, between, make_lenient, no_memor
 from models.support.charts import Log, save_sheet
 from models.support.download import sha256_of
 from models.support.files import check_writable, whole_file
-from models.support.photos import batches, photos_for
+from models.support.photos import batches, photos_for, reading
 
 MAX_SKIPPED = 25    # optimizer steps in a row without a finite gradient, after which a run ends
 FEW_PHOTOS = 60     # below, held-out crops come from one or two photos
@@ -115,7 +115,8 @@ class Run:
     # by `resume` and `open_photos`: what it learns from
     settings: dict = None               # flags that may not change when the run is resumed
     photos: list = None                 # names of the files when the run began
-    batches: Any = None                 # iterator of (micro_batch, 3, crop, crop) in [0, 1]
+    loader: Any = None                  # DataLoader of (micro_batch, 3, crop, crop) in [0, 1]
+    batches: Any = None                 # its iterator, in `fit`
     recipes: list = None                # degrade.Recipe, one a step, by turns
     held_out: Any = None                # what evaluate measures on
 
@@ -137,7 +138,7 @@ class Run:
 
 def add_arguments(p):
     """The flags that all three scripts have."""
-    p.add_argument("--data", type=path, required=True, help="good photos: a folder, searched recursively, or a .txt list")
+    p.add_argument("--data", type=path, required=True, help="good photos: a folder with all below it, or a .txt list")
     p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
     p.add_argument("--out", type=path, required=True, help="folder for everything this run writes")
     # optimisation
@@ -232,7 +233,7 @@ def lock(file, folder):
 
 
 def open_photos(run):
-    """Set run.batches and run.recipes -> held-out crops (16, 3, crop, crop) in [0, 1]. Raises ValueError."""
+    """Set run.loader and run.recipes -> held-out crops (16, 3, crop, crop) in [0, 1]. Raises ValueError."""
     args, stage = run.args, run.stage
     photos, crops, run.photos = photos_for(args.data, stage.crop, args.seed, run.photos, flip=stage.flip,
                                            shrink=stage.shrink)
@@ -243,8 +244,8 @@ def open_photos(run):
         print(f"these are few: the {len(crops)} crops that are evaluated come from the {held_out} held out; "
               "figures of more photos say more")
     steps = range(stage.before + run.step, stage.before + stage.steps)
-    run.batches = batches(photos, steps, stage.batch_size, run.rank, run.micro_batches * run.micro_batch,
-                          run.micro_batch, args.workers, run.device)
+    run.loader = batches(photos, steps, stage.batch_size, run.rank, run.micro_batches * run.micro_batch,
+                         run.micro_batch, args.workers, run.device)
     run.recipes = [replace(RECIPES[name], branches_per=stage.branches_per) for name in stage.recipes]
     return crops.to(run.device)
 
@@ -566,7 +567,8 @@ def fit(run, step, evaluate, save):
     bar = tqdm(total=stage.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hidden)
     run.model.train()
     begin_row(run)
-    with Stop("stopping after this step, then saving; again: at once, unsaved") as stop:
+    said = "stopping after this step, then saving; again: at once, unsaved"
+    with Stop(said) as stop, reading(run.loader) as run.batches:
         while run.step < stage.steps and not is_stopped(run, stop):
             run.lr = learning_rate(run.step, stage.steps, stage.lr, stage.schedule, stage.warmup)
             step(run)

@@ -123,7 +123,7 @@ class S3Diff(nn.Module):
 
     def noise(self, z, generator=None):
         """Standard normal, drawn on the CPU, like z"""
-        return torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
+        return torch.randn(z.shape, generator=generator, device="cpu").to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
         """The latent less its noise.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
@@ -216,7 +216,8 @@ class S3Diff(nn.Module):
         start_step: the UNet's t, below 999 with noise by seed
         tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
-        None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError, WeightError.
+        None and 0: the checkpoint's
+        -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError, WeightError.
         """
         lq = check_image(lq)
         cfg, (H, W) = self.cfg, (round(side * scale) for side in lq.shape[-2:])
