@@ -32,7 +32,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -288,7 +288,7 @@ def draw_plan(recipe, n, generator):
 
 def kernel_weights(kernel):
     """Compute the weights of a Kernel, sections 3.1 and 3.3 -> (size, size) float64, sum 1. Raises ValueError."""
-    offset = torch.arange(kernel.size, dtype=torch.float64) - kernel.size // 2
+    offset = torch.arange(kernel.size, dtype=torch.float64, device="cpu") - kernel.size // 2
     y, x = torch.meshgrid(offset, offset, indexing="ij")    # how far below and right of the centre each weight is
     if kernel.shape == "identity":
         weights = ((x == 0) & (y == 0)).double()
@@ -455,16 +455,17 @@ def add_noise(x, noise_type, strength, gray, source):
 
 # ---- JPEG, as computed by DiffJPEG (github.com/mlomnitz/DiffJPEG), which Real-ESRGAN uses: there is no file
 
-RGB_TO_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-YCBCR_TO_RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
-LUMA_STEPS = torch.tensor([     # official: the transpose of the standard's; here too
+cpu_tensor = partial(torch.tensor, device="cpu")
+RGB_TO_YCBCR = cpu_tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+YCBCR_TO_RGB = cpu_tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
+LUMA_STEPS = cpu_tensor([     # official: the transpose of the standard's; here too
     [16, 12, 14, 14, 18, 24, 49, 72], [11, 12, 13, 17, 22, 35, 64, 92], [10, 14, 16, 22, 37, 55, 78, 95],
     [16, 19, 24, 29, 56, 64, 87, 98], [24, 26, 40, 51, 68, 81, 103, 112], [40, 58, 57, 87, 109, 104, 121, 100],
     [51, 60, 69, 80, 103, 113, 120, 103], [61, 55, 56, 62, 77, 92, 101, 99]])
-CHROMA_STEPS = torch.full((8, 8), 99)
-CHROMA_STEPS[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
+CHROMA_STEPS = cpu_tensor(99).repeat(8, 8)
+CHROMA_STEPS[:4, :4] = cpu_tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
 # the cosine transform of 8 pixels, (frequency, pixel); its transpose is its inverse
-DCT = torch.cos(math.pi / 8 * torch.outer(torch.arange(8.0), torch.arange(8) + 0.5)) / 2
+DCT = torch.cos(math.pi / 8 * torch.outer(cpu_tensor(range(8)), cpu_tensor(range(8)) + 0.5)) / 2
 DCT[0] /= math.sqrt(2)
 
 
@@ -617,7 +618,7 @@ def severity(plan, hq, lq):
     noise_score = (lq - quiet_lq).std((1, 2, 3)) / 0.1
 
     # a texture as fine as lq can show: finer, it would alias, which is not blur
-    texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(hq)
+    texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0), device="cpu").to(hq)
     texture = 0.5 + 0.1 * resize(texture, "bicubic", scale=scale)
     only_blur = change_both_stages(quiet, jpeg_quality=[100.0] * B)     # whose steps are so small that nothing is lost
     degraded, _ = apply(only_blur, texture, scale)

@@ -286,8 +286,8 @@ def losses_of_result(run, model, sr, z, context, hq, g):
     if stage.lambda_lpips:
         terms["lpips"] = stage.lambda_lpips * run.lpips(sr, hq).mean()
     if stage.lambda_csd:
-        t = torch.randint(*CSD_TIMES, (len(z),), generator=g).to(z.device)
-        noise = torch.randn(z.shape, generator=g).to(z.device)
+        t = torch.randint(*CSD_TIMES, (len(z),), generator=g, device=g.device).to(z.device)
+        noise = torch.randn(z.shape, generator=g, device=g.device).to(z.device)
         # the tokens are a condition here; the latent alone is to change
         good, bad = model.csd_conditions(context.detach())
         terms["csd"] = stage.lambda_csd * loss_csd(model.prior, z, t, noise, good, bad, stage.guidance)
@@ -322,7 +322,7 @@ def evaluate(run):
         naturalness.append(niqe(round8(sr / 2 + 0.5), run.niqe) if run.niqe else math.nan)
     sr, hq = torch.cat(results), run.held_out_hq
     metrics = {"held_out": sum(values) / len(values), "psnr": training.psnr(sr, hq),
-               "niqe": float(torch.tensor(naturalness).nanmean())}
+               "niqe": float(torch.tensor(naturalness, device="cpu").nanmean())}
     return metrics, {"LQ": torch.cat([lq_up for _, lq_up in run.held_out]), f"result, step {run.step}": sr, "HQ": hq}
 
 

@@ -253,7 +253,7 @@ def draw_prior(run, hq, recipe, g):
 
     -> x (B, 3, H, W) in [-1, 1], is_degraded (B,) 1 where x is, else 0
     """
-    is_degraded = torch.rand(len(hq), generator=g) < 0.5
+    is_degraded = torch.rand(len(hq), generator=g, device=g.device) < 0.5
     x = hq.clone()
     if is_degraded.any():
         x[is_degraded] = degrade(hq[is_degraded], recipe, g)[1]
@@ -273,7 +273,8 @@ def draw_adapters(run, hq, recipe, g):
     else:
         lq, lq_up = degrade(hq, recipe, g)
         scores = run.model.estimate(lq)
-    negative = (torch.rand(len(hq), generator=g) < run.args.neg_prob).to(hq.device)     # online negative prompting
+    drawn = torch.rand(len(hq), generator=g, device=g.device)
+    negative = (drawn < run.args.neg_prob).to(hq.device)        # online negative prompting
     return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative)
 
 
@@ -304,8 +305,8 @@ def prior_losses(run, model, x, is_degraded, g):
     """
     z = model.vae.encode(x)
     t = prior_times(len(z), g)
-    eps = torch.randn(z.shape, generator=g).to(z)
-    has_prompt = (torch.rand(len(z), 1, 1, generator=g) > 0.1).to(z)        # nine in ten
+    eps = torch.randn(z.shape, generator=g, device=g.device).to(z)
+    has_prompt = (torch.rand(len(z), 1, 1, generator=g, device=g.device) > 0.1).to(z)        # nine in ten
     a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
     z_t = a.sqrt() * z + (1 - a).sqrt() * eps
     predicted = model.unet(z_t, t.to(z.device), has_prompt * model.prompts[is_degraded])
@@ -319,10 +320,10 @@ def prior_times(B, g):
 
     Ours: there start the one step of GramSR, at t = 1, and of S3Diff, at 999 (of the tiny one with --start-step alone).
     """
-    anywhere = torch.randint(1000, (B,), generator=g)
-    start = torch.randint(10, (B,), generator=g)
-    end = torch.randint(900, 1000, (B,), generator=g)
-    where = torch.rand(B, generator=g)
+    anywhere = torch.randint(1000, (B,), generator=g, device=g.device)
+    start = torch.randint(10, (B,), generator=g, device=g.device)
+    end = torch.randint(900, 1000, (B,), generator=g, device=g.device)
+    where = torch.rand(B, generator=g, device=g.device)
     t = torch.where(where < 0.1, start, anywhere)
     return torch.where(where > 0.9, end, t)
 

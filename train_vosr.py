@@ -278,8 +278,8 @@ def distill_losses(run, model, hq, lq_up, g):
 def decoder_losses(run, model, hq, lq_up, g):
     """L1 between the photo and the image that the frozen one-step model makes."""
     z_lq = model.vae.encode(lq_up).float()
-    temperature = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g)       # all that are of use
-    eps = (temperature * torch.randn(z_lq.shape, generator=g)).to(z_lq)
+    temperature = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g, device=g.device)       # all that are of use
+    eps = (temperature * torch.randn(z_lq.shape, generator=g, device=g.device)).to(z_lq)
     z = model.restore(z_lq, lq_up, eps, steps=1, guidance=1.0, weak=model.cfg.weak)     # has no gradient
     return {"L1": F.l1_loss(model.decode(z), hq)}
 

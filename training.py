@@ -27,7 +27,7 @@ from models.support.arguments import COUNT, SEED, Stop, as_script, between, no_m
 from models.support.charts import Log, save_sheet
 from models.support.download import WeightError, sha256_of
 from models.support.files import PictureError, check_writable, whole_file
-from models.support.photos import DataError, batches, photos_for
+from models.support.photos import DataError, batches, photos_for, reading
 from models.support.precision import in_half
 
 MAX_SKIPPED = 25    # steps in a row without a finite gradient, after which a run ends; float16 starts with up to 16,
@@ -132,7 +132,8 @@ class Run:
     # by `resume` and `open_data`: what it learns from
     settings: dict = None               # flags that may not change when the run is resumed
     photos: list = None                 # names of the files when the run began
-    batches: Any = None                 # iterator of (micro_batch, 3, crop, crop) in [0, 1]
+    loader: Any = None                  # DataLoader of (micro_batch, 3, crop, crop) in [0, 1]
+    batches: Any = None                 # its iterator, in `fit`
     recipes: list = None                # degrade.Recipe, one a step, by turns
     held_out_hq: torch.Tensor = None    # (16, 3, crop, crop) in [-1, 1], crops of photos that are held out
     held_out: list = None               # for each of them what `draw` made of it, each tensor with one row
@@ -364,7 +365,7 @@ def compile_all(networks, device):
 
 
 def open_photos(run):
-    """Set run.batches and run.recipes -> held-out crops (16, 3, crop, crop) in [0, 1]. Raises DataError."""
+    """Set run.loader and run.recipes -> held-out crops (16, 3, crop, crop) in [0, 1]. Raises DataError."""
     args, stage = run.args, run.stage
     photos, crops, run.photos = photos_for(args.data, stage.crop, args.seed, run.photos, flip=stage.flip,
                                            shrink=stage.shrink)
@@ -374,9 +375,9 @@ def open_photos(run):
     if found < FEW_PHOTOS:
         print(f"these are few: the {len(crops)} crops that are evaluated come from the {held_out} held out; "
               "figures of more photos say more")
-    run.batches = batches(photos, steps=range(stage.before + run.step, stage.before + stage.steps),
-                          batch_size=stage.batch_size, rank=run.rank, share=run.micro_batches * run.micro_batch,
-                          micro=run.micro_batch, workers=args.workers, device=run.device)
+    run.loader = batches(photos, steps=range(stage.before + run.step, stage.before + stage.steps),
+                         batch_size=stage.batch_size, rank=run.rank, share=run.micro_batches * run.micro_batch,
+                         micro=run.micro_batch, workers=args.workers, device=run.device)
     run.recipes = [replace(RECIPES[name], branches_per=stage.branches_per) for name in stage.recipes]
     return crops.to(run.device)
 
@@ -730,7 +731,8 @@ def fit(run, step, evaluate, save):
     bar = tqdm(total=stage.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hidden)
     run.model.train()
     begin_row(run)
-    with Stop("stopping after this step, then saving; again: at once, unsaved") as stop:
+    said = "stopping after this step, then saving; again: at once, unsaved"
+    with Stop(said) as stop, reading(run.loader) as run.batches:
         while run.step < stage.steps and not is_stopped(run, stop):
             run.lr = learning_rate(run.step, stage.steps, stage.lr, stage.schedule, stage.warmup)
             skipped_before = run.skipped
@@ -835,7 +837,7 @@ def held_out_loss(run, losses):
 
 def fixed_noise(z, i):
     """Draw standard normal noise for held-out crop i, the same every time, like z."""
-    return torch.randn(z.shape, generator=generator(HELD_OUT_NOISE, i)).to(z)
+    return torch.randn(z.shape, generator=generator(HELD_OUT_NOISE, i), device="cpu").to(z)
 
 
 def psnr(x, hq):

@@ -119,11 +119,11 @@ class Tokenizer:
 
     def __call__(self, texts):
         """Make the ids of a list of texts: start, text, end, padding, in all `length`.  -> (B, 77) int64"""
-        rows = torch.full((len(texts), self.length), self.ids[PAD])
-        for row, text in zip(rows, texts):
+        rows = []
+        for text in texts:
             ids = [self.ids[START], *self.encode_text(text)][: self.length - 1] + [self.ids[END]]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+            rows.append(ids + [self.ids[PAD]] * (self.length - len(ids)))
+        return torch.tensor(rows, device="cpu")
 
 
 # ---- ids to features

@@ -93,7 +93,7 @@ def cutout(x, draws):
     """Sets a hole, half as high and wide as the image, to zero; part of it may lie outside."""
     H, W = x.shape[2:]
     h, w = rounded_share(H, 1 / 2), rounded_share(W, 1 / 2)
-    mask = torch.ones(len(x), 1, H, W)
+    mask = torch.ones(len(x), 1, H, W, device="cpu")
     for image_mask, (row, column) in zip(mask, draws):
         top, left = row - h // 2, column - w // 2
         bottom, right = top + h, left + w

@@ -76,14 +76,14 @@ class Draws:
 
 def draw(z, generator):
     """Draws for latents z: (B, C, h, w)."""
+    def uniform(*shape):
+        return torch.rand(shape, generator=generator, device=generator.device).to(z.device)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=generator.device).to(z.device)
+
     B = len(z)
-    t = torch.rand(B, 2, generator=generator)
-    n = torch.randn(B, generator=generator)
-    eps = torch.randn(z.shape, generator=generator)
-    m = torch.rand(B, generator=generator)
-    xi = torch.randn(z.shape, generator=generator)
-    g = torch.rand(B, generator=generator)
-    return Draws(*(x.to(z.device) for x in (t, n, eps, m, xi, g)))
+    return Draws(t=uniform(B, 2), n=normal(B), eps=normal(*z.shape), m=uniform(B), xi=normal(*z.shape), g=uniform(B))
 
 
 def column(x):

@@ -237,8 +237,8 @@ class QwenVAE(nn.Module):
 
     def channel_statistics(self, z):
         """Mean and standard deviation of the latent channels -> two of (C, 1, 1), like z"""
-        mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
-        return [x.to(z, non_blocking=True).view(-1, 1, 1) for x in (mean, std)]
+        of_channels = self.config.latents_mean, self.config.latents_std
+        return [torch.tensor(x, device="cpu").to(z, non_blocking=True).view(-1, 1, 1) for x in of_channels]
 
     def moments(self, x):
         """Mean and standard deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 16, h, w), not normalised"""

@@ -133,7 +133,7 @@ class S3Diff(nn.Module):
 
     def noise(self, z, generator=None):
         """Draw standard normal noise like z, on the CPU."""
-        return torch.randn(z.shape, generator=generator).to(z, non_blocking=True)
+        return torch.randn(z.shape, generator=generator, device="cpu").to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
         """Take the noise out of a latent.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
@@ -172,7 +172,7 @@ class S3Diff(nn.Module):
         return eps_neg + guidance * (eps_pos - eps_neg)     # Eq. S3Diff (5)
 
     def predict(self, z_t, t, prompts, adapters, guidance, tile, overlap):
-        """Predict the noise as `guided`, in tiles if the latent has more cells than one tile, the images one after the other.
+        """Predict the noise as `guided`, in tiles if the latent has more cells than one tile.
 
         tile, overlap: pixels; a tile's side is rounded down to a multiple of self.multiple; the rest: of `guided`
         -> like z_t

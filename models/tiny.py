@@ -14,7 +14,8 @@ Each system is the paper's (vosr.py, s3diff.py, gramsr.py) with other parts:
     two learned prompts           a text encoder                   a tiny prior never saw a text
     TinyVOSR, TinyS3Diff, TinyGramSR and their configs             the three systems with these parts
 
-How each is trained stands in the scripts, TINY in train_vosr.py, train_s3diff.py, train_gramsr.py. What was tried beside them is in tests/RESULTS.md.
+How each is trained stands in the scripts, TINY in train_vosr.py, train_s3diff.py, train_gramsr.py. What was tried
+beside them is in tests/RESULTS.md.
 """
 
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,7 @@ class TinyVAE(nn.Module):
             with torch.no_grad():
                 self.std.lerp_(y.std((0, 2, 3)).float(), 0.02)      # a moving average
         B, c = y.shape[:2]
-        k = torch.randint(1, c + 1, (B, 1, 1, 1), generator=generator).to(x.device)
+        k = torch.randint(1, c + 1, (B, 1, 1, 1), generator=generator, device=generator.device).to(x.device)
         first = torch.arange(c, device=x.device).view(1, c, 1, 1) < k
         return F.mse_loss(self.synthesis(y), x), F.mse_loss(self.synthesis(y * first), x)
 
@@ -301,7 +302,7 @@ class RandomLPIPS(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.convs = nn.ModuleList()
         for c_in, c_out in ((3, 16), (16, 32), (32, 64)):
-            conv = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode="reflect", bias=False)
+            conv = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode="reflect", bias=False, device="cpu")
             nn.init.orthogonal_(conv.weight, gain=2**0.5, generator=generator)
             conv.weight.data -= conv.weight.data.mean((2, 3), keepdim=True)
             self.convs.append(conv)

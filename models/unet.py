@@ -33,7 +33,8 @@ class UNetConfig:
 
 def alphas_cumprod():
     """Compute SD's noise schedule: a_t of z_t = sqrt(a_t) z + sqrt(1 - a_t) eps, for t = 0 .. 999.  -> (1000,)"""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2     # linear in the root, as SD was trained
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device="cpu")
+    betas = roots**2        # linear in the root, as SD was trained
     return (1 - betas).cumprod(0)
 
 

@@ -28,8 +28,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def standardised(x):
     """(B, 3, H, W) in [0, 1] -> with the mean and deviation of ImageNet's images taken out, as all of these read it"""
-    mean, std = (torch.tensor(c).view(3, 1, 1).to(x.device, non_blocking=True) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    return (x - mean) / std
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device="cpu").to(x.device, non_blocking=True)
+    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 @dataclass

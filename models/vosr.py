@@ -146,7 +146,7 @@ class VOSR(nn.Module):
 
     def noise(self, z, seed):
         """Of one image alone, whatever was drawn for others, and the same on all devices -> like z"""
-        eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), device="cpu")
         return eps.to(z, non_blocking=True)
 
     @torch.no_grad()

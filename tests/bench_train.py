@@ -152,7 +152,7 @@ def read_photos(args, crop, device):
     """How many photos a second come from the disk, cropped and on the device."""
     batch = args.batch or 8
     photos = training.photos_for(args.data, crop, 0, flip=True)[0]
-    loader = training.batches(photos, range(10**6), batch, 0, batch, batch, args.workers, device)
+    loader = iter(training.batches(photos, range(10**6), batch, 0, batch, batch, args.workers, device))
     for _ in range(20):
         next(loader).to(device)
     start, n = time.perf_counter(), 50

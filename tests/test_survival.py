@@ -1,15 +1,22 @@
-"""Training that survives: killed, out of disk, damaged checkpoints, moving photos, gradients that are no numbers.
+"""Training that survives: killed, stopped, out of disk, damaged checkpoints, changed networks, moving photos, two in
+one folder, gradients that are no numbers.
 
 Run: python -m pytest tests/test_survival.py
 """
 
 import errno
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
+import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import runs
@@ -20,12 +27,17 @@ import torch
 from PIL import Image
 from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
 from test_train_s3diff import flat
+from torch.utils.data import get_worker_info
 
+import models.tiny
 import train_gramsr
 import train_s3diff
 import train_vosr
 import training
+from models.support.arguments import SIGNALS
+from models.support.photos import Photos
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY = 15, 3
 
 
@@ -80,6 +92,7 @@ def test_killed_at_many_moments(name, moments, photos, tmp_path):  # noqa: F811
             kills, patience = kills + 1, 1.2 * patience     # however busy the machine is by now, it comes to an end
         assert process.exitcode == 0 and same(whole, flat(newest(out)))
         assert len(training.checkpoints(out)) == 2, "older ones are cleared away"
+        assert not [path for path in out.rglob("*") if path.suffix in (".part", ".new")], "and half files"
         with open(out / "log.csv") as f:
             assert f.read().count("\n") == len(set(open(out / "log.csv"))), "no line twice"
 
@@ -249,3 +262,175 @@ def test_too_many_of_them_end_the_run(monkeypatch, photos, half):  # noqa: F811
     with pytest.raises(training.UserError, match="5 steps in a row had no finite gradient"):
         vosr(monkeypatch, photos, half)
     assert all(torch.equal(x, before[k]) for k, x in newest(half)["model"].items() if k != "vae.std")     # a buffer
+
+
+# ---- signals as they come: to a trainer and its loader's workers alike, with the handlers that a shell leaves
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+MANY = {"steps": 999, "save_every": 999}
+SMALL_TRAINERS = {      # script: what it finds in models/tiny.py, and its words
+    "vosr": ({"TinyVOSRConfig": test_train.SMALL,
+              "VOSR_STAGES": {"autoencoder": replace(test_train.STAGES["autoencoder"], **MANY)}},
+             ["--stage", "autoencoder"]),
+    "s3diff": ({"TinyS3DiffConfig": test_train_s3diff.SMALL_TINY,
+                "S3DIFF_STAGES": {"adapters": replace(test_train_s3diff.STAGE, crop=32, **MANY)}},
+               ["--preset", "tiny", "--init", "none"]),
+    "gramsr": ({"TinyGramSRConfig": test_train_gramsr.SMALL_TINY,
+                "GRAMSR_STAGES": {"pixel": replace(test_train_gramsr.SMALL_STAGES["pixel"], **MANY)}},
+               ["--preset", "tiny", "--stage", "pixel", "--init", "none"]),
+}
+STOPPING = "stopping after this step, then saving; again: at once, unsaved"
+
+
+def be_trainer(name, words, folder, slow_photos, slow_disk, ignored, terminal):
+    """train_NAME.py, small, as the first of a session of its own; see `Group`."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)        # of its workers, as where a user starts it
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if ignored:
+        signal.signal(ignored, signal.SIG_IGN)
+    sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")
+    if terminal:        # the first one that a session opens to read and write is its own
+        sys.stderr = os.fdopen(os.open(terminal, os.O_RDWR), "w")
+    patch, read, write = pytest.MonkeyPatch(), Photos.__getitem__, training.write
+    runs.watch_less(patch), torch.set_num_threads(1)
+
+    def read_slowly(photos, i):
+        time.sleep(slow_photos if get_worker_info() else 0)
+        return read(photos, i)
+
+    def write_slowly(path, state):
+        print("writing")
+        time.sleep(slow_disk)
+        write(path, state)
+
+    patch.setattr(Photos, "__getitem__", read_slowly), patch.setattr(training, "write", write_slowly)
+    for found, value in SMALL_TRAINERS[name][0].items():
+        stages = {stage: vars(settings) for stage, settings in value.items()} if isinstance(value, dict) else None
+        patch.setattr(models.tiny, found, stages or (lambda value=value: value))
+    sys.argv = [f"train_{name}.py", *map(str, words)]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
+class Group(runs.Script):
+    """A trainer with two workers, two micro-batches a step, in a process group that gets signals as a whole."""
+
+    def __init__(self, name, photos, out, *more, slow_photos=0, slow_disk=0, ignored=None, terminal=None):  # noqa: F811
+        self.folder, self.log = out.with_name(f"{out.name}, said"), out / "log.csv"
+        self.folder.mkdir()
+        words = [*SMALL_TRAINERS[name][1], "--data", photos, "--out", out, "--device", "cpu", "--workers", 2,
+                 "--micro-batch", 1, "--log-every", 1, *more]
+        self.process = runs.fork(be_trainer, name, words, self.folder, slow_photos, slow_disk, ignored, terminal)
+
+    def signal(self, number):
+        os.killpg(self.process.pid, number)
+
+    def wait_for(self, words, where):
+        """Until it has said so -> seconds"""
+        start = time.time()
+        while words not in self.said(where):
+            assert self.process.is_alive() and time.time() < start + 60, self.said("stderr")
+            time.sleep(0.01)
+        return time.time() - start
+
+    def end(self):
+        """Wait for it and all its workers -> exit status, what stands on stdout and stderr"""
+        self.process.join(60)
+        for _ in range(300):
+            with suppress(ProcessLookupError):
+                time.sleep(0.02), os.killpg(self.process.pid, 0)
+                continue
+            break
+        else:
+            raise AssertionError("workers are left")
+        return self.process.exitcode, self.said("stdout"), self.said("stderr").splitlines()
+
+
+@posix
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_signal_to_the_whole_group(name, number, photos, tmp_path):  # noqa: F811
+    """Workers get it, too, and yet the step at hand ends and is saved; the status is no success."""
+    run = Group(name, photos, tmp_path / "out")
+    run.wait_for_a_step()
+    run.signal(number)
+    status, said, errors = run.end()
+    assert status == 130 and [line for line in errors if line] == [STOPPING]
+    step = newest(tmp_path / "out")["step"]
+    assert step > 0 and f"stopped at step {step} and saved; the same command goes on from here" in said
+
+
+@posix
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_again_while_it_is_saved(name, photos, tmp_path):  # noqa: F811
+    """Photos and checkpoints on a slow disk: the first Ctrl-C is answered at once, more of them lose nothing."""
+    run = Group(name, photos, tmp_path / "out", slow_photos=0.3, slow_disk=1)
+    run.wait_for_a_step()
+    run.signal(signal.SIGINT)
+    assert run.wait_for(STOPPING, "stderr") < 0.3
+    run.wait_for("writing", "stdout")
+    run.signal(signal.SIGINT)
+    run.wait_for("saving, one moment", "stderr")
+    run.signal(signal.SIGTERM)
+    status, said, errors = run.end()
+    assert status == 130 and "goes on from here" in said
+    assert [line for line in errors if line] == [STOPPING, "saving, one moment", "saving, one moment"]
+    assert newest(tmp_path / "out")["step"] > 0
+
+
+@posix
+def test_ctrl_c_again_before_it_is_saved(photos, tmp_path):  # noqa: F811
+    """Then it ends as soon as workers have read what they had begun, and says that nothing was saved."""
+    run = Group("vosr", photos, tmp_path / "out", slow_photos=1)
+    run.wait_for_a_step()
+    run.signal(signal.SIGINT)
+    run.wait_for(STOPPING, "stderr")
+    run.signal(signal.SIGINT)
+    assert run.wait_for("train_vosr: stopped, nothing saved", "stderr") < 4
+    status, said, errors = run.end()
+    assert status == 130 and "Traceback" not in "".join(errors) and not training.checkpoints(tmp_path / "out")
+
+
+@posix
+def test_nohup(photos, tmp_path):  # noqa: F811
+    """A terminal that is closed does not stop what was started to go on without it."""
+    run = Group("vosr", photos, tmp_path / "out", ignored=signal.SIGHUP)
+    run.wait_for_a_step()
+    run.signal(signal.SIGHUP)
+    rows = run.log.read_text().count("\n")
+    runs.wait_for_row(run.log, rows + 3, run.process)
+    assert run.process.is_alive() and not run.said("stderr")
+    run.signal(signal.SIGTERM)
+    status, said, errors = run.end()
+    assert status == 130 and newest(tmp_path / "out")["step"] >= rows + 3
+
+
+@posix
+def test_a_closed_terminal(photos, tmp_path):  # noqa: F811
+    """Its end is SIGHUP for all processes in it, and what they print fails."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    run = Group("vosr", photos, tmp_path / "out", terminal=os.ttyname(theirs))
+    run.wait_for_a_step()
+    os.close(theirs), os.close(ours)
+    status, said, _ = run.end()
+    assert status == 130 and "goes on from here" in said and newest(tmp_path / "out")["step"] > 0
+
+
+@posix
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_the_next_stage_does_not_begin(photos, tmp_path):  # noqa: F811
+    """stage1 && stage2 in a shell, real from the first import on; Ctrl-C reaches both."""
+    words = ["--stage", "autoencoder", "--data", photos, "--out", tmp_path / "out", "--device", "cpu", "--batch-size", "2",
+             "--workers", "2", "--log-every", "1"]
+    with open(tmp_path / "said", "w") as said:
+        shell = subprocess.Popen(["bash", "-c", '"$@" && echo stage 2 begins', "bash", sys.executable,
+                                  ROOT / "train_vosr.py", *words], stdout=said, stderr=said, start_new_session=True)
+    while not (tmp_path / "out" / "log.csv").exists() or (tmp_path / "out" / "log.csv").read_text().count("\n") < 3:
+        assert shell.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    os.killpg(shell.pid, signal.SIGINT)
+    assert shell.wait(60) == 130
+    said = (tmp_path / "said").read_text()
+    assert STOPPING in said and "goes on from here" in said and "stage 2" not in said and "Traceback" not in said

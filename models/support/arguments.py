@@ -73,7 +73,7 @@ class SafeStream:
     """A text stream to which no print fails, so that a message never costs the work it reports.
 
     Users' reports asked for it. On Windows, or into a file there, Python's streams have a code page such as cp1252, and
-    a print of a folder named in Japanese raised UnicodeEncodeError: what a code page lacks is escaped here. And where the
+    a print of a folder named in Japanese raised UnicodeEncodeError: what a code page lacks is escaped here. Where the
     reader of a pipe has ended (`python sample.py | head`), a print raised BrokenPipeError: here such lines are lost.
     """
 

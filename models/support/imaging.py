@@ -297,7 +297,7 @@ def wavelet(x, ref):
 
 def low_frequencies(x, levels=5):
     """x after blurs, each twice as wide as the one before (StableSR's wavelets).  x: (B, C, H, W) -> same shape"""
-    k = torch.tensor([1.0, 2.0, 1.0]).to(x, non_blocking=True) / 4
+    k = torch.tensor([1.0, 2.0, 1.0], device="cpu").to(x, non_blocking=True) / 4
     kernel = (k[:, None] * k).expand(x.shape[1], 1, 3, 3)
     for step in (2**level for level in range(levels)):
         x = F.conv2d(F.pad(x, [step] * 4, mode="replicate"), kernel, groups=x.shape[1], dilation=step)

@@ -63,7 +63,7 @@ def ssim_y(x, y, border=0, luma=YCBCR, pyiqa=False):
         raise ValueError(f"SSIM needs 11 x 11 pixels, got {tuple(x.shape)} after cutting the border of {border}")
     if pyiqa:
         x, y = x.round(), y.round()
-    g = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    g = torch.exp(-((torch.arange(11, dtype=torch.float64, device="cpu") - 5) ** 2) / (2 * 1.5**2))
     g = g / g.sum()
     # the window is separable, outer(g, g): columns, then rows take 22 products a pixel instead of 121
     mx, my, xx, yy, xy = (correlate(correlate(z, g[:, None]), g[None]) for z in (x, y, x * x, y * y, x * y))
@@ -105,7 +105,7 @@ def normalise(y, window):
 
 def half(y):
     """MATLAB's imresize(y, 0.5): bicubic, stretched to 8 taps against aliasing, edges mirrored.  y: (H, W), even"""
-    taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3]).double() / 256
+    taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3], device="cpu").double() / 256
     for _ in range(2):      # columns, then rows
         y = torch.cat([y[:, :3].flip(1), y, y[:, -3:].flip(1)], 1)
         y = F.conv1d(y[:, None], taps.to(y.device)[None, None], stride=2)[:, 0].T

@@ -6,6 +6,7 @@ Shuffling, resuming and sharing between processes need no state: sample i is a f
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -165,8 +166,22 @@ def ignore_signals(_):
 
 
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):
-    """This process's photos of the steps in a range -> iterator of (micro, 3, crop, crop), what it computes at once"""
+    """This process's photos of the steps in a range -> DataLoader of (micro, 3, crop, crop), computed at once"""
     mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
     cuda = device.type == "cuda"
-    return iter(DataLoader(photos, batch_size=micro, sampler=mine, pin_memory=cuda, worker_init_fn=ignore_signals,
-                           num_workers=4 * cuda if workers is None else workers))
+    return DataLoader(photos, batch_size=micro, sampler=mine, pin_memory=cuda, worker_init_fn=ignore_signals,
+                      num_workers=4 * cuda if workers is None else workers)
+
+
+@contextmanager
+def reading(loader):
+    """In here a DataLoader's iterator; its workers end with it, whatever happens.
+
+    Else Python, at its own end, would send SIGTERM, which they ignore, and wait for them for ever.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()

@@ -103,7 +103,8 @@ def in_strips(f, *maps, rate=1, into=None):
 def statistics(x, groups):
     """Take mean and biased variance of each group of channels, in float32.  (B, c, H, W) -> two of (B, groups)"""
     parts = x.split(rows_at_a_time(x.shape[3], x.is_cuda), dim=2)
-    shares = torch.tensor([len(y[0, 0]) / len(x[0, 0]) for y in parts]).view(-1, 1, 1).to(x.device, non_blocking=True)
+    shares = torch.tensor([len(y[0, 0]) / len(x[0, 0]) for y in parts], device="cpu")
+    shares = shares.view(-1, 1, 1).to(x.device, non_blocking=True)
     found = (torch.var_mean(y.float().unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0) for y in parts)
     variances, means = map(torch.stack, zip(*found))    # (strips, B, groups)
     mean = (shares * means).sum(0)

@@ -30,7 +30,7 @@ def tile_boxes(height, width, tile, overlap):
 def tile_weight(height, width, down=0.0):
     """Gaussian window that fades a tile towards its edges, its centre `down` rows too low -> (1, 1, height, width)"""
     def window(n, shift=0.0):
-        return torch.exp(-((torch.arange(n) - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
+        return torch.exp(-((torch.arange(n, device="cpu") - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
     return (window(height, down)[:, None] * window(width))[None, None]
 
 
