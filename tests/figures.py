@@ -1,8 +1,8 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
 Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models
-on the example picture; `stages` needs --runs, a folder with the --out of every stage in it, named as the stage. Pillow's own
-font has only Latin letters, so captions are ASCII.
+on the example picture; `plane` trains its own in a minute; `stages` needs --runs, a folder with the --out of every
+stage in it, named as the stage. Pillow's own font has only Latin letters, so captions are ASCII.
 """
 
 import argparse
