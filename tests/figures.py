@@ -1,7 +1,8 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
 Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models
-on the example image. Pillow's own font has only Latin letters, so captions are ASCII.
+on the example image; `plane` trains its own in a minute. Pillow's own font has only Latin letters, so captions are
+ASCII.
 """
 
 import argparse

@@ -15,7 +15,7 @@ Adapters (LoRA) in the encoder and in the UNet are the generator. It learns from
             which knows photos, and the regulariser, a second set of adapters, which learns what the generator makes.
             Where they disagree, the latent is moved to what the frozen one says
 
-So one UNet has three roles, and C, an argument of its forward (models/lora.py), says which.
+So one UNet has three roles, and adapters, an argument of its forward (models/lora.py), say which.
 """
 
 import argparse
@@ -33,11 +33,12 @@ import training  # noqa: E402
 from degrade import degrade  # noqa: E402
 from models.lora import NO_ADAPTERS, add_lora  # noqa: E402
 from models.s3diff import ADAPTER, UNET_TARGETS  # noqa: E402
+from models.support.arguments import path_argument  # noqa: E402
 from models.support.weights import save_model  # noqa: E402
-from models.tiny import HARSHER, RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, TinyVAE, load_prior  # noqa: E402
+from models.tiny import RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, TinyVAE, load_prior  # noqa: E402
 from models.unet import UNet, alphas_cumprod  # noqa: E402
 
-FROZEN, GENERATOR, REGULARISER = NO_ADAPTERS, {ADAPTER["unet"]: 1}, {"regulariser": 1}      # roles of the UNet: its C
+FROZEN, GENERATOR, REGULARISER = NO_ADAPTERS, {ADAPTER["unet"]: 1}, {"regulariser": 1}      # roles of the UNet: its adapters
 
 
 # ---- the model, of which sample.py needs from_pretrained, here inherited, and upscale
@@ -70,13 +71,13 @@ class OSEDiff(TinyS3Diff):
         """For training alone; it changes nothing yet."""
         add_lora(self.unet, self.cfg.unet_targets, "regulariser", self.cfg.r_unet)
 
-    def predict_noise(self, C, z_t, t, bad=False):
+    def predict_noise(self, adapters, z_t, t, bad=False):
         """The UNet in one of its roles.
 
         z_t: (B, c, h, w); t: integer or (B,); bad: by the prompt of degraded images, not by that of photos -> like z_t
         """
         context = self.prompts[int(bad)].expand(len(z_t), -1, -1)
-        return self.unet(z_t, t, context, C)
+        return self.unet(z_t, t, context, adapters)
 
     def forward(self, x):
         """What training sees.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> image like x, its latent (B, c, h, w)"""
@@ -114,14 +115,14 @@ class Run(training.Run):
 
 
 # ours: by gradients VSD is a tenth of L2, LPIPS half of it
-TINY = Stage(steps=400, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, crop=128, recipes=HARSHER,
-             branches_per="image", save_every=100, lambda_lpips=0.015, lambda_vsd=0.02, guidance=1.5)
+TINY = Stage(steps=400, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, crop=128,
+             recipes=("s3diff", "s3diff", "vosr"), branches_per="image", save_every=100, lambda_lpips=0.015, lambda_vsd=0.02, guidance=1.5)
 SETTINGS = ("data", "init", "seed")     # flags that stay when a run is resumed
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--init", type=training.path,
+    p.add_argument("--init", type=path_argument,
                    help="--out of train_s3diff.py --stage prior (default: the embedded prior)")
     training.add_arguments(p)
     return p.parse_args(argv)
@@ -138,8 +139,8 @@ def build(args):
     return model, RandomLPIPS().requires_grad_(False), f"from {path}, new adapters"
 
 
-def is_learned(name):
-    """Whether a parameter is an adapter's; the rest is the prior's."""
+def learns(name):
+    """Tell whether a parameter is an adapter's; the rest is the prior's."""
     return "lora_" in name
 
 
@@ -151,17 +152,17 @@ def prepare(args):
     """Networks, what is to be learned, optimizers.  -> Run"""
     run = Run(args, TINY)
     training.start(run)
-    run.title, run.terms, run.is_saved = "OSEDiff tiny", TERMS, is_learned
+    run.title, run.terms, run.draw = "OSEDiff tiny", TERMS, draw
     model, lpips, run.origin = build(args)
-    run.model, run.lpips = model.to(run.device), lpips.to(run.device)
-    run.ema = run.model     # no average
-    learned = {name: p for name, p in model.named_parameters() if is_learned(name)}
-    run.trained = training.freeze_all_but(model, list(learned.values()))
+    run.lpips = lpips.to(run.device)
+    training.set_model(run, model, learns)
+    # an optimizer each
+    learned = {name: p for name, p in model.named_parameters() if learns(name)}
     generator = [p for name, p in learned.items() if not is_regulariser(name)]
     regulariser = [p for name, p in learned.items() if is_regulariser(name)]
     run.optimizer = training.adamw(generator, run.stage)
     run.optimizer_R = training.adamw(regulariser, run.stage)
-    run.state = {"model": run.model, "optimizer": run.optimizer, "optimizer_R": run.optimizer_R, "scaler": run.scaler}
+    run.state |= {"optimizer": run.optimizer, "optimizer_R": run.optimizer_R}
     # several processes average the gradients of what each of the two trains
     run.generate = training.replicate(run, torch.nn.ParameterList(generator), model.forward)
     run.regularise = training.replicate(run, torch.nn.ParameterList(regulariser),
@@ -169,19 +170,12 @@ def prepare(args):
     return run
 
 
-# ---- data: photos, and what is drawn from them
+# ---- data: what a step draws from photos
 
 
-def open_data(run):
-    """Photos to learn from; held-out ones with their LQ images."""
-    hq = training.open_photos(run)
-    lq_up = degrade(hq, run.recipes[0], training.generator(0))[1]
-    run.held_out = 2 * hq - 1, 2 * lq_up - 1
-
-
-def draw(run, hq, g):
+def draw(run, hq, recipe, g):
     """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; g: generator -> hq, lq_up (B, 3, H, W) in [-1, 1]"""
-    lq_up = degrade(hq, training.recipe(run), g)[1]
+    _, lq_up = degrade(hq, recipe, g)
     return 2 * hq - 1, 2 * lq_up - 1
 
 
@@ -246,8 +240,8 @@ def step(run):
 
     # ---- 1. generator
     for i, (hq, g) in enumerate(training.micro_batches(run)):
-        hq, lq_up = draw(run, hq, g)
-        with training.forward(run, run.generate, i):
+        hq, lq_up = run.draw(run, hq, training.recipe(run), g)
+        with training.micro_batch_context(run, run.generate, i):
             sr, z = run.generate(lq_up)
             terms = data_losses(sr, hq, run.lpips, run.stage) | vsd_losses(run.model, z, run.stage, g)
         training.backward(run, terms)
@@ -256,7 +250,7 @@ def step(run):
 
     # ---- 2. regulariser
     for i, (z, g) in enumerate(made):
-        with training.forward(run, run.regularise, i):
+        with training.micro_batch_context(run, run.regularise, i):
             terms = regulariser_losses(run.regularise, z, g)
         training.backward(run, terms)
     training.update(run, run.optimizer_R)
@@ -268,8 +262,8 @@ def evaluate(run):
 
     -> {column of the log: value}, {column of the sheet: images in [-1, 1]}
     """
-    hq, lq_up = run.held_out
-    sr = torch.cat([run.model(x)[0].float() for x in lq_up.split(1)])
+    hq, lq_up = run.held_out_hq, torch.cat([lq_up for _, lq_up in run.held_out])
+    sr = torch.cat([run.model(one)[0].float() for one in lq_up.split(1)])
     loss = float(sum(data_losses(sr, hq, run.lpips, run.stage).values()))
     return {"held_out": loss, "psnr": training.psnr(sr, hq)}, {"LQ": lq_up, f"result, step {run.step}": sr, "HQ": hq}
 
@@ -284,13 +278,14 @@ def save(run):
 
 def main(argv=None):
     args = parse_args(argv)
-    run = prepare(args)
-    training.resume(run, SETTINGS)
-    run.model.unet.checkpointing = args.checkpointing
-    if args.compile:
-        training.compile_all(run.model.unet.blocks[:-1], run.device)
-    open_data(run)
-    return training.fit(run, step, evaluate, save)
+    with training.alone_in(args.out):
+        run = prepare(args)
+        training.resume(run, SETTINGS)
+        run.model.unet.checkpointing = args.checkpointing
+        if args.compile:
+            training.compile_all(run.model.unet.blocks[:-1], run.device)
+        training.open_data(run)
+        return training.fit(run, step, evaluate, save)
 
 
 if __name__ == "__main__":

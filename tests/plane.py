@@ -41,7 +41,7 @@ from training import ema_update, generator, learning_rate  # noqa: E402
 
 NOISE = 0.15            # deviation of the LQ coordinate's noise
 BATCH = 512
-NOT_NOISED = 20.0, 0.0  # `strength` in flow.py: a = 1. The paper's noise, about .12 here, would be much in a small world
+NOT_NOISED = 20.0, 0.0  # `strength` of loss_flow: a = 1. The paper's (5, 1) adds noise of .12, much in a world so small
 
 
 # ---- the world
@@ -105,8 +105,8 @@ class Net(nn.Module):
     def __init__(self, second_time=False, width=128):
         super().__init__()
         self.second_time = second_time      # a one-step model: read r, too
-        self.layers = nn.ModuleList(
-            [Linear(7, width), Linear(width, width), Linear(width, width), Linear(width, 2)])
+        widths = [7, width, width, width, 2]
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(widths, widths[1:]))
 
     def forward(self, z_t, z_lq, feat, t, r=None, C=NO_ADAPTERS):
         """z_t, z_lq: (B, 2, 1, 1); feat: (B, 1, 1); t, r: (B,); C: as of a network of four blocks -> like z_t"""
@@ -292,13 +292,13 @@ def adapted(steered, steps=1_000, r=8):
     """The frozen flow, which knows one noise, adapted to LQ images of any noise from 0 to .6.
 
     steered: C is made from each image's noise, as S3Diff's from its scores; else plain LoRA, C = 1
-    -> function (noise of each image as told (B,)) -> network with a DiT's arguments
+    -> function (noise of each image as told (B,)) -> network with a DiT's arguments, its weights not averaged
     """
     net = new()
     net.load_state_dict(flow_net().state_dict())
     net.requires_grad_(False)
     add_lora(net, ["0", "1", "2", "3"], "noise", r)
-    modulation = Modulation(r_vae=1, r_unet=r, vae_blocks=1, unet_blocks=4, fourier=16, D=16)     # its "vae" is not used
+    modulation = Modulation(r_vae=1, r_unet=r, vae_blocks=1, unet_blocks=4, fourier=16, D=16)   # no VAE here
 
     def told(noise):
         scores = torch.stack([noise, torch.zeros_like(noise)], dim=1)     # (B, 2): noise, blur
@@ -395,7 +395,7 @@ def driven(w, pull, steps):
 
 
 def csd():
-    """GramSR's semantic loss drives answers to what sets their LQ image apart, soon too far, unless squared error holds."""
+    """GramSR's CSD drives answers to what sets their LQ image apart, and too far, unless squared error holds them."""
     w = world(3_000)
     for pull, words in ((0.0, "alone"), (0.1, "with squared error")):
         for steps in (0, 10, 25, 50):

@@ -125,7 +125,7 @@ def test_vsd_goes_from_the_regulariser_to_the_frozen(model, monkeypatch):
 def test_each_learns_from_its_own_loss(model):
     """VSD asks the regulariser and does not teach it; its own loss does not reach the generator."""
     sr, z = model(torch.rand(1, 3, 64, 64) - 0.5)
-    learned = {name: p for name, p in model.named_parameters() if osediff.is_learned(name)}
+    learned = {name: p for name, p in model.named_parameters() if osediff.learns(name)}
     osediff.vsd_losses(model, z, osediff.TINY, training.generator(1))["vsd"].backward()
     taught = {is_regulariser(name) for name, p in learned.items() if p.grad is not None}
     assert taught == {False}

@@ -25,7 +25,7 @@ def test_world():
     away = w.z_lq - w.z_hq
     assert away[:, 0].std() == pytest.approx(plane.NOISE, rel=0.05) and not w.z_lq[:, 1].any()
     error, distance, from_lq, off = plane.measure(w.z_hq, w)
-    assert (error, distance, off) == (0, 0, pytest.approx(0.001, abs=0.001)) and from_lq == pytest.approx(0.15, rel=0.05)
+    assert error == distance == 0 and off < 0.01 and from_lq == pytest.approx(plane.NOISE, rel=0.05)
 
 
 def test_a_sample_has_twice_the_least_error():
@@ -118,9 +118,10 @@ def test_every_lesson_gives_what_we_got():
     assert rows.keys() == expected.keys()
     for name, (error, distance, from_lq, off) in rows.items():
         e, d, f, o = expected[name]
-        assert (error, distance) == (pytest.approx(e, rel=0.05), pytest.approx(d, rel=0.3, abs=0.002)), name
-        assert (from_lq, off) == (pytest.approx(f, rel=0.15, abs=0.03), pytest.approx(o, abs=0.1)), name
+        assert error == pytest.approx(e, rel=0.05) and distance == pytest.approx(d, rel=0.3, abs=0.002), name
+        assert from_lq == pytest.approx(f, rel=0.15, abs=0.03) and off == pytest.approx(o, abs=0.1), name
     distance, off = ({name: row[k] for name, row in rows.items()} for k in (1, 3))
     assert distance["noise 0.5, LoRA with C"] < distance["noise 0.5, LoRA"] < distance["noise 0.5, not adapted"]
     assert off["from weak, guidance 0.5"] < off["from none, guidance 0.5"]
-    assert distance["CSD alone, steps 50"] > distance["CSD alone, steps 0"] > distance["CSD with squared error, steps 50"]
+    assert distance["CSD alone, steps 50"] > distance["CSD alone, steps 0"]
+    assert distance["CSD with squared error, steps 50"] < distance["CSD with squared error, steps 0"]
