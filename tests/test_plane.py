@@ -13,8 +13,8 @@ from models.lora import NO_ADAPTERS
 @cache
 def nets():
     """Regression, the flow, both of its students: a fifth of the lessons' steps."""
-    flow = plane.flow_net(steps=800)
-    students = {kind: plane.one_step_net(kind, steps=350, teacher=flow) for kind in ("rcgm", "shortcut")}
+    flow = plane.flow_net(steps=700)
+    students = {kind: plane.one_step_net(kind, steps=300, teacher=flow) for kind in ("rcgm", "shortcut")}
     return plane.regression_net(steps=400), flow, students
 
 
@@ -98,6 +98,7 @@ def test_prompts_are_told_apart():
 
 def test_command(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plane.py", "truth"])
+    monkeypatch.setattr(plane, "world", lambda world=plane.world: world(1_000))
     plane.main()
     said = capsys.readouterr().out
     for name in ("mean of all answers", "one answer drawn"):
