@@ -150,9 +150,11 @@ class Stop:
 def command(main):
     """Run a script's main and end with its status. Nothing printed ends it; SIGTERM is Ctrl-C, whose status is 130."""
     make_lenient()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:        # a notebook that %runs it goes on
+        signal.signal(signal.SIGTERM, before)

@@ -78,13 +78,15 @@ def writing(path):
 def check_writable(folder):
     """Raise WriteError unless files can be written to a folder; where it does not exist yet, it will not afterwards."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f:
-            f.write(bytes(2**16))       # on a full disk a file can be made, but stays empty
-    with suppress(OSError):
-        for path in missing:
-            path.rmdir()
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as f:
+                f.write(bytes(2**16))       # on a full disk a file can be made, but stays empty
+    finally:
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()
 
 
 @cache      # once a folder
