@@ -179,7 +179,7 @@ class GramSR(nn.Module):
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
         pixel, semantic, texture: scales of the LoRA sets, None = 1; one UNet pass if all are, else up to 3
-        tile, overlap: pixels; 0 = the checkpoint's
+        tile, overlap: pixels; 0 = the checkpoint's, but an overlap of half a smaller tile at most
         color: adain, wavelet or none
         -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError.
         """
@@ -189,7 +189,8 @@ class GramSR(nn.Module):
         # official: whatever its shape, an image is squeezed to 512 x 512
         lq_up = resize(lq, (H, W)).to(self.unet.conv_in.weight.device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.multiple)
-        z = self.restore(self.vae.encode(x), x, scales, tile or cfg.tile, overlap or cfg.overlap)
+        tile = tile or cfg.tile
+        z = self.restore(self.vae.encode(x), x, scales, tile, overlap or min(cfg.overlap, tile // 2))
         sr = self.vae.decode(z).clamp(-1, 1)[..., :H, :W].float() / 2 + 0.5
         # official: truncated to 8 bits before and after the colour fix
         return color_fix(sr, lq_up, color, stablesr=True)

@@ -216,7 +216,7 @@ class S3Diff(nn.Module):
         start_step: the UNet's t, below 999 with noise by seed
         tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
-        None and 0: the checkpoint's
+        None and 0: the checkpoint's, but an overlap of half a smaller tile at most
         -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError, WeightError.
         """
         lq = check_image(lq)
@@ -235,7 +235,8 @@ class S3Diff(nn.Module):
         z = self.encode(pad_to_multiple(2 * lq_up - 1, self.multiple), scores)
         z_t = self.start(z, t, torch.Generator().manual_seed(seed))
         prompts, C = self.with_texts(prompt, negative_prompt).to(z), self.matrices("unet", scores)
-        eps = self.predict(z_t, t, prompts, C, guidance, tile or cfg.tile, overlap or cfg.overlap)
+        tile = tile or cfg.tile
+        eps = self.predict(z_t, t, prompts, C, guidance, tile, overlap or min(cfg.overlap, tile // 2))
         sr = self.decode(self.clean(z_t, eps, t))[..., :H, :W].float() / 2 + 0.5
         return color_fix(sr, lq_up, color, stablesr=True)
 
