@@ -131,7 +131,7 @@ def find_system(name):
         return SYSTEMS.get(name.split("-")[0], VOSR)        # who says that there is no such model
     if path.suffix == ".pkl" or (path / "s3diff.pkl").is_file():
         return S3Diff
-    if path.is_dir() and any(path.glob("model_*.pkl")):
+    if any(path.glob("model_*.pkl")) and not (path / "model.safetensors").is_file():     # which tiny ones have, too
         return GramSR
     system = read_system(path / "model.safetensors" if path.is_dir() else path) or "vosr"
     if system not in SYSTEMS:

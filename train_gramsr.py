@@ -273,22 +273,18 @@ def draw(run, hq, recipe, g):
 # -> {name: scalar}, summed up
 
 
-def losses(run, model, hq, lq_up, g):
-    """Compute the losses of what the model makes of LQ images."""
-    sr, z, context = model(lq_up)
-    return losses_of_result(run, model, sr.float(), z, context, hq, g)
-
-
-def losses_of_result(run, model, sr, z, context, hq, g):
-    """sr, hq: (B, 3, H, W) in [-1, 1]; z: (B, 4, h, w), of which sr was decoded; context: (B, N, D) visual tokens"""
+def losses(run, model, hq, lq_up, g, result=None):
+    """Compare what the model makes of LQ images with HQ ones.  result: what model(lq_up) gave, where it is known"""
     stage = run.stage
+    sr, z, context = result or model(lq_up)     # the image, the latent that it was decoded of, visual tokens
+    sr = sr.float()
     terms = {"l2": stage.lambda_l2 * F.mse_loss(sr, hq)}
     if stage.lambda_lpips:
         terms["lpips"] = stage.lambda_lpips * run.lpips(sr, hq).mean()
     if stage.lambda_csd:
         t = torch.randint(*CSD_TIMES, (len(z),), generator=g, device=g.device).to(z.device)
         noise = torch.randn(z.shape, generator=g, device=g.device).to(z.device)
-        # the tokens are a condition here; the latent alone is to change
+        # detached: CSD is to change the latent, not the tokens that it is judged by
         good, bad = model.csd_conditions(context.detach())
         terms["csd"] = stage.lambda_csd * loss_csd(model.prior, z, t, noise, good, bad, stage.guidance)
     if stage.lambda_gram:
@@ -314,9 +310,9 @@ def evaluate(run):
     """
     values, results, naturalness = [], [], []
     for i, (hq, lq_up) in enumerate(run.held_out):
-        sr, z, context = run.model(lq_up)
-        sr = sr.float()
-        terms = losses_of_result(run, run.model, sr, z, context, hq, training.generator(training.HELD_OUT_LOSS, i))
+        result = run.model(lq_up)
+        terms = losses(run, run.model, hq, lq_up, training.generator(training.HELD_OUT_LOSS, i), result)
+        sr = result[0].float()
         values.append(float(sum(terms.values())))
         results.append(sr)
         naturalness.append(niqe(round8(sr / 2 + 0.5), run.niqe) if run.niqe else math.nan)

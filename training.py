@@ -51,7 +51,7 @@ def one_line_errors(name):
 
     All others show where they happened, so whoever changes the code sees what is wrong with it.
     """
-    with as_script():
+    with as_script(f"{name}: stopped, nothing saved since the last checkpoint"):
         try:
             yield
         except (UserError, DataError, PictureError, WeightError, OSError, SafetensorError) as e:

@@ -95,8 +95,9 @@ def open_data(run):
     run.held_out = hq, small(hq, run.recipes[0], training.generator(0))
     if run.step == 0:
         first, last = [], min(run.stage.steps, 40)
-        for run.step in range(last):
-            first += [(hq, small(hq, training.recipe(run), g)) for hq, g in training.micro_batches(run)]
+        with training.reading(run.loader) as run.batches:
+            for run.step in range(last):
+                first += [(hq, small(hq, training.recipe(run), g)) for hq, g in training.micro_batches(run)]
         run.model.fit(first)
         run.ema.load_state_dict(run.model.state_dict())
         run.step = 0

@@ -267,16 +267,11 @@ def test_too_many_of_them_end_the_run(monkeypatch, photos, half):  # noqa: F811
 # ---- signals as they come: to a trainer and its loader's workers alike, with the handlers that a shell leaves
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-MANY = {"steps": 999, "save_every": 999}
-SMALL_TRAINERS = {      # script: what it finds in models/tiny.py, and its words
-    "vosr": ({"TinyVOSRConfig": test_train.SMALL,
-              "VOSR_STAGES": {"autoencoder": replace(test_train.STAGES["autoencoder"], **MANY)}},
-             ["--stage", "autoencoder"]),
-    "s3diff": ({"TinyS3DiffConfig": test_train_s3diff.SMALL_TINY,
-                "S3DIFF_STAGES": {"adapters": replace(test_train_s3diff.STAGE, crop=32, **MANY)}},
-               ["--preset", "tiny", "--init", "none"]),
-    "gramsr": ({"TinyGramSRConfig": test_train_gramsr.SMALL_TINY,
-                "GRAMSR_STAGES": {"pixel": replace(test_train_gramsr.SMALL_STAGES["pixel"], **MANY)}},
+MANY = ["--steps", 999, "--save-every", 999, "--batch-size", 2]
+SMALL_TRAINERS = {      # script: its config in models/tiny.py, what stands there instead, its words
+    "vosr": ("TinyVOSRConfig", test_train.SMALL, ["--stage", "autoencoder"]),
+    "s3diff": ("TinyS3DiffConfig", test_train_s3diff.SMALL_TINY, ["--preset", "tiny", "--init", "none"]),
+    "gramsr": ("TinyGramSRConfig", test_train_gramsr.SMALL_TINY,
                ["--preset", "tiny", "--stage", "pixel", "--init", "none"]),
 }
 STOPPING = "stopping after this step, then saving; again: at once, unsaved"
@@ -306,9 +301,8 @@ def be_trainer(name, words, folder, slow_photos, slow_disk, ignored, terminal):
         write(path, state)
 
     patch.setattr(Photos, "__getitem__", read_slowly), patch.setattr(training, "write", write_slowly)
-    for found, value in SMALL_TRAINERS[name][0].items():
-        stages = {stage: vars(settings) for stage, settings in value.items()} if isinstance(value, dict) else None
-        patch.setattr(models.tiny, found, stages or (lambda value=value: value))
+    found, small, _ = SMALL_TRAINERS[name]
+    patch.setattr(models.tiny, found, lambda: small)
     sys.argv = [f"train_{name}.py", *map(str, words)]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
@@ -319,7 +313,7 @@ class Group(runs.Script):
     def __init__(self, name, photos, out, *more, slow_photos=0, slow_disk=0, ignored=None, terminal=None):  # noqa: F811
         self.folder, self.log = out.with_name(f"{out.name}, said"), out / "log.csv"
         self.folder.mkdir()
-        words = [*SMALL_TRAINERS[name][1], "--data", photos, "--out", out, "--device", "cpu", "--workers", 2,
+        words = [*SMALL_TRAINERS[name][2], *MANY, "--data", photos, "--out", out, "--device", "cpu", "--workers", 2,
                  "--micro-batch", 1, "--log-every", 1, *more]
         self.process = runs.fork(be_trainer, name, words, self.folder, slow_photos, slow_disk, ignored, terminal)
 

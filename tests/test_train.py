@@ -20,6 +20,7 @@ import train_vosr
 import training
 from models.dit import DiTConfig
 from models.flow import loss_flow
+from models.support.photos import DataError
 from models.tiny import TinyVAEConfig, TinyVOSR, TinyVOSRConfig
 from models.vit import ViTConfig
 
@@ -260,6 +261,46 @@ def test_groups_freeze_the_rest():
     params = training.freeze_all_but(model, lambda name: name.startswith("dit."))
     assert len(params) == len(list(model.dit.parameters()))
     assert not any(p.requires_grad for p in [*model.vae.parameters(), *model.vit.parameters()])
+
+
+def test_errors_of_users_are_one_line_those_of_code_show_where(capsys):
+    """A loader's worker wraps an error in a traceback, of which the last line is said."""
+    for error, said in ((training.UserError("no such flag"), "no such flag"), (OSError("no room"), "no room"),
+                        (DataError("Traceback:\n ...\nmodels.support.photos.DataError: x: no images"), "x: no images")):
+        with pytest.raises(SystemExit, match=f"^train: {said}$"), training.one_line_errors("train"):
+            raise error
+    for kind in (ValueError, RuntimeError, KeyError):
+        with pytest.raises(kind, match="my change"), training.one_line_errors("train"):
+            raise kind("my change")
+
+
+def test_unfinished_or_over(monkeypatch, photos, autoencoder, tmp_path, capsys):
+    """--init says whether its training is over: by its last step, early, or not; damaged checkpoints are passed over."""
+    def said(init):
+        training.warn_of_unfinished(init)
+        return capsys.readouterr().err
+
+    capsys.readouterr()
+    assert not said(None) and not said(tmp_path / "none") and not said(autoencoder)
+    launch(monkeypatch, photos, tmp_path / "half", "autoencoder", stop_at=2)
+    capsys.readouterr()
+    assert "that training stopped at step 2 of 4; its own command goes on with it" in said(tmp_path / "half")
+    (tmp_path / "half" / "checkpoint-00000003-0000.pt").write_bytes(b"damaged")
+    torch.save([7], tmp_path / "half" / "checkpoint-00000004-0000.pt")
+    assert "that training stopped at step 2 of 4" in said(tmp_path / "half")
+    training.save_checkpoint(tmp_path / "early", 2, 2, steps=4, over=True)
+    assert not said(tmp_path / "early")
+    training.save_checkpoint(tmp_path / "old", 2, 2, steps=4)
+    assert "step 2 of 4" in said(tmp_path / "old"), "earlier versions do not say whether it is over"
+
+
+def test_one_step_is_measured_against_the_teacher_that_it_learned_from(monkeypatch, photos, autoencoder, tmp_path):
+    """The weak condition is as strong in the measure as in the loss."""
+    seen, guided = set(), train_vosr.guided
+    monkeypatch.setattr(train_vosr, "guided", lambda dit, *args: seen.add(args[5:]) or guided(dit, *args))
+    train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder, "--steps", 1)
+    train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow", "--steps", 1)
+    assert seen == {(), (0.5, train_vosr.WEAK_DISTILL)}
 
 
 def script(tmp_path, *words):

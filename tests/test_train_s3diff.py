@@ -19,6 +19,7 @@ import models.s3diff
 import sample
 import train_s3diff
 import training
+from degrade import RECIPES
 from models.discriminator import Discriminator
 from models.lpips import LPIPS, NETS
 from models.s3diff import S3Diff, S3DiffConfig, is_in_release
@@ -287,6 +288,40 @@ def test_a_prior_its_estimator_and_adapters(monkeypatch, photos, tmp_path):  # n
         launch(monkeypatch, photos, tmp_path / "prior", "--stage", "estimator")
 
 
+def test_photos_of_the_prior():
+    """About half of them are degraded, also where they come one by one; the same generator draws the same."""
+    hq, recipe, found = torch.rand(1, 3, 32, 32), RECIPES["vosr"], []
+    for seed in range(40):
+        (x, is_degraded), (again, _) = (train_s3diff.draw_prior(None, hq, recipe, training.generator(seed)) for _ in range(2))
+        assert torch.equal(x, again) and torch.equal(x, 2 * hq - 1) != bool(is_degraded)
+        found += is_degraded.tolist()
+    assert 12 <= sum(found) <= 28
+
+
+def test_steps_that_end_a_run_are_counted_by_the_step(monkeypatch, photos, tmp_path):  # noqa: F811
+    """Of the four updates one is always left out, the others are not: that ends the run, too."""
+    monkeypatch.setattr(training, "MAX_SKIPPED", 3)
+    monkeypatch.setattr(train_s3diff, "real", lambda hq, D, stage, plan: {"d_real": float("nan") * D(hq, "real", plan).mean()})
+    with pytest.raises(training.UserError, match="3 steps in a row had no finite gradient"):
+        launch(monkeypatch, photos, tmp_path)
+
+
+def test_checkpoints_of_earlier_versions(monkeypatch, photos, tmp_path):  # noqa: F811
+    """They lack modulation.w, which the seed draws again, and hold a discriminator where none is trained."""
+    def rewrite(out, change):
+        path, = training.checkpoints(out)[1:]
+        training.checkpoints(out)[0].unlink()
+        change(state := torch.load(path, weights_only=True))
+        path.unlink()
+        training.save_checkpoint(out, state.pop("step"), 2, **state)
+
+    for stage, change in (("adapters", lambda state: state["model"].pop("modulation.w")),
+                          ("prior", lambda state: state.update(D={}, D_optimizer={}))):
+        whole = launch(monkeypatch, photos, tmp_path / stage, "--stage", stage, "--save-every", 2)
+        rewrite(tmp_path / stage, change)
+        assert same(flat(whole), flat(launch(monkeypatch, photos, tmp_path / stage, "--stage", stage, "--save-every", 2)))
+
+
 @torch.no_grad()
 def test_what_the_prior_is_asked(monkeypatch):
     """Its own prompt with each picture, none with one in ten; more times at both ends; a perfect answer has no loss."""
@@ -312,6 +347,8 @@ def test_what_the_prior_is_asked(monkeypatch):
     (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--start-step", "0"], "--start-step: 0 is no"),
     (["--neg-prob", "1.5"], "--neg-prob: 1.5 is no"),
     (["--stage", "flow"], "invalid choice"), (["--stage", "prior"], "is for --preset tiny"),
+    (["--preset", "tiny", "--stage", "prior", "--lora", "unet"], "--lora is not read by --stage prior"),
+    (["--preset", "tiny", "--stage", "estimator", "--neg-prob", "0"], "--neg-prob is not read by --stage estimator"),
 ])
 def test_usage_errors(monkeypatch, tmp_path, capsys, words, why):
     monkeypatch.setattr(sys, "argv", ["train_s3diff.py", "--data", "x", "--out", str(tmp_path), *words])

@@ -181,14 +181,14 @@ class Stop:
 
 
 @contextmanager
-def as_script():
-    """In here a script does its work: no print ends it; Ctrl-C and SIGTERM end it with a line and status 130."""
+def as_script(said="stopped"):
+    """In here a script does its work: no print ends it; Ctrl-C and SIGTERM end it with line `said` and status 130."""
     make_streams_safe()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # which raises KeyboardInterrupt
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(said, file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
