@@ -43,7 +43,7 @@ from models.support.weights import fetch, load_strictly, read_tensors, save_mode
 from models.tiny import RandomLPIPS, TinyGramSR, TinyGramSRConfig, load_prior
 from models.vit import PRESETS as VITS, DINOv3
 
-NIQE_CROP = 2 * BLOCK       # pixels a side: NIQE compares blocks, and four are the least from which it says something
+NIQE_CROP = 2 * BLOCK       # pixels a side: four blocks, since NIQE compares blocks and is nan of a single one
 
 
 @dataclass
@@ -126,9 +126,9 @@ def parse_args(argv=None):
     p.add_argument("--gram", choices=("patches", "channels"),
                    help="the matrix of stage texture: of patches (default) or channels")
     p.add_argument("--patience", type=between(0, 10**6, whole=True),
-                   help="stop after so many evaluations without a better NIQE of the held-out crops, or loss where "
-                        "its file is not here or crops are below 192 pixels, as the tiny ones of 128; and keep the "
-                        "best model; 0 = never (default 10 in stage texture, else 0; tiny 0)")
+                   help="stop after so many evaluations without a better NIQE of the held-out crops, and keep the "
+                        "best model; 0 = never (default 10 in stage texture, else 0; tiny 0). Without NIQE's file, or "
+                        "with crops below 192 pixels, as the tiny ones of 128, the held-out loss is judged instead")
     p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
     training.add_arguments(p)
     args = p.parse_args(argv)
@@ -276,7 +276,9 @@ def draw(run, hq, recipe, g):
 def losses(run, model, hq, lq_up, g, result=None):
     """Compare what the model makes of LQ images with HQ ones.  result: what model(lq_up) gave, where it is known"""
     stage = run.stage
-    sr, z, context = result or model(lq_up)     # the image, the latent that it was decoded of, visual tokens
+    if result is None:
+        result = model(lq_up)
+    sr, z, context = result     # the image, the latent it was decoded from, visual tokens
     sr = sr.float()
     terms = {"l2": stage.lambda_l2 * F.mse_loss(sr, hq)}
     if stage.lambda_lpips:

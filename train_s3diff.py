@@ -84,7 +84,7 @@ class Pairs(NamedTuple):
 PAPER = {       # the paper's steps, the code counts 50 epochs; batch: 4 GPUs x 4 photos x 4 accumulated micro-batches
     "adapters": Stage(steps=30_000, batch_size=64, lr=2e-5),
 }
-TINY = {        # ours, for a laptop; where two steps in three have a recipe, the third has another
+TINY = {        # ours, for a laptop; recipes go by turns: two steps in three as the paper degrades, one more harshly
     "prior": Stage(     # the embedded one was trained with --steps 3500; its loss was still falling
         steps=6000, batch_size=16, lr=6e-4, schedule="cosine", warmup=300, ema=0.999,
         crop=128, recipes=("s3diff", "vosr", "s3diff")),
@@ -160,7 +160,7 @@ def parse_args(argv=None):
 
 
 def build(args, cfg):
-    """Build the networks.  -> S3Diff to train, a line on its origin. Its loaders check --init's networks."""
+    """Build the networks.  -> S3Diff to train, a line on its origin. What loads --init refuses other networks."""
     places = TINY_PLACES if args.tiny else PLACES
     cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
                   vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t)
@@ -184,8 +184,8 @@ def build_tiny(args, cfg):
     # Stable Diffusion's text encoder makes its prompts; here stage prior learns them
     model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))
     for conv in model.denet.conv_first:
-        # blind for brightness, so that noise and edges are what it sees first; 8 times as large, since small
-        # differences are all that is left
+        # blind for brightness, so that noise and edges are what it sees first; 8 times as large, since these
+        # differences are small
         conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
     # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
     load_autoencoder(model)
@@ -343,7 +343,7 @@ LOSSES = {"prior": prior_losses, "estimator": estimator_losses}
 
 
 def reconstruct(sr, target, lpips, stage):
-    """Part 1. sr, target: (B, 3, H, W) in [-1, 1]; lpips: None = L2 alone"""
+    """Compute part 1.  sr, target: (B, 3, H, W) in [-1, 1]; lpips: None = L2 alone"""
     terms = {"l2": stage.lambda_l2 * F.mse_loss(sr, target)}
     if lpips:
         terms["lpips"] = stage.lambda_lpips * lpips(sr, target).mean()
@@ -351,17 +351,17 @@ def reconstruct(sr, target, lpips, stage):
 
 
 def adversary(sr, D, stage, plan=None):
-    """Part 2. sr: (B, 3, H, W) in [-1, 1]"""
+    """Compute part 2.  sr: (B, 3, H, W) in [-1, 1]"""
     return {"gan": stage.lambda_gan * D(sr, "generator", plan).mean()}      # Eq. S3Diff (6)
 
 
 def real(hq, D, stage, plan=None):
-    """Part 3. hq: (B, 3, H, W) in [-1, 1]. As officially, lambda_gan weighs D's own losses, too."""
+    """Compute part 3.  hq: (B, 3, H, W) in [-1, 1]. As officially, lambda_gan weighs D's own losses, too."""
     return {"d_real": stage.lambda_gan * D(hq, "real", plan).mean()}
 
 
 def fake(sr, D, stage, plan=None):
-    """Part 4. sr: (B, 3, H, W) in [-1, 1], without gradient"""
+    """Compute part 4.  sr: (B, 3, H, W) in [-1, 1], without gradient"""
     return {"d_fake": stage.lambda_gan * D(sr, "fake", plan).mean()}
 
 
@@ -433,7 +433,7 @@ def compete(run, batch):
 
 
 def prompts_and_targets(model, pairs):
-    """Online negative prompting: the bad prompt means LQ images, so with it the LQ image itself is the target.
+    """Choose by online negative prompting: the bad prompt means LQ images, so with it the LQ image is the target.
 
     -> features of each image's prompt (B, 77, D), target (B, 3, H, W)
     """

@@ -40,7 +40,7 @@ from models.vosr import SIZES, VOSR
 
 WEAK_FLOW = (0.05, 0.25)    # the weak condition's strength in a flow: drawn from this range, one for a batch
 WEAK_DISTILL = 0.1          # in distillation, for teacher and student
-NONE = 0.0                  # usual guidance, by no condition at all: of the ablation
+NO_CONDITION = 0.0          # of the ablation: guidance compares with none at all, as is usual
 
 
 @dataclass
@@ -112,7 +112,7 @@ LEARNS = {      # beginnings of the names of what a stage trains
 LEARNS_TINY = LEARNS | {"flow": ("dit.", "vit.")}       # ours: nobody has pretrained so small a vision transformer
 ABLATIONS = {   # fields of the model's config, which later stages find in --init
     "tokens": {"blind": True},          # without visual tokens
-    "weak": {"weak": NONE},             # guidance compares with no condition, as usual, not with a weak one
+    "weak": {"weak": NO_CONDITION},     # with none in place of the weak one
 }
 FINISH = 96         # channels of what stage decoder adds to TinyVAE
 SETTINGS = ("stage", "preset", "ablate", "distill", "data", "init", "seed")     # flags that stay when a run is resumed
@@ -263,22 +263,22 @@ def autoencoder_losses(run, model, hq, lq_up, g):
 def flow_losses(run, model, hq, lq_up, g):
     """Match the flow: the velocity from the clean latent to noise."""
     z_hq, z_lq, feat = encode(model, hq, lq_up, g)
-    weak = WEAK_FLOW if model.cfg.weak else (NONE, NONE)
+    weak = WEAK_FLOW if model.cfg.weak else (NO_CONDITION, NO_CONDITION)
     loss = loss_flow(model.dit, z_hq, z_lq, feat, g, strength=run.stage.strength, lognorm=run.stage.lognorm, weak=weak)
     return {"flow": loss}
 
 
 def distill_losses(run, model, hq, lq_up, g):
-    """v: match the teacher's velocity where the student's step has no length; u: make its steps agree."""
+    """Distill: v is the teacher's velocity, where the student's step has no length; u makes its steps agree."""
     z_hq, z_lq, feat = encode(model, hq, lq_up, g)
     return loss_distill(model.dit, run.teacher, z_hq, z_lq, feat, g, kind=run.stage.distill, omega=run.stage.omega,
                         strength=run.stage.strength, weak=weak_in_distillation(model))
 
 
 def decoder_losses(run, model, hq, lq_up, g):
-    """L1 between the photo and the image that the frozen one-step model makes."""
+    """Compute L1 between the photo and the image that the frozen one-step model makes."""
     z_lq = model.vae.encode(lq_up).float()
-    temperature = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g, device=g.device)       # all that are of use
+    temperature = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g, device=g.device)      # all that are of use
     eps = (temperature * torch.randn(z_lq.shape, generator=g, device=g.device)).to(z_lq)
     z = model.restore(z_lq, lq_up, eps, steps=1, guidance=1.0, weak=model.cfg.weak)     # has no gradient
     return {"L1": F.l1_loss(model.decode(z), hq)}
@@ -293,7 +293,7 @@ def encode(model, hq, lq_up, g):
 
 def weak_in_distillation(model):
     """Say how strong the weak condition of a student and its teacher is."""
-    return WEAK_DISTILL if model.cfg.weak else NONE
+    return WEAK_DISTILL if model.cfg.weak else NO_CONDITION
 
 
 LOSSES = {"autoencoder": autoencoder_losses, "flow256": flow_losses, "flow": flow_losses, "refine": flow_losses,

@@ -67,7 +67,7 @@ def one_line_errors(name):
 
 
 def last_line(error):
-    """What an error says. Of one in a loader's worker the message is a traceback, whose last line says it."""
+    """Pick what an error says. Of one in a loader's worker the message is a traceback, whose last line says it."""
     kind = type(error)
     return str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
 
@@ -347,7 +347,7 @@ def ema_decay(run):
 
 
 def compile_all(networks, device):
-    """torch.compile networks; where nothing can be compiled, a line says so instead."""
+    """Let torch.compile compile networks; where nothing can be compiled, a line says so instead."""
     # Whether a compiler works shows when something is compiled, and torch keeps what it has compiled on the disk. So a
     # small function is compiled for a size that surely nobody had before.
     new_size = 2 + time.time_ns() % 10_007
@@ -571,7 +571,7 @@ def checkpoints(folder):
 
 
 def write(path, state):
-    """torch.save; what was there survives any interruption. Raises UserError."""
+    """Write state by torch.save; what was there survives any interruption. Raises UserError."""
     try:
         with whole_file(path, f"{path}.part") as part:      # of one name, or killed runs would leave many
             torch.save(state, part)
@@ -762,7 +762,10 @@ def is_stopped(run, stop):
 
 
 def evaluated(run, evaluate):
-    """evaluate(run) in autocast's precision. Every process measures all held-out crops, so all know the same."""
+    """Evaluate in autocast's precision. Every process measures all the crops, so that all decide the same.
+
+    -> what evaluate(run) returns
+    """
     with autocast(run.device, run.dtype):
         return evaluate(run)
 
