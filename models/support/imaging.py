@@ -195,6 +195,8 @@ def check_image(lq):
         raise ValueError(f"upscale takes {wanted}, not one of shape {tuple(lq.shape)}")
     if not lq.is_floating_point():
         raise ValueError(f"upscale takes {wanted}, not {lq.dtype}; divide by 255")
+    if lq.device.type != "cpu":     # to ask for its values would make a GPU wait
+        return lq.float()
     low, high = lq.min().item(), lq.max().item()
     if not (-0.01 <= low and high <= 1.01):     # NaN is not, either; a resize may overshoot a little
         raise ValueError(f"upscale takes {wanted}, not one from {low:.3g} to {high:.3g}")
