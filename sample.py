@@ -276,7 +276,7 @@ def load_models(args):
     names = [args.model]
     if args.model == "all":
         names = [name for name, file in EMBEDDED.items() if file.is_file()]
-    files_read.clear()
+    files_read.clear(), hash_of.cache_clear()       # of the run before, in a notebook
     models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     files = [*files_read]
     args.metrics, args.absent, more = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,

@@ -123,7 +123,7 @@ class Tokenizer:
         for text in texts:
             ids = [self.ids[START], *self.encode_text(text)][: self.length - 1] + [self.ids[END]]
             rows.append(ids + [self.ids[PAD]] * (self.length - len(ids)))
-        return torch.tensor(rows, device="cpu")
+        return torch.tensor(rows, dtype=torch.long, device="cpu").view(len(texts), self.length)
 
 
 # ---- ids to features

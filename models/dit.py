@@ -1,11 +1,13 @@
 """VOSR's diffusion transformer: predicts the velocity of an image's latent, given the low-quality image.
 
 Paper:   VOSR, arXiv 2604.03225; the backbone is LightningDiT (arXiv 2501.01423) with cross-attention added.
-Weights: VOSR_{0.5B,1.4B}_{ms,os}/checkpoints/ema_model.safetensors of CSWRY/VOSR.
+Weights: checkpoints/ema_model.safetensors in the folders VOSR_{0.5B,1.4B}_{ms,os} and VOSR2 of CSWRY/VOSR.
 Left out: options that no public checkpoint uses. Ours: any rectangle.
 
 What a token meets in a block: self-attention (where things are: rotary positions), cross-attention to the visual tokens
 of the low-quality image (what it shows), an MLP. The time scales, shifts and gates the first and the last.
+
+Letters: B images, N tokens of width D, M visual tokens, nh heads of hd = D / nh channels.
 """
 
 import math
@@ -33,20 +35,24 @@ class DiTConfig:
     z_dims: int = 768           # width of the visual tokens
     encdim_ratio: int = 3       # inner width of the context MLP, in units of D
     auxiliary_time_cond: bool = False   # second time r: the one-step models
-    rope_rescale: bool = True   # squeeze positions into the trained range
+    rope_rescale: bool = True   # scale positions so that the longer side spans the trained range
 
     def __post_init__(self):
+        # of a head's channels one half turns with the row, one with the column, each by pairs
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 4 * num_heads = {4 * self.num_heads}")
 
 
 def modulate(x, shift, scale):
-    """x: (B, N, D); shift, scale: (B, D) -> (B, N, D)."""
+    """Shift and scale as the time says; scale 0 changes nothing.  x: (B, N, D); shift, scale: (B, D) -> (B, N, D)"""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoids of t: (B,) -> (B, dim), cosines first. Trap: VOSR's t in [0, 1] is not multiplied by 1000."""
+    """Sinusoids of t: (B,) in [0, 1] -> (B, dim), cosines first.
+
+    Trap: VOSR does not multiply t by 1000, as others do before the same sinusoids.
+    """
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
@@ -56,6 +62,8 @@ def rope_table(rows, cols, head_dim):
     """Rotary tables for tokens at positions rows: (h,) and cols: (w,) -> cos, sin, each (h*w, head_dim).
 
     The first half of a head's channels turns with the row, the second with the column, by adjacent pairs (2k, 2k+1).
+    Both of a pair turn by one angle, so every entry stands twice, as in the public files; `DiT.rope` takes each once.
+    DINOv3 has a rope_table of its own (vit.py), with other pairs and frequencies.
     """
     d = head_dim // 2
     freqs = 10000 ** (-torch.arange(0, d, 2, device=rows.device).float() / d)  # (d/2,)
@@ -85,6 +93,8 @@ class RMSNorm(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
+    """(B,) time in [0, 1] -> (B, D)"""
+
     def __init__(self, D):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
@@ -94,6 +104,8 @@ class TimeEmbedder(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Tokens look at one another; rotary positions and normalised q and k.  (B, N, D) -> same shape"""
+
     def __init__(self, D, nh):
         super().__init__()
         self.nh = nh
@@ -112,7 +124,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens look at the visual ones, which have no positions here."""
+    """Tokens look at the visual ones, which have no positions here.
+
+    In two methods, since keys and values of visual tokens that stay can be kept: see support/tokens.py.
+    """
 
     def __init__(self, D, nh):
         super().__init__()
@@ -134,6 +149,7 @@ class CrossAttention(nn.Module):
         return k, v
 
     def attend(self, x, k, v):
+        """x: (B, N, D); k, v: of `keys_values` -> (B, N, D)"""
         q = self.q_norm(self.heads(self.q_linear(x))).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(2))
@@ -145,6 +161,8 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """An MLP whose inner values are gated: W3 (SiLU(W1 x) * W2 x), W1 and W2 in one matrix.  (..., D) -> same shape"""
+
     def __init__(self, D, inner):
         super().__init__()
         self.w12 = nn.Linear(D, 2 * inner)
@@ -156,6 +174,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention, MLP, each added to x; modulated by adaLN-single (PixArt-alpha, 2310.00426).
+
+    The time becomes six vectors once, for all blocks; a block adds only a table of its own.
+    """
+
     def __init__(self, cfg):
         super().__init__()
         D, nh = cfg.hidden_size, cfg.num_heads
@@ -163,18 +186,22 @@ class Block(nn.Module):
         self.attn = SelfAttention(D, nh)
         self.cross_attn = CrossAttention(D, nh)
         self.norm2 = RMSNorm(D)
+        # 2/3: with its three matrices as many parameters as an MLP's two of full width
         self.mlp = SwiGLU(D, int(2 / 3 * int(D * cfg.mlp_ratio)))
         self.scale_shift_table = nn.Parameter(torch.empty(6, D))
 
-    def forward(self, x, ctx, c0, rope):
-        """x: (B, N, D); ctx: (B, M, D); c0: (B, 6, D), shared by all blocks; rope: (N, hd/2) -> (B, N, D)"""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + c0).unbind(1)  # each (B, D)
+    def forward(self, x, ctx, modulation, rope):
+        """x: (B, N, D); ctx: (B, M, D); modulation: (B, 6, D), the same for all blocks; rope: (N, hd/2) -> (B, N, D)"""
+        modulation = self.scale_shift_table + modulation
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)  # each (B, D)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
         x = x + self.cross_attn(x, ctx)  # official: no norm before it, no gate after it
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
+    """Tokens to the values of their cells, modulated by the time.  x: (B, N, D); c: (B, D) -> (B, N, out)"""
+
     def __init__(self, D, out):
         super().__init__()
         self.norm_final = RMSNorm(D)
@@ -198,6 +225,8 @@ class Rope(nn.Module):
 
 
 class DiT(Checkpointing, nn.Module):
+    """The transformer.  self.run(block, ...) is block(...), in training in less memory if wanted (Checkpointing)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -219,7 +248,7 @@ class DiT(Checkpointing, nn.Module):
         """Xavier; normal(0.02) in the time path; zero for the output: the first velocity is 0."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.xavier_uniform_(m.weight.flatten(1))  # a view, so the weight; a convolution's as a matrix
                 nn.init.zeros_(m.bias)
         time = [self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]]
         if self.r_embedder:
@@ -232,16 +261,17 @@ class DiT(Checkpointing, nn.Module):
             nn.init.zeros_(linear.weight)
 
     def rope(self, h, w, device):
-        """Turns of h x w tokens -> (h*w, hd/2) complex."""
+        """Turns of h x w tokens, a complex number of length 1 for each channel pair -> (h*w, hd/2)."""
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
         trained_size = h == w == self.side
-        if not trained_size or cos.dtype != torch.float32:  # .to(bfloat16) has rounded them
+        # computed anew at other sizes, and where .to(bfloat16) has rounded the tables
+        if not trained_size or cos.dtype != torch.float32:
             # official: squares only; one factor for both axes keeps a rectangle's aspect
             scale = self.side / max(h, w) if self.cfg.rope_rescale else 1.0
             rows = torch.arange(h, device=device).float() * scale
             cols = torch.arange(w, device=device).float() * scale
             cos, sin = rope_table(rows, cols, self.cfg.hidden_size // self.cfg.num_heads)
-        return torch.complex(cos[:, ::2], sin[:, ::2])  # both of a pair turn by the same angle
+        return torch.complex(cos[:, ::2], sin[:, ::2])  # one of each pair
 
     def unpatchify(self, x, h, w):
         """(B, h*w, p*p*C) -> (B, C, h*p, w*p); a token holds (row, column, channel)."""
@@ -264,10 +294,11 @@ class DiT(Checkpointing, nn.Module):
         ctx = self.mlp_ca(self.layer_norm(feat))  # (B, M, D)
         c = self.t_embedder(t)  # (B, D)
         if self.r_embedder:
-            c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)  # exactly c(t) where r = t
-        c0 = self.t_block(c).unflatten(-1, (6, -1))  # (B, 6, D)
+            # times t - r, so that where r = t the time is exactly that of a model of many steps
+            c = c + (t - r)[:, None].to(c.dtype) * self.r_embedder(r)
+        modulation = self.t_block(c).unflatten(-1, (6, -1))  # (B, 6, D)
         rope = self.rope(h, w, x.device)
 
         for block in self.blocks:
-            x = self.run(block, x, ctx, c0, rope)
+            x = self.run(block, x, ctx, modulation, rope)
         return self.unpatchify(self.final_layer(x, c), h, w)

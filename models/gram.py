@@ -18,10 +18,16 @@ CSD_TIMES = 20, 500     # t is drawn from 20 .. 499, as by PiSA-SR's script
 def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
     """Classifier score distillation: where guidance would move a latent, the latent is moved.
 
-    Noise is added, and a frozen UNet removes it twice: with the negative context, and with guidance away from that. The
-    difference of the two clean latents is the gradient that z gets; the value of the loss means little.
-    prior: (z_t, t, context) -> eps; z: (B, 4, h, w) clean scaled latent; t: (B,) of CSD_TIMES; noise: like z
-    context: (B, N, D) of the LQ image; negative: like it, zeros in GramSR, a negative prompt in PiSA-SR -> scalar
+    Noise is added, and a frozen UNet removes it twice: with the negative context, which gives `fake`, and with guidance
+    away from that, which gives `real`: a poor and a good clean latent, in the prior's eyes. The gradient that z gets is
+    2 g / numel, with g along fake - real; descending it moves z from fake towards real. The value of the loss means
+    little. g is divided by the mean distance of z to real, one number an image, so that its size hangs less on t: the
+    noisier z_t, the further both are from z.
+
+    prior: a function (z_t, t, context) -> eps
+    z: (B, C, h, w) clean scaled latent; t: (B,) of CSD_TIMES; noise: like z, standard normal
+    context: (B, N, D) of the LQ image; negative: like it, zeros in GramSR, a negative prompt in PiSA-SR
+    -> scalar
     """
     with torch.no_grad():
         a = alphas_cumprod().to(z.device)[t].view(-1, 1, 1, 1)
@@ -29,11 +35,12 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
         eps = prior(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, context])).float()
         eps_neg, eps_cond = eps.chunk(2)
         eps_guided = eps_neg + guidance * (eps_cond - eps_neg)
-        fake = (z_t - (1 - a).sqrt() * eps_neg) / a.sqrt()  # clean latents
+        # clean latents, z_t without the estimated noise
+        fake = (z_t - (1 - a).sqrt() * eps_neg) / a.sqrt()
         real = (z_t - (1 - a).sqrt() * eps_guided) / a.sqrt()
         g = (fake - real) / (z - real).abs().mean((1, 2, 3), keepdim=True)  # Eq. GramSR (4)
         target = z - g
-    return F.mse_loss(z, target)  # its gradient is 2 g / numel
+    return F.mse_loss(z, target)
 
 
 def normalised(x):

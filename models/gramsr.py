@@ -202,7 +202,7 @@ class GramSR(nn.Module):
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; seed: not read, nothing is random
         pixel, semantic, texture: scales of the LoRA sets, None = 1; one UNet pass if all are, else up to 3
-        tile, overlap: pixels; 0 = the checkpoint's
+        tile, overlap: pixels; 0 = the checkpoint's, but an overlap of half a smaller tile at most
         color: adain, wavelet or none
         -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError.
         """
@@ -218,7 +218,8 @@ class GramSR(nn.Module):
 
         # 2. encode, 3. one step, 4. decode
         z_lq = self.vae.encode(x)
-        z = self.restore(z_lq, x, scales, tile or cfg.tile, overlap or cfg.overlap)
+        tile = tile or cfg.tile
+        z = self.restore(z_lq, x, scales, tile, overlap or min(cfg.overlap, tile // 2))
         sr = self.vae.decode(z).clamp(-1, 1)[..., :H, :W].float() / 2 + 0.5
 
         # 5. give back the colours

@@ -87,7 +87,10 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over all pixels, one head of full width.  (B, C, H, W) -> same shape"""
+    """x + self-attention over all pixels, one head of full width: softmax(q k^T / sqrt(C)) v.
+
+    (B, C, H, W) -> same shape
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -195,7 +198,7 @@ class Decoder(strips.InStrips, nn.Module):
         for level in self.up_blocks:
             for layer in chain(*level.values()):
                 x = self.run(layer, x)
-        if strips.needed(x):
+        if strips.needed(x):    # fast, as self.run, for the last norm and convolution on the largest map
             return strips.norm_silu_conv(self.norm_out, self.conv_out, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -205,16 +208,20 @@ class Decoder(strips.InStrips, nn.Module):
 def take_first_frame(module, state_dict, prefix, *_):
     """Load hook: the video form, less what an image, the first frame, never meets.
 
-    Convolutions are causal: of each only the last slice in time counts, and none that changes the frame rate.
+    Convolutions are causal: before the first frame there are zeros, so only the last slice in time counts.
     """
-    for name in [name for name in state_dict if name.startswith(prefix)]:
+    own_names = [name for name in state_dict if name.startswith(prefix)]
+    for name in own_names:
         tensor = state_dict[name]
-        step, changes_rate, _ = name.partition("time_conv.")
-        if changes_rate and f"{step}resample.1.weight" in state_dict:
-            del state_dict[name]
-        elif tensor.ndim == 5:  # (out, in, time, height, width)
+        if "time_conv." in name:
+            # it changes the frame rate, beside a step up or down; a name that is beside none is left to be reported
+            step = name.partition("time_conv.")[0]
+            if f"{step}resample.1.weight" in state_dict:
+                del state_dict[name]
+                continue
+        if tensor.ndim == 5:  # a convolution's weight (out, in, time, height, width)
             state_dict[name] = tensor[:, :, -1]
-        elif name.endswith("gamma") and tensor.ndim == 4:
+        elif name.endswith("gamma") and tensor.ndim == 4:  # a norm's gain (C, 1, 1, 1)
             state_dict[name] = tensor.flatten(2)
 
 

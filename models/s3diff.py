@@ -239,8 +239,8 @@ class S3Diff(nn.Module):
         start_step: the UNet's t, below 999 with noise by seed
         tile, overlap: pixels; color: wavelet, adain or none
         paper: the paper's guidance, prompt and enlargement
-        None and 0: the checkpoint's -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]
-        Raises ValueError, WeightError.
+        None and 0: the checkpoint's, but an overlap of half a smaller tile at most
+        -> (B, 3, round(H * scale), round(W * scale)) in [0, 1]. Raises ValueError, WeightError.
         """
         lq = check_image(lq)
         cfg = self.cfg
@@ -267,7 +267,8 @@ class S3Diff(nn.Module):
         # 3. one step, under both prompts
         prompts = self.with_texts(prompt, negative_prompt).to(z)
         adapters = self.matrices("unet", scores)
-        eps = self.predict(z_t, t, prompts, adapters, guidance, tile or cfg.tile, overlap or cfg.overlap)
+        tile = tile or cfg.tile
+        eps = self.predict(z_t, t, prompts, adapters, guidance, tile, overlap or min(cfg.overlap, tile // 2))
         z = self.clean(z_t, eps, t)
 
         # 4. decode, and give back the colours

@@ -4,7 +4,7 @@ Weights: vosr_tiny, s3diff_tiny, gramsr_tiny, prior_tiny.safetensors beside this
 
 Each system is the paper's (vosr.py, s3diff.py, gramsr.py) with other parts:
 
-    ours                          in place of                      since
+    ours                          in place of                      because
     TinyVAE                       Stable Diffusion's autoencoder   49 thousand parameters do, not 84 million
     Finish                        nothing                          TinyVAE's decoder shows a transformer's errors
     TinyDiT                       VOSR's DiT                       it starts from the best linear estimate
@@ -66,7 +66,8 @@ def drop_old_tensors(module, state_dict, prefix, *_):
 class TinyVAEConfig:
     latent_channels: int = 64   # c; an image has 192 values in the 8x8x3 pixels of a latent's cell
     whitening: float = 0.5      # exponent w of `TinyVAE.gain`
-    scale: float = 2.0          # what all channels are multiplied by; the noise of a flow has deviation 1
+    # what all channels are multiplied by; since a flow's noise has deviation 1, the larger, the less it hides
+    scale: float = 2.0
     finish: int = 0             # channels of `Finish`; 0 = none
 
 
@@ -94,8 +95,8 @@ class Finish(nn.Module):
         # at an eighth of the image's size, on the latent
         self.conv_in = nn.Conv2d(latent_channels, wide, 3, padding=1)
         self.deep = nn.Sequential(*(ResBlock(wide) for _ in range(4)))
-        self.up = nn.Conv2d(wide, 16 * narrow, 1)
-        # at half of it, on 2x2x3 pixels a cell
+        self.up = nn.Conv2d(wide, 16 * narrow, 1)   # pixel_shuffle by 4 makes 4x4 pixels of 16 channels
+        # at half of it; 12 channels are the RGB of 2x2 pixels
         self.conv_x = nn.Conv2d(12, narrow, 3, padding=1)
         self.fine = nn.Sequential(*(ResBlock(narrow) for _ in range(2)))
         self.conv_out = nn.Conv2d(narrow, 12, 3, padding=1)
@@ -117,12 +118,13 @@ class Finish(nn.Module):
 class TinyVAE(nn.Module):
     """A learned lapped transform: analysis is one convolution, synthesis its transpose, both by the same weights.
 
-    Every cell of 8x8 pixels becomes c channels, each the product of a 16x16 window around it with one filter; windows
-    overlap by half, so cells leave no visible edges, unlike JPEG's blocks. Synthesis adds every filter, times its
-    channel, back into the image. Since the weights are shared, training for the least squared error makes the filters
-    nearly orthonormal: as in PCA, errors of the coefficients are about as large as those of the image.
+    Every cell of 8x8 pixels becomes c channels, each the dot product of a 16x16 window around it with one filter.
+    Windows overlap by half, so cells leave no visible edges, unlike JPEG's blocks. Synthesis adds every filter, times
+    its channel, back into the image. Since the weights are shared, training for the least squared error makes the
+    filters nearly orthonormal: as in PCA, errors of the coefficients are about as large as those of the image.
 
-    Nothing is random, nothing is nonlinear: an image and a latent say the same, so a flow can be judged in either.
+    The transform keeps 64 numbers of 192. It is linear, and nothing in it is random; what may follow it in the decoder,
+    `Finish`, is not linear.
     """
 
     factor = 8      # pixels per latent cell side
@@ -139,11 +141,14 @@ class TinyVAE(nn.Module):
 
     def analysis(self, x, adapters=NO_ADAPTERS):
         """(B, 3, H, W) in [-1, 1] -> (B, c, H/8, W/8) transform coefficients"""
-        return self.encoder(F.pad(x, (4,) * 4, mode="reflect"), adapters)
+        x = F.pad(x, (4,) * 4, mode="reflect")      # a 16x16 window reaches 4 pixels beyond its 8x8 cell
+        return self.encoder(x, adapters)
 
     def synthesis(self, y):
         """(B, c, h, w) transform coefficients -> (B, 3, 8h, 8w), about [-1, 1]"""
-        return F.conv_transpose2d(F.pad(y, (1,) * 4, mode="replicate"), self.encoder.weight, stride=8, padding=12)
+        y = F.pad(y, (1,) * 4, mode="replicate")    # so that pixels at the border lie under as many windows as others
+        # padding 12 cuts off, on each side, that cell's 8 pixels and the 4 by which a window reaches beyond its cell
+        return F.conv_transpose2d(y, self.encoder.weight, stride=8, padding=12)
 
     def gain(self):
         """From coefficients to latents: scale / std^w for each channel.  -> (1, c, 1, 1)
@@ -192,7 +197,7 @@ class ConvSwiGLU(SwiGLU):
 
     Few attention layers learn slowly what a convolution has by nature: that a pixel goes with the ones beside it. On
     digits, after five minutes of training, the loss was .146 instead of .180, at 1 % more time a step.
-    dw starts at zero, so that a transformer trained without it can go on with it.
+    dw starts at zero, so that a transformer trained without it can go on with it. No embedded model has it yet.
     """
 
     def __init__(self, D, inner):
@@ -218,10 +223,12 @@ class TinyDiT(DiT):
         d = z_t - (1 - t) z_lq is normal around 0 with variance s^2 = (1 - t)^2 + t^2,
         E[z_hq | z_t] = z_lq + (1 - t) / s^2 d,    E[eps | z_t] = t / s^2 d,
         so E[v | z_t] = ((2 t - 1) z_t - t z_lq) / s^2, and v lies around it with variance 1 / s^2.
-    The network sees (1 - t) / s^2 d, what noise tells beyond z_lq, and says how far -v is from its mean, over 1 / s:
-    at every t a target of deviation 1. Untrained it says 0, and one step gives the LQ latent. Without all this, one
-    step after 600 training steps was 2.8 dB below bicubic.
+    The network sees gain d, with gain = (1 - t) / s^2: what z_t tells of z_hq beyond z_lq. Its output is
+    (E[v | z_t] - v) s, at every t of deviation 1. The minus sign: v = eps - z_hq, so what is missing in z_hq has the
+    other sign in v, and the network adds to the image. Untrained it says 0, and one step gives the LQ latent. Without
+    all this, one step after 600 training steps was 2.8 dB below bicubic.
 
+    A second time r goes to the network only; the linear estimate is that of v at t, for the average velocity, too.
     local: whether MLPs are ConvSwiGLU
     """
 
@@ -240,21 +247,25 @@ class TinyDiT(DiT):
             for block in self.blocks:
                 block.mlp.grid = [side // self.cfg.patch_size for side in z_t.shape[-2:]]
         time = t[:, None, None, None]
-        variance = (1 - time) ** 2 + time**2
-        gain = (1 - time) / variance
+        s2 = (1 - time) ** 2 + time**2
+        d = z_t - (1 - time) * z_lq
+        gain = (1 - time) / s2
         gain = gain.clamp(min=0.1)      # or at t = 1 no noise came in, and in one step all seeds gave one image
-        linear = ((2 * time - 1) * z_t - time * z_lq) / variance
-        return linear - super().forward(gain * (z_t - (1 - time) * z_lq), z_lq, feat, t, r) / variance.sqrt()
+        mean_v = ((2 * time - 1) * z_t - time * z_lq) / s2
+        output = super().forward(gain * d, z_lq, feat, t, r)
+        return mean_v - output / s2.sqrt()
 
 
 # ---- S3Diff's discriminator
 
 class PatchDiscriminator(nn.Module):
-    """Four convolutions; logits for patches of three sizes, of a result together with the LQ image it was made from.
+    """Tells results from photographs, patch by patch, each beside the enlarged LQ image that it belongs to.
 
-    Trap: strides of 2 leave a lattice of 8 pixels in a discriminator's gradient. The autoencoder's cells are as large,
-    and a generator wove the lattice into every image, up to 31 times the spectrum around it. So images are rolled, by
-    new offsets each time, and kernels are 4x4, which meet every pixel equally often.
+    Four convolutions; the last three have a head each, which gives every place a logit: patches of three sizes.
+
+    Trap: three strides of 2 leave a lattice of 8 pixels in a discriminator's gradient. The autoencoder's cells are as
+    large, and a generator wove the lattice into every image: there its spectrum was up to 31 times that around it. So
+    images are rolled, by new offsets each time, and kernels are 4x4, which meet every pixel equally often.
     """
 
     def __init__(self, width=32):
@@ -287,14 +298,15 @@ class PatchDiscriminator(nn.Module):
 
 # ---- a perceptual distance without a classifier
 
-FAINT = 0.3     # added to the length of a feature vector: what is fainter counts less
+FAINT = 0.3     # added to the length that a feature vector is divided by, so vectors shorter than this count less
 
 
 class RandomLPIPS(nn.Module):
     """LPIPS's formula on features of random filters, all weighted alike; 2103.10571 found that they train as well.
 
-    Three convolutions, each at half the size of the one before: 16, 32, 64 orthogonal filters, the same for everybody.
-    Each sums to zero, so brightness is not seen: L2 beside it answers for that.
+    Three convolutions, each at half the size of the one before, of 16, 32, 64 filters, the same for everybody. Filters
+    start orthogonal; then their means are taken out, so each sums to zero, and brightness is not seen: L2 beside it
+    answers for that.
     """
 
     def __init__(self):
@@ -372,6 +384,7 @@ class TinyVOSR(VOSR):
 
 # ---- the prior, a Stable Diffusion of 9.4 million parameters, and the two systems around it
 
+# num_heads 0: no transformer at that level
 UNET = UNetConfig(64, 64, widths=(96, 128, 192), num_heads=(0, 2, 3), layers_per_block=1, context_dim=64,
                   norm_groups=16)
 PROMPT_TOKENS = 8       # of each of the two prompts that the prior learned: photos, and degraded images
@@ -387,7 +400,7 @@ def is_prior(name):
 
 @dataclass
 class TinyS3DiffConfig(S3DiffConfig):
-    unet: UNetConfig = field(default_factory=lambda: replace(UNET))
+    unet: UNetConfig = field(default_factory=lambda: replace(UNET))     # a copy: each config has its own
     vae: TinyVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
     r_vae: int = 8
     vae_targets: str = "encoder"        # TinyVAE's one convolution
@@ -427,8 +440,9 @@ def load_prior(model, init=None, wanted=is_prior):
     """Load the tiny prior, around which a TinyS3Diff or a TinyGramSR learns; the rest of the model stays as it is.
 
     init: --out of train_s3diff.py, None = the embedded prior and degradation estimator
-    wanted: function of a tensor's name, whether to load it, in place of `is_prior` -> path of the file.
-    Raises WeightError.
+    wanted: function of a tensor's name -> whether to load it; by default the prior only (`is_prior`), others load the
+    degradation estimator, too
+    -> path of the file. Raises WeightError.
     """
     if init:
         path = Path(init, "model.safetensors")
@@ -438,7 +452,9 @@ def load_prior(model, init=None, wanted=is_prior):
         estimator = {k: v for k, v in read_tensors(EMBEDDED["s3diff-tiny"]).items() if k.startswith("denet.")}
         tensors = read_foundation() | estimator
     tensors = {k: v for k, v in tensors.items() if wanted(k)}
-    load_strictly(model, tensors, path, may_miss=[k for k in model.state_dict() if k not in tensors])
+    # The model has more than the file, adapters for one. So nothing is missed; but no tensor of the file is left over.
+    may_miss = [k for k in model.state_dict() if k not in tensors]
+    load_strictly(model, tensors, path, may_miss=may_miss)
     model.float()       # files have float16
     return path
 

@@ -13,7 +13,7 @@ support/strips.py.
 """
 
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 
 import torch
 import torch.nn as nn
@@ -72,7 +72,10 @@ def rename_old_attention(module, state_dict, prefix, *_):
 
 
 class Attention(nn.Module):
-    """x + self-attention over all pixels, one head of full width.  (B, c, H, W) -> same shape"""
+    """x + self-attention over all pixels, one head of full width: softmax(q k^T / sqrt(c)) v.
+
+    (B, c, H, W) -> same shape
+    """
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         self.to_q = Linear(channels, channels)
         self.to_k = Linear(channels, channels)
         self.to_v = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list, since the public names count
+        self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list of one: its public name is to_out.0
         self.register_load_state_dict_pre_hook(rename_old_attention)
 
     def forward(self, x, adapters=NO_ADAPTERS):
@@ -147,10 +150,13 @@ class Encoder(strips.InStrips, nn.Module):
         super().__init__()
         self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()  # a level each; dicts, whose keys give the public names
-        for c_in, c_out in pairwise([widths[0], *widths]):
-            self.down_blocks.append(nn.ModuleDict({"resnets": resnets(c_in, c_out, layers, groups)}))
-            if len(self.down_blocks) < len(widths):
-                self.down_blocks[-1]["downsamplers"] = nn.ModuleList([Downsample(c_out)])
+        c_in = widths[0]
+        for i, c_out in enumerate(widths):
+            level = nn.ModuleDict({"resnets": resnets(c_in, c_out, layers, groups)})
+            if i < len(widths) - 1:     # all but the lowest resolution
+                level["downsamplers"] = nn.ModuleList([Downsample(c_out)])
+            self.down_blocks.append(level)
+            c_in = c_out
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
@@ -177,10 +183,13 @@ class Decoder(strips.InStrips, nn.Module):
         self.conv_in = ExactConv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList()
-        for c_in, c_out in pairwise([widths[0], *widths]):
-            self.up_blocks.append(nn.ModuleDict({"resnets": resnets(c_in, c_out, layers + 1, groups)}))
-            if len(self.up_blocks) < len(widths):
-                self.up_blocks[-1]["upsamplers"] = nn.ModuleList([Upsample(c_out)])
+        c_in = widths[0]
+        for i, c_out in enumerate(widths):
+            level = nn.ModuleDict({"resnets": resnets(c_in, c_out, layers + 1, groups)})
+            if i < len(widths) - 1:     # all but the image's own resolution
+                level["upsamplers"] = nn.ModuleList([Upsample(c_out)])
+            self.up_blocks.append(level)
+            c_in = c_out
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
@@ -189,7 +198,7 @@ class Decoder(strips.InStrips, nn.Module):
         for level in self.up_blocks:
             for layer in chain(*level.values()):
                 x = self.run(layer, x, adapters)
-        if strips.needed(x):
+        if strips.needed(x):    # fast, as self.run, for the last norm and convolution on the largest map
             return strips.norm_silu_conv(self.conv_norm_out, self.conv_out, x, adapters)
         return self.conv_out(F.silu(self.conv_norm_out(x)), adapters)
 
@@ -197,7 +206,7 @@ class Decoder(strips.InStrips, nn.Module):
 # ---- the models
 
 def mean_and_std(h):
-    """What an encoder returns is mean and log variance.  (B, 2c, h, w) -> mean, std, each (B, c, h, w)"""
+    """Split what an encoder returns, mean and log variance.  (B, 2c, h, w) -> mean, std, each (B, c, h, w)"""
     mean, logvar = h.chunk(2, dim=1)
     return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 

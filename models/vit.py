@@ -66,6 +66,8 @@ PRESETS = {
 # ---- DINO and DINOv2
 
 class Attention(nn.Module):
+    """Self-attention of nh heads of hd = D / nh channels.  (B, N, D) -> same shape"""
+
     def __init__(self, D, nh):
         super().__init__()
         self.nh = nh
@@ -78,6 +80,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, GELU between them.  (..., D) -> (..., out), out = D unless it is given"""
+
     def __init__(self, D, inner, out=None, gelu="none"):
         super().__init__()
         self.fc1 = nn.Linear(D, inner)
@@ -89,6 +93,8 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learned factor for each channel.  (B, N, D) -> same shape"""
+
     def __init__(self, D, name="gamma"):  # lambda1 in DINOv3
         super().__init__()
         self.name = name
@@ -99,6 +105,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention, then + MLP, each behind a norm.  (B, N, D) -> same shape"""
+
     def __init__(self, cfg):
         super().__init__()
         D = cfg.embed_dim
@@ -115,6 +123,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Every patch of patch x patch pixels to a token.  (B, channels, H, W) -> (B, N, D)"""
+
     def __init__(self, patch, D, channels=3, conv=nn.Conv2d):
         super().__init__()
         self.proj = conv(channels, D, kernel_size=patch, stride=patch)
@@ -124,6 +134,8 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
+    """DINO's and DINOv2's transformer; see `forward`."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -181,7 +193,11 @@ class ViT(nn.Module):
 # ---- DINOv3
 
 def rope_table(h, w, head_dim, device=None):
-    """Cosines and sines for h x w patches, with centres in (-1, 1): two (h*w, hd/2), first of rows, then of columns."""
+    """Cosines and sines for h x w patches, with centres in (-1, 1): two (h*w, hd/2), first of rows, then of columns.
+
+    Not dit.py's rope_table and rotate, which have other pairs, frequencies and positions: DINOv3's span (-1, 1) at any
+    size, VOSR's count tokens.
+    """
     row, col = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in (h, w))
     frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)  # (hd/4,)
     centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1).view(h * w, 2, 1)
@@ -196,11 +212,13 @@ def rotate(x, cos, sin):
 
 
 class DINOv3Attention(nn.Module):
+    """As `Attention`, with rotary positions; rope: of `DINOv3.rope`.  (B, N, D) -> same shape"""
+
     def __init__(self, D, nh):
         super().__init__()
         self.nh = nh
         self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, D, bias=False)  # but for the rotation, softmax would cancel a bias of k
+        self.k_proj = nn.Linear(D, D, bias=False)  # a bias of k would, without rotation, cancel in the softmax
         self.v_proj = nn.Linear(D, D)
         self.o_proj = nn.Linear(D, D)
 
@@ -216,6 +234,8 @@ class DINOv3Attention(nn.Module):
 
 
 class DINOv3MLP(nn.Module):
+    """Two linear layers, GELU between them, or SiLU gates.  (B, N, D) -> same shape"""
+
     def __init__(self, D, inner, gated):
         super().__init__()
         self.gate_proj = nn.Linear(D, inner) if gated else None
@@ -230,6 +250,8 @@ class DINOv3MLP(nn.Module):
 
 
 class DINOv3Block(nn.Module):
+    """As `Block`; rope: of `DINOv3.rope`.  (B, N, D) -> same shape"""
+
     def __init__(self, cfg):
         super().__init__()
         D = cfg.embed_dim
@@ -246,11 +268,15 @@ class DINOv3Block(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """Image to tokens: class, registers, patches.  (B, 3, H, W) -> (B, 1 + registers + N, D)"""
+
     def __init__(self, cfg):
         super().__init__()
         D, p = cfg.embed_dim, cfg.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=False)  # in the files only
+        # Zeros, which public files replace. The tiny GramSR's vision transformer learns from these zeros: its five
+        # front tokens are alike at first, get the same gradients, and so stay equal.
         self.register_tokens = nn.Parameter(torch.zeros(1, cfg.registers, D))
         self.patch_embeddings = nn.Conv2d(3, D, kernel_size=p, stride=p)
 
@@ -260,6 +286,8 @@ class Embeddings(nn.Module):
 
 
 class DINOv3(nn.Module):
+    """DINOv3's transformer; see `forward`."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg

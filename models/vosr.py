@@ -9,7 +9,6 @@ Low-quality image -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -52,8 +51,8 @@ class VOSRConfig:
     weak: float = 0.15              # strength of the weak condition
     temperature: float = 1.0        # deviation of the starting noise; below 1 one step is smoother, more faithful
     color: str = "adain"            # how the LQ image's colours come back, see `color_fix`
-    tile: int = 0                   # pixels a side, 0 = the whole image
-    overlap: int = 0                # pixels that tiles share, 1/8 at least
+    tile: int = 0                   # pixels a side of the output, 0 = the whole image at once
+    overlap: int = 0                # pixels that neighbouring tiles share; it is 1/8 of the side at least
 
     def __post_init__(self):
         if self.color not in ("adain", "wavelet", "none"):
@@ -61,10 +60,11 @@ class VOSRConfig:
 
     @classmethod
     def from_dict(cls, d):
-        for kind in AUTOENCODERS:       # the one that has such fields
-            if set(d["vae"]) <= {f.name for f in fields(kind)}:
-                break
-        vae = kind(**d["vae"])
+        """The config of a file: a dict of values, with dicts for dit, vit and vae. Raises TypeError, ValueError."""
+        # which autoencoder it is a file does not say: the one whose config has fields of these names
+        names = set(d["vae"])
+        has_names = [kind for kind in AUTOENCODERS if names <= {f.name for f in fields(kind)}]
+        vae = (has_names[0] if has_names else QwenVAEConfig)(**d["vae"])
         return cls(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
 
 
@@ -84,19 +84,21 @@ PUBLIC = {      # name: size, folder of the release
 class VOSR(nn.Module):
     Config = VOSRConfig
     stablesr = False    # whether colours come back as in StableSR, see `color_fix`
-    SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]  # of sample.py --sweep
+    # what sample.py --sweep shows: a list of rows, each a list of arguments of `upscale`
+    SWEEP = [[{"guidance": g} for g in (-0.5, 0.0, 0.5, 1.0, 1.5)]]
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.unguided = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond  # VOSR 2.0: never learned a weak branch
+        # VOSR 2.0: one step without second time; it has its guidance distilled in and no weak branch
+        self.unguided = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond
         if self.unguided:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
         self.vae, self.vit, self.dit = self.networks(cfg)
         self.light_decoder = None
         if cfg.light_decoder is not None:
             self.light_decoder = LightDecoder(**cfg.light_decoder)
-            del self.vae.decoder, self.vae.post_quant_conv
+            del self.vae.decoder, self.vae.post_quant_conv  # never used beside it: neither loaded nor saved
 
     def networks(self, cfg):
         """Autoencoder, vision encoder, transformer; the tiny model (tiny.py) has others."""
@@ -116,28 +118,34 @@ class VOSR(nn.Module):
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
         """Sample the clean latent: `sample` of `guided`, whose velocities are those of tiles where it is large.
 
-        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, 0 = off
+        z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, tile 0 = the whole
         -> like z_lq
         """
         boxes = self.boxes(z_lq, tile, overlap)
         feat = torch.cat([self.tokens(crop(x, box, self.vae.factor)) for box in boxes])  # every tile has its own
 
-        # Fast: keys and values of tokens that stay the same in all steps are computed once. Of more tiles than a batch
-        # they are made anew in every step, since those of a tile take 235 MB (0.5B, float32).
-        fixed = FixedTokens(self.dit) if steps > 1 or guidance != 1 else nullcontext
+        # Fast: tokens stay the same in all steps, so their keys and values are computed once; see support/tokens.py.
+        # They are kept for one batch of tiles only, as they take 235 MB a tile (0.5B, float32): if there are more
+        # batches, they are computed anew in every step.
+        fixed_tokens = FixedTokens(self.dit) if steps > 1 or guidance != 1 else None
 
         def velocity(z, t, r):
-            def of_tiles(z, z_lq, feat):
-                with fixed(feat) as tokens:
-                    return guided(self.dit, z, z_lq, tokens, t, r, guidance, weak)
+            def of_tiles(z_tiles, z_lq_tiles, feat_tiles):
+                if fixed_tokens is None:
+                    return guided(self.dit, z_tiles, z_lq_tiles, feat_tiles, t, r, guidance, weak)
+                with fixed_tokens.using(feat_tiles) as no_tokens:
+                    return guided(self.dit, z_tiles, z_lq_tiles, no_tokens, t, r, guidance, weak)
             return tiled(of_tiles, boxes, z, z_lq, feat)
 
         return sample(velocity, eps, steps)
 
     def boxes(self, z, tile, overlap):
-        """Tiles of a latent, whole tokens of the transformer.  tile, overlap: pixels -> as `tile_boxes`"""
+        """Tiles of a latent, whole tokens of the transformer.
+
+        tile, overlap: pixels; tile 0 = one tile, the whole; overlap: an eighth of the tile at least -> as `tile_boxes`
+        """
         f, p = self.vae.factor, self.cfg.dit.patch_size
-        side = tile // f // p * p  # cells
+        side = tile // f // p * p  # latent cells
         return tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
 
     def enlarge(self, lq, size):
@@ -145,7 +153,7 @@ class VOSR(nn.Module):
         return resize(lq, size)
 
     def noise(self, z, seed):
-        """Of one image alone, whatever was drawn for others, and the same on all devices -> like z"""
+        """Starting noise: a seed gives the same for each image, whatever came before, and on all devices -> like z"""
         eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), device="cpu")
         return eps.to(z, non_blocking=True)
 
@@ -168,11 +176,12 @@ class VOSR(nn.Module):
 
         # 1. enlarge the image, and pad it to whole tokens
         H, W = (round(side * scale) for side in lq.shape[-2:])
-        lq_up = self.enlarge(lq, (H, W)).to(self.dit.t_block[1].weight.device, non_blocking=True)
+        lq_up = self.enlarge(lq, (H, W)).to(next(self.dit.parameters()).device, non_blocking=True)
         x = pad_to_multiple(2 * lq_up - 1, self.vae.factor * cfg.dit.patch_size)
 
         # 2. from noise to the clean latent, under the latent of the enlarged one
-        z_lq = self.vae.encode(x)  # official: a sample of the posterior at first, now its mode
+        # official: first a sample of the autoencoder's posterior q(z | x), in today's code its mode, as here
+        z_lq = self.vae.encode(x)
         eps = cfg.temperature * self.noise(z_lq, seed)
         z = self.restore(z_lq, x, eps, cfg.steps, cfg.guidance, cfg.weak, cfg.tile, cfg.overlap)
 
@@ -188,19 +197,20 @@ class VOSR(nn.Module):
 
         A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError.
         """
-        path = EMBEDDED.get(name) or Path(name)
-        weights = None if name in PUBLIC else find_weights(path)
         if name in PUBLIC:
             size, folder = PUBLIC[name]
             args, weights = fetch(f"{folder}/args.json"), fetch(f"{folder}/checkpoints/ema_model.safetensors")
             model = cls.from_release(weights, args, size)
-        elif weights is None:
-            raise FileNotFoundError(f"{path}: no such model; name {', '.join(PUBLIC)}, "
-                                    "or a folder with a .safetensors file")
-        elif read_config(weights):      # ours
-            model = load_ours(cls, cls.Config, weights)
         else:
-            model = cls.from_release(weights, find_args(path))
+            path = EMBEDDED.get(name) or Path(name)
+            weights = find_weights(path)
+            if weights is None:
+                raise FileNotFoundError(f"{path}: no such model; name {', '.join(PUBLIC)}, "
+                                        "or a folder with a .safetensors file")
+            if read_config(weights):    # ours
+                model = load_ours(cls, cls.Config, weights)
+            else:
+                model = cls.from_release(weights, find_args(path))
         return in_half(model.to(torch.float32), dtype).to(device).eval()
 
     @classmethod
@@ -214,8 +224,9 @@ class VOSR(nn.Module):
         # official: wavelet colours since 2026, adain before; the multi-step script still has adain
         cfg = replace(cfg, color="wavelet")
         with on_meta_device(weights, "VOSR"):
-            DiT(checked(cfg.dit))  # before gigabytes are fetched for it
-        model = cls.with_frozen(cfg, args and args.parent.parent)
+            DiT(checked(cfg.dit))  # a wrong config fails here, before the frozen networks' gigabytes are fetched
+        release = args.parent.parent if args else None  # their layout: VOSR_0.5B_ms/args.json in the release's folder
+        model = cls.with_frozen(cfg, release)
         load_strictly(model.dit, tensors, weights, may_miss=("freqs_cos", "freqs_sin"))
         return model
 

@@ -222,7 +222,7 @@ class Vosr:
             fixed, zero = FixedTokens(dit), torch.zeros_like(feat)
 
             def ours():
-                with fixed(feat) as tokens:
+                with fixed.using(feat) as tokens:
                     return guided(dit, z, tile, tokens, 1.0, 0.0, 0.5)
 
             def long():

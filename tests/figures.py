@@ -28,7 +28,7 @@ from models.support.metrics import psnr_y  # noqa: E402
 from models.tiny import RandomLPIPS, TinyGramSR, TinyS3Diff, TinyVOSR  # noqa: E402
 from models.unet import alphas_cumprod  # noqa: E402
 from models.support.weights import EMBEDDED  # noqa: E402
-from sample import SYSTEMS  # noqa: E402
+from sample import find_system  # noqa: E402
 
 WIDTH, GAP = 1200, 12       # pixels of every picture, and between what it shows
 CUP = 16, 30, 32, 32        # a crop of the example: one tile of the embedded model
@@ -87,7 +87,7 @@ def example(*crop):
 
 def embedded():
     """-> {title: model} of the tiny systems whose weights are in the repository"""
-    return {title: SYSTEMS[system].from_pretrained(f"{system}-tiny") for title, system in TINY.items()
+    return {title: find_system(f"{system}-tiny").from_pretrained(f"{system}-tiny") for title, system in TINY.items()
             if EMBEDDED[f"{system}-tiny"].is_file()}
 
 

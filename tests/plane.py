@@ -357,7 +357,7 @@ def prompted(share, steps=1_500):
 
 
 def negatives():
-    """S3Diff's prompts: negatives cost nothing; guidance away from them costs error and buys distance, as without."""
+    """S3Diff's prompts: negatives cost nothing; guidance away from them costs error and buys a little distance."""
     w = world()
     for share, words in ((0.0, "no negatives"), (0.05, "negatives")):
         for scale in (0, 1, 1.07, 1.2, 1.5):

@@ -13,8 +13,8 @@ from models.lora import NO_ADAPTERS
 @cache
 def nets():
     """Regression, the flow, both of its students: a fifth of the lessons' steps."""
-    flow = plane.flow_net(steps=800)
-    students = {kind: plane.one_step_net(kind, steps=350, teacher=flow) for kind in ("rcgm", "shortcut")}
+    flow = plane.flow_net(steps=700)
+    students = {kind: plane.one_step_net(kind, steps=400, teacher=flow) for kind in ("rcgm", "shortcut")}
     return plane.regression_net(steps=400), flow, students
 
 
@@ -52,7 +52,7 @@ def test_one_distilled_step_does_what_many_did(kind):
     before, many = (plane.measure(plane.walk(flow, w, steps), w) for steps in (1, 25))
     after = plane.measure(plane.walk(students[kind], w, 1), w)
     assert after[1] < before[1] / 6 and after[1] < many[1] + 0.015      # distance
-    assert after[0] > 1.5 * before[0] and after[3] < before[3]          # error, off
+    assert after[0] > 1.4 * before[0] and after[3] < before[3]          # error, off
     start = plane.student(flow)
     assert plane.disagreement(students[kind], flow, w)[0] < plane.disagreement(start, flow, w)[0] / 2
 
@@ -98,6 +98,7 @@ def test_prompts_are_told_apart():
 
 def test_command(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plane.py", "truth"])
+    monkeypatch.setattr(plane, "world", lambda world=plane.world: world(1_000))
     plane.main()
     said = capsys.readouterr().out
     for name in ("mean of all answers", "one answer drawn"):

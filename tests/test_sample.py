@@ -4,13 +4,19 @@ Files, messages and exit statuses are tried with a stand-in for the network; one
 """
 
 import csv
+import errno
+import io
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
+import threading
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import test_gramsr
@@ -20,8 +26,9 @@ from PIL import Image
 import sample
 from models import vosr
 from models.support import evaluation, imaging
+from models.support.arguments import SIGNALS
 from models.gramsr import GramSR, GramSRConfig
-from models.support.imaging import read_picture, resize, write_picture
+from models.support.imaging import read_picture, resize, round8, write_picture
 from models.s3diff import S3Diff, S3DiffConfig
 from models.support.weights import EMBEDDED, save_model
 
@@ -474,3 +481,358 @@ def test_many_pictures_keep_their_order(run):
         assert [row["picture"] for row in csv.DictReader(f)] == [f"{i}.png" for i in range(9) if i != 4]
     assert names("out") == [f"{i}.png" for i in range(9) if i != 4] + ["metrics.csv", "metrics.json", "sheet.png"]
     assert sum("in/4.png".replace("/", os.sep) in line for line in err) == 2
+
+
+# ---- results that are there already
+
+def rows(folder="out"):
+    with open(Path(folder, "metrics.csv"), newline="") as f:
+        return {row["picture"]: row for row in csv.DictReader(f)}
+
+
+def test_what_others_made_is_made_anew(run, monkeypatch):
+    """--skip-existing keeps what the same model, seed, scale and knobs made; the metrics are of all images."""
+    embed(monkeypatch)
+    for name in "abc":
+        picture(f"in/{name}.png"), picture(f"hq/{name}.png", 64, 96)
+    usual = ["in", "--ref", "hq", "--skip-existing"]
+    for words, kept in (((), 0), ((), 3), (("--seed", 1), 0), (("--seed", 1), 3), (("--guidance", 0.5), 0), (("--tile", 64), 0),
+                        (("--model", "s3diff-tiny"), 0), (("--model", "s3diff-tiny", "--noise", 0.25), 0), ((), 0)):
+        status, out, err = run(*usual, *words)
+        assert (status, err) == (0, []) and sum("is kept" in line for line in out) == kept, words
+    whole = {name: Path("out", name).read_bytes() for name in ("a.png", "b.png", "c.png")}
+    assert run("in/b.png", "--seed", 5)[0] == 0 and Path("out/b.png").read_bytes() != whole["b.png"]
+    before = rows()
+    status, out, _ = run(*usual)
+    assert sum("is kept" in line for line in out) == 2 and {name: Path("out", name).read_bytes() for name in whole} == whole
+    assert [*rows()] == ["a.png", "b.png", "c.png"] and {name: row["psnr_y"] for name, row in rows().items()} == {
+        name: row["psnr_y"] for name, row in before.items()}
+    assert json.loads(Path("out/metrics.json").read_text())["average"]["psnr_y"]["pictures"] == 3
+
+
+def test_what_the_same_folder_made_before_is_made_anew(run):
+    """A model that was trained on meanwhile is another one."""
+    picture("a.png", 8, 8), Path("mine").mkdir()
+    model, found = test_gramsr.make(), []
+    for change in (False, False, True):
+        if change:
+            torch.nn.init.normal_(model.unet.conv_out.bias)
+        save_model(Path("mine/model.safetensors"), model.cfg, model.state_dict())
+        status, out, _ = run("a.png", "--model", "mine", "--skip-existing")
+        assert status == 0
+        found.append(any("is kept" in line for line in out))
+    assert found == [False, True, False]
+
+
+# ---- while it runs
+
+def test_metrics_grow_while_images_finish(run, monkeypatch):
+    """What a run that is killed has finished is in the table."""
+    seen, upscale = [], Bicubic.upscale
+
+    def watch(self, lq, *args, **knobs):
+        seen.append(len(rows()) if Path("out/metrics.csv").exists() else 0)
+        return upscale(self, lq, *args, **knobs)
+
+    monkeypatch.setattr(Bicubic, "upscale", watch)
+    for i in range(8):
+        picture(f"in/{i}.png")
+    assert run("in", "--ref", "in", "--scale", 1)[0] == 0
+    assert seen == [max(i - 1, 0) for i in range(8)] and len(rows()) == 8, "one is written while the next is computed"
+
+
+def test_how_far_it_is(run):
+    for i in range(6):
+        picture(f"in/{i}.png", 16 + i, 24)
+    Path("in/3.png").write_text("no image")
+    for words in ((), ("--skip-existing",)):
+        _, out, _ = run("in", *words)
+        said = [re.search(r"\[(\d) of 6(, about \d+ s left)?\]", line) for line in out if "[" in line]
+        assert [int(found[1]) for found in said][-1] == 6 and len(said) == 5
+        assert all(found[2] for found in said[:-1]) and not said[-1][2]
+    assert not any("[" in line for line in run("in/0.png")[1])
+
+
+def be_watched(folder, n, side, found):
+    """sample.py on many images in a process of its own; found: gets megabytes in memory before each, now and at most."""
+    class Watched(Bicubic):
+        def upscale(self, lq, **knobs):
+            status = dict(line.split(":") for line in open("/proc/self/status"))
+            print(*(int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")), file=file, flush=True)
+            return super().upscale(lq, **knobs)
+
+    os.chdir(folder), torch.set_num_threads(1)
+    picture("in/0.png", side, side), picture("hq/0.png", 4 * side, 4 * side)
+    for i in range(1, n):
+        os.link("in/0.png", f"in/{i}.png"), os.link("hq/0.png", f"hq/{i}.png")
+    sys.stdout, sample.SYSTEMS["tinyvosr"] = open(os.devnull, "w"), Watched
+    with open(found, "w") as file:
+        assert sample.main(["in", "--ref", "hq", "--device", "cpu"]) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("side, most", [(64, 20), pytest.param(256, 50, marks=pytest.mark.slow)])
+def test_memory_does_not_grow(tmp_path, side, most):
+    """From the tenth of 60 images on it stays as it is: megabytes, less than half of what one result each would add.
+
+    The peak of large ones depends on what the two threads do at one time, so there their usual memory is compared.
+    """
+    (tmp_path / "work").mkdir()
+    process = runs.fork(be_watched, tmp_path / "work", 60, side, tmp_path / "found")
+    process.join()
+    now, peak = np.loadtxt(tmp_path / "found").T
+    assert process.exitcode == 0 and len(now) == 60
+    assert np.median(now[40:]) - np.median(now[10:20]) < most
+    assert side > 64 or peak[-1] - peak[10] < most
+
+
+# ---- where results go
+
+def test_out_is_tried_first(run, monkeypatch):
+    """One line before a model is loaded."""
+    monkeypatch.setattr(Bicubic, "from_pretrained", None)
+    picture("a.png"), Path("file").touch()
+    for out in ("file", "file/out", "z" * 300):
+        status, said, err = run("a.png", "--out", out)
+        assert (status, said) == (1, []) and len(err) == 1 and f"{out}: cannot be written (" in err[0] and "choose another folder" in err[0]
+    assert names(".") == ["a.png", "file"]
+
+
+@pytest.mark.parametrize("number, ends", [(errno.ENOSPC, True), (errno.EROFS, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_a_disk_that_refuses(run, monkeypatch, number, ends):
+    """Where no other result can be written, either, nothing more is computed."""
+    save, upscale, calls = Image.Image.save, Bicubic.upscale, []
+
+    def refuse(img, path, **options):
+        if len(calls) >= 3:
+            raise OSError(number, os.strerror(number))
+        save(img, path, **options)
+
+    monkeypatch.setattr(Bicubic, "upscale", lambda self, lq, *args, **knobs: calls.append(1) or upscale(self, lq, *args, **knobs))
+    for i in range(9):
+        picture(f"in/{i}.png")
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    status, out, err = run("in", "--ref", "in", "--scale", 1)
+    assert status == 1 and f"cannot be written ({os.strerror(number)}); " in err[0] and "0.png" not in err[0]
+    if ends:
+        assert len(calls) <= 5 and re.fullmatch(r"stopped after [123] of 9; add --skip-existing to go on", err[-1])
+    else:
+        assert len(calls) == 9 and len(err) > 9
+
+
+def test_a_full_disk(run, small_disk):
+    """A line for each result that was computed by then, each with its name and a remedy; with more room it goes on."""
+    for i in range(12):
+        picture(f"in/{i:02}.png", 64, 64)
+    flags = "in", "--out", small_disk, "--ref", "in/00.png"
+    status, out, err = run(*flags)
+    written = [name for name in names(small_disk) if name != "metrics.csv"]
+    refused = [line for line in err if "cannot be written" in line and line[0] != " "]
+    assert status == 1 and 2 < len(written) < 10 and 1 <= len(refused) <= 3
+    assert all("(No space left on device); make room, or choose another folder" in line for line in refused)
+    assert err[-1] == f"stopped after {len(written)} of 12; add --skip-existing to go on"
+    assert all(read_picture(small_disk / name)[0].shape == (1, 3, 256, 256) for name in written)
+    subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
+    status, out, _ = run(*flags, "--skip-existing")
+    assert status == 0 and sum("is kept" in line for line in out) == len(written) and len(names(small_disk)) == 15
+
+
+def test_a_disk_that_becomes_read_only(run, monkeypatch, small_disk):
+    upscale, calls = Bicubic.upscale, []
+
+    def watch(self, lq, *args, **knobs):
+        calls.append(1)
+        if len(calls) == 3:
+            subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        return upscale(self, lq, *args, **knobs)
+
+    monkeypatch.setattr(Bicubic, "upscale", watch)
+    for i in range(12):
+        picture(f"in/{i:02}.png", 16, 16)
+    status, _, err = run("in", "--out", small_disk)
+    assert status == 1 and len(calls) <= 5 and "(Read-only file system); choose another folder" in err[0]
+    assert "stopped after" in err[-1]
+    status, out, err = run("in", "--out", small_disk)
+    assert status == 1 and len(err) == 1 and "(Read-only file system)" in err[0] and len(calls) <= 5
+
+
+def test_the_same_folder_for_photos_and_results(run, monkeypatch):
+    """sample.py . again and again: photos alone are enlarged, also by a run that goes on."""
+    for name in ("a.png", "trip/b.png", "trip/c.png"):
+        picture(name)
+    upscale = Bicubic.upscale
+    monkeypatch.setattr(Bicubic, "upscale", lambda self, lq, *args, **knobs: signal.raise_signal(signal.SIGINT) if lq.shape[2] == 17
+                        else upscale(self, lq, *args, **knobs))
+    picture("trip/c.png", 17)
+    assert run(".", "--out", ".", "--page")[0] == 1     # a.png itself is in the way
+    status, _, err = run(".")
+    assert status == 130 and err == ["stopped after 2 of 3; add --skip-existing to go on"]
+    monkeypatch.setattr(Bicubic, "upscale", upscale)
+    status, out, err = run(".", "--skip-existing")
+    assert (status, err) == (0, []) and sum("is kept" in line for line in out) == 2
+    for flags in ((), ("--sweep",), ()):
+        assert run(".", *flags)[0] == 0
+    found = {path.relative_to("out").as_posix() for path in Path("out").rglob("*.png")}
+    assert found == {"sheet.png", *(f"{top}{name}" for top in ("", "sweep/") for name in ("a.png", "trip/b.png", "trip/c.png"))}
+
+
+def test_home_folder(run, monkeypatch):
+    """In every path; shells leave ~ in --out=~/x."""
+    monkeypatch.setenv("HOME", os.getcwd()), monkeypatch.setenv("USERPROFILE", os.getcwd())
+    Path("work").mkdir(), Path("sets").mkdir(), monkeypatch.chdir("work")
+    model = test_gramsr.make()
+    save_model(Path("../sets/model.safetensors"), model.cfg, model.state_dict())
+    picture("../a.png", 8, 8), picture("../hq/a.png", 32, 32), np.savez("../niqe.npz", x=1)
+    status, _, err = run("~/a.png", "--out=~/big", "--ref=~/hq", "--model=~/sets")
+    assert (status, err) == (0, []) and names("../big") == ["a.png", "metrics.csv", "metrics.json", "sheet.png"]
+    status, _, err = run("~/a.png", "--niqe=~/niqe.npz")
+    assert status == 1 and "niqe.npz: not NIQE's parameter file" in err[0] and names(".") == []
+    assert sample.load("~/sets", "cpu")("~/a.png").size == (32, 32)
+
+
+# ---- in notebooks
+
+@pytest.fixture(scope="module")
+def nano():
+    return sample.load("vosr-tiny", "cpu")
+
+
+def tensor_of(image):
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)[None] / 255
+
+
+def test_an_image_of_any_kind(nano, tmp_path):
+    """And the result is of the same kind, with the same numbers."""
+    x = round8(torch.rand(1, 3, 12, 20, generator=torch.Generator().manual_seed(0)))
+    wanted, array = nano(x), (x[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    assert wanted.shape == (1, 3, 48, 80) and wanted.dtype == torch.float32 and 0 <= wanted.min() and wanted.max() <= 1
+    image = Image.fromarray(array)
+    image.save(tmp_path / "a.png")
+    made = nano(array)
+    assert made.shape == (48, 80, 3) and made.dtype == np.uint8 and torch.equal(tensor_of(made), round8(wanted))
+    for given in (image, str(tmp_path / "a.png"), tmp_path / "a.png"):
+        made = nano(given)
+        assert isinstance(made, Image.Image) and made.mode == "RGB" and torch.equal(tensor_of(made), round8(wanted))
+    assert torch.equal(nano(x.double()), wanted.double()) and nano(x.half()).dtype == torch.float16
+    assert torch.equal(nano(x, seed=1, temperature=0.0), nano(x, temperature=0.0)) and not torch.equal(nano(x, seed=1), wanted)
+    assert nano(image, scale=2).size == (40, 24) and isinstance(nano.model, torch.nn.Module)
+    assert sample.load(dtype=torch.float32, device=torch.device("cpu"))(array).shape == (48, 80, 3)
+
+
+def test_grey_alpha_palettes_and_orientation(nano):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (10, 14, 4), dtype=np.uint8), "RGBA")
+    grey, opaque = image.convert("L"), image.convert("RGB")
+    assert nano(grey).mode == "L" and nano(np.asarray(grey)).shape == (40, 56) and nano(np.asarray(grey)[..., None]).shape == (40, 56, 1)
+    assert np.array_equal(nano(grey), nano(np.asarray(grey))) and nano(opaque).mode == "RGB"
+    assert nano(grey.convert("RGB")).mode == "RGB" and nano(grey.point(lambda x: 257 * x, "I")).mode == "L"
+    made = nano(image)
+    assert made.mode == "RGBA" and np.array_equal(made.getchannel("A"), image.getchannel("A").resize((56, 40), Image.Resampling.BICUBIC))
+    assert nano(image.convert("LA")).mode == "LA" and nano(image.convert("1")).mode == "L" and nano(opaque.convert("CMYK")).mode == "RGB"
+    palette = opaque.quantize(8)
+    assert palette.mode == "P" and np.array_equal(nano(palette), nano(palette.convert("RGB")))
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6        # turned by 90 degrees
+    opaque.save(file, "PNG", exif=exif)
+    assert nano(Image.open(file)).size == (40, 56)
+
+
+WRONG = {   # each with words of its message
+    "bytes": (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "not torch.uint8; divide by 255"),
+    "0 to 255": (torch.full((1, 3, 8, 8), 255.0), "not one from 255 to 255"), "-1 to 1": (torch.linspace(-1, 1, 192).view(1, 3, 8, 8), "from -1 to 1"),
+    "no number": (torch.full((1, 3, 8, 8), float("nan")), "from nan to nan"), "no batch": (torch.zeros(3, 8, 8), "shape (3, 8, 8)"),
+    "channels last": (torch.zeros(1, 8, 8, 3), "shape (1, 8, 8, 3)"), "alpha": (torch.zeros(1, 4, 8, 8), "shape (1, 4, 8, 8)"),
+    "empty": (torch.zeros(0, 3, 8, 8), "shape (0, 3, 8, 8)"), "list": ([[0.5]], "not list"), "None": (None, "not NoneType"),
+    "array CHW": (np.zeros((3, 8, 8), np.uint8), "must be (H, W, 3) or (H, W) uint8, not (3, 8, 8) uint8"),
+    "float array": (np.zeros((8, 8, 3)), "not (8, 8, 3) float64"), "array of a batch": (np.zeros((1, 8, 8, 3), np.uint8), "not (1, 8, 8, 3) uint8"),
+    "missing": ("nowhere.png", "nowhere.png: no such file"), "folder": (Path(), "is a folder; name an image in it"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_image_is_one_line(nano, kind):
+    image, words = WRONG[kind]
+    with pytest.raises(ValueError) as e:
+        nano(image)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name, knobs", [("vosr-tiny", {"temperature": 0.0}), ("vosr-tiny", {"temperature": 0.0, "steps": 2, "guidance": 0.5}),
+                                         ("s3diff-tiny", {}), ("s3diff-tiny", {"guidance": 1}), ("gramsr-tiny", {}), ("gramsr-tiny", {"pixel": 0.5})])
+@pytest.mark.parametrize("tile", [0, 64])
+def test_several_images(name, knobs, tile):
+    """In one tile or beyond one, each comes out as if it were alone, but for rounding."""
+    nano = sample.load(name, "cpu")
+    x = torch.rand(2, 3, 20, 36, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([nano(one, tile=tile, **knobs) for one in x.split(1)])
+    assert not torch.allclose(*alone, atol=0.1)
+    torch.testing.assert_close(nano(x, tile=tile, **knobs), alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, knobs", [("s3diff-tiny", {"guidance": 1}), ("gramsr-tiny", {})])
+def test_small_tiles_are_few(name, knobs):
+    """--tile alone, as an error of little memory proposes: tiles share half of themselves, not all but a cell."""
+    nano, tiles = sample.load(name, "cpu"), []
+    nano.model.unet.register_forward_pre_hook(lambda _, args: tiles.append(len(args[0])))
+    nano(torch.rand(1, 3, 40, 40), tile=64, **knobs)
+    assert sum(tiles) == 4 * 4
+
+
+class Notebook(io.TextIOBase):
+    """What stands in for stdout there: no file, nothing to configure."""
+
+    encoding = "UTF-8"
+
+    def __init__(self):
+        self.said = ""
+
+    def write(self, text):
+        self.said += text
+        return len(text)
+
+
+def test_main_in_a_notebook(run, monkeypatch):
+    """Twice, with arguments, beside another program's signals, and in a thread, which has none."""
+    for i in range(3):
+        picture(f"in/{i}.png")
+    stream, handlers, status = Notebook(), {number: (lambda *_: None) for number in SIGNALS}, []
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        for _ in range(2):
+            status.append(sample.main(["in", "--device", "cpu", "--ref", "in", "--scale", "1", "--page"]))
+        thread = threading.Thread(target=lambda: status.append(sample.main(["in", "--device", "cpu", "--out", "thread"])))
+        thread.start(), thread.join()
+        assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+    finally:
+        [signal.signal(number, handler) for number, handler in before.items()]
+    assert status == [0, 0, 0] and stream.said.count("[3 of 3]") == 3 and sys.stdout is stream
+    assert json.loads(Path("out/metrics.json").read_text())["command"] == "python sample.py in --device cpu --ref in --scale 1 --page"
+
+
+def test_another_default_device(nano):
+    """A notebook that has begun with torch.set_default_device("cuda"); here all that falls on it is empty."""
+    x, nanos = torch.rand(1, 3, 20, 36), [(nano, {}), *((sample.load(name, "cpu"), {}) for name in ("s3diff-tiny", "gramsr-tiny"))]
+    for nano, knobs in [*nanos, *((nano, {"tile": 64}) for nano, _ in nanos), (nanos[0][0], {"color": "adain"}), (nanos[1][0], {"start_step": 100})]:
+        wanted = nano(x, **knobs)
+        try:
+            torch.set_default_device("meta")
+            found = nano(x, **knobs)
+        finally:
+            torch.set_default_device(None)
+        assert torch.equal(found, wanted), knobs
+
+
+# ---- output that goes into a file or a pipe
+
+def test_lines_come_one_by_one(tmp_path):
+    """And no bars among them."""
+    for i in range(40):
+        picture(tmp_path / f"in/{i:02}.png", 24, 24)
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "in", "--device", "cpu"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    seen = []       # results that were there when a line came
+    for line in process.stdout:
+        assert "\r" not in line and "it/s" not in line
+        if "->" in line:
+            seen.append(len(names(tmp_path / "out")))
+    assert process.wait() == 0 and len(seen) == 40 and seen[0] < 10 and seen == sorted(seen)

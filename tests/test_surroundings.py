@@ -2,19 +2,33 @@
 
 import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import runs
+import test_train
+import test_train_gramsr
+import test_train_s3diff
 import torch
-from test_survival import SCRIPTS
-from test_train import newest, photos  # noqa: F401 (photos is a fixture)
+from PIL import Image
+from test_sample import Notebook
+from test_survival import SCRIPTS, Group, posix
+from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
+from test_train_s3diff import flat
+
+import degrade
 
 import train_gramsr
 import train_s3diff
 import train_vosr
 import training
+from models.support.arguments import SIGNALS
+from models.support.photos import list_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = {"vosr": (train_vosr, ["--stage", "autoencoder"]), "s3diff": (train_s3diff, []), "gramsr": (train_gramsr, ["--stage", "pixel"])}
@@ -164,3 +178,155 @@ def test_nothing_of_distributed_is_imported_early():
     """Its tensors cost a second, and some builds have none."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import training; print('torch.distributed.tensor' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+
+
+# ---- notebooks, threads
+
+STAGES = {      # all stages of each script, each with the words that follow from the one before
+    "vosr": [("autoencoder", None), ("flow", "autoencoder"), ("refine", "flow"), ("distill", "flow"), ("decoder", "distill")],
+    "s3diff": [("prior", None), ("estimator", "prior"), ("adapters", "estimator")],
+    "gramsr": [("pixel", None), ("semantic", "pixel"), ("texture", "semantic")],
+}
+
+
+def train_all(name, patch, photos, folder):  # noqa: F811
+    """One step of each stage -> {stage: all tensors of its checkpoint}"""
+    made = {}
+    for stage, before in STAGES[name]:
+        more = ["--steps", 1, *(["--init", folder / before] if before else [])]
+        if name == "s3diff":
+            test_train_s3diff.launch(patch, photos, folder / stage, "--stage", stage, *more)
+        else:
+            {"vosr": test_train, "gramsr": test_train_gramsr}[name].launch(patch, photos, folder / stage, stage, *more)
+        made[stage] = flat(newest(folder / stage))
+    return made
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_another_default_device(monkeypatch, photos, tmp_path, name):  # noqa: F811
+    """A notebook that has begun with torch.set_default_device("cuda"); here all that falls on it is empty."""
+    def elsewhere(function):
+        def wrapped(run):
+            torch.set_default_device("meta")
+            try:
+                return function(run)
+            finally:
+                torch.set_default_device(None)
+        return wrapped
+
+    monkeypatch.setitem(train_vosr.PRESETS, "tiny", (test_train.SMALL, test_train.STAGES))
+    test_train_s3diff.shrink(monkeypatch, crop=32), test_train_gramsr.shrink(monkeypatch)
+    usual, fit = train_all(name, monkeypatch, photos, tmp_path / "usual"), training.fit
+    monkeypatch.setattr(training, "fit", lambda run, step, evaluate, save: fit(run, elsewhere(step), elsewhere(evaluate), save))
+    found = train_all(name, monkeypatch, photos, tmp_path / "found")
+    assert all(same(found[stage], usual[stage]) for stage in usual)
+
+
+def test_constants_are_on_the_cpu():
+    """Also where the default was another one when they were made."""
+    program = f"""
+import sys, torch
+torch.set_default_device("meta")
+sys.path.insert(0, {str(ROOT)!r})
+import degrade, sample
+from models.support import winograd
+torch.set_default_device(None)
+x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+degrade.degrade(x, degrade.RECIPES["s3diff"], torch.Generator().manual_seed(0))
+winograd.conv3x3(torch.rand(1, 4, 9, 9), torch.rand(4, 4, 3, 3), torch.rand(4))
+torch.set_default_device("meta")
+print(sample.load("vosr-tiny", "cpu")(x[..., :8, :8]).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "[1, 3, 32, 32]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_main_in_a_notebook(monkeypatch, photos, tmp_path, name):  # noqa: F811
+    """In a thread, then again; stdout is no file; what other programs do about signals stays."""
+    handlers = {number: (lambda *_: None) for number in SIGNALS}
+    before, stream = {number: signal.signal(number, handler) for number, handler in handlers.items()}, Notebook()
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        thread = threading.Thread(target=SCRIPTS[name], args=(monkeypatch, photos, tmp_path), kwargs={"stop_at": 1})
+        thread.start(), thread.join()
+        assert newest(tmp_path)["step"] == 1
+        SCRIPTS[name](monkeypatch, photos, tmp_path, stop_at=2)
+        assert newest(tmp_path)["step"] == 3 and {number: signal.getsignal(number) for number in SIGNALS} == handlers
+    finally:
+        [signal.signal(number, handler) for number, handler in before.items()]
+    assert stream.said.count("the same command goes on from here") == 2 and "resumed from" in stream.said
+
+
+def test_scripts_leave_signals_as_they_were(tmp_path, monkeypatch):
+    """%run in a notebook."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40), "teal").save("a.png")
+    seen, here = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(runs.signal, "signal", lambda *args, signal=signal.signal: seen.append(args) or signal(*args))
+    assert runs.here(ROOT / "degrade.py", "a.png", "out")[0] == 0 and signal.getsignal(signal.SIGTERM) == here
+    assert seen[0][0] == signal.SIGTERM
+
+
+# ---- paths, output
+
+def test_home_folder(monkeypatch, photos, tmp_path):  # noqa: F811
+    """In every path; shells leave ~ in --out=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "work").mkdir(), monkeypatch.chdir(tmp_path / "work")
+    folder = shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "list.txt").write_text("~/photos\n~/photos/0.png\n")
+    assert len(list_photos(tmp_path / "list.txt")) == 6
+    monkeypatch.setitem(train_vosr.PRESETS, "tiny", (test_train.SMALL, test_train.STAGES))
+    test_train.launch(monkeypatch, "~/list.txt", "~/ae", "autoencoder", "--steps", 1)
+    test_train.launch(monkeypatch, "~/photos", "~/flow", "flow", "--init=~/ae", "--steps", 1)
+    for place in (folder, folder / "0.png"):
+        monkeypatch.setattr(sys, "argv", ["degrade.py", str(place).replace(str(tmp_path), "~"), "~/pairs"])
+        with pytest.raises(SystemExit) as e:
+            degrade.main()
+        assert e.value.code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "photos", "list.txt", "ae", "flow", "pairs"}
+    assert not [*(tmp_path / "work").iterdir()] and len([*(tmp_path / "pairs" / "lq").iterdir()]) == 5
+
+
+@posix
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_log_of_what_is_printed(name, photos, tmp_path):  # noqa: F811
+    """Lines come at once, also into a file, and no bars are among them."""
+    run = Group(name, photos, tmp_path / "out")
+    run.wait_for_a_step()
+    assert "photos to train on" in run.said("stdout") and "step 0" not in run.said("stdout")
+    runs.wait_for_row(run.log, 10, run.process)
+    assert run.said("stderr") == ""
+    run.signal(signal.SIGTERM)
+    _, said, errors = run.end()
+    assert "\r" not in said and "it/s" not in said + "".join(errors) and len(errors) == 2
+
+
+# ---- a disk that refuses, for degrade.py
+
+def test_degrade_ends_on_a_full_disk(monkeypatch, capsys, small_disk, tmp_path):
+    (tmp_path / "hr").mkdir()
+    for i in range(18):
+        Image.effect_noise((256, 256), 200).convert("RGB").save(tmp_path / "hr" / f"{i:02}.png")
+    calls, real = [], degrade.pair
+    monkeypatch.setattr(degrade, "pair", lambda *args: calls.append(1) or real(*args))
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["degrade.py", str(tmp_path / "hr"), *more])
+        with pytest.raises(SystemExit) as e:
+            degrade.main()
+        out, err = capsys.readouterr()
+        return e.value.code, out.splitlines(), err.splitlines()
+
+    status, out, err = run(str(small_disk))
+    done = len(calls) - 1
+    assert status == 1 and 2 < done < 17 and err[-1] == f"stopped after {done + 1} of 18; add --skip-existing to go on"
+    assert "cannot be written (No space left on device); make room, or choose another folder" in err[0] and len(err) == 2
+    assert len([*small_disk.rglob("*.png")]) in (2 * done, 2 * done + 1) and not [*small_disk.rglob("*.part")]
+    subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
+    status, out, err = run(str(small_disk), "--skip-existing")
+    assert status == 0 and err == [] and len(calls) == 19 and len([*small_disk.rglob("*.png")]) == 36
+    (tmp_path / "file").touch()
+    status, out, err = run(str(tmp_path / "file" / "out"))
+    assert "file/out: cannot be written (Not a directory); choose another folder" in status and len(calls) == 19

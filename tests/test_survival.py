@@ -331,7 +331,7 @@ class Group(runs.Script):
     def end(self):
         """Wait for it and all its workers -> exit status, what stands on stdout and stderr"""
         self.process.join(60)
-        for _ in range(300):
+        for _ in range(1000):
             with suppress(ProcessLookupError):
                 time.sleep(0.02), os.killpg(self.process.pid, 0)
                 continue
@@ -428,3 +428,167 @@ def test_the_next_stage_does_not_begin(photos, tmp_path):  # noqa: F811
     assert shell.wait(60) == 130
     said = (tmp_path / "said").read_text()
     assert STOPPING in said and "goes on from here" in said and "stage 2" not in said and "Traceback" not in said
+
+
+@posix
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_ends_it(photos, tmp_path, workers):  # noqa: F811
+    """Workers, deaf to SIGTERM, are not waited for."""
+    (tmp_path / "out" / "loss.png").mkdir(parents=True)        # so the chart cannot be written
+    run = Group("vosr", photos, tmp_path / "out", "--save-every", 2, "--workers", workers)
+    status, _, errors = run.end()
+    assert status == 1 and len(errors) == 1 and "loss.png: cannot be written (Is a directory)" in errors[0]
+
+
+# ---- what a stop leaves behind
+
+@pytest.mark.parametrize("name, stage, earlier", [
+    ("vosr", "flow", "autoencoder"), ("s3diff", "adapters", "prior"), ("gramsr", "semantic", "pixel")])
+def test_init_that_is_not_over(monkeypatch, photos, tmp_path, capsys, name, stage, earlier):  # noqa: F811
+    """A line says so, as long as its own command does not end it; a damaged checkpoint there is no matter here."""
+    def launch(stage, out, *more, **stop):
+        if name == "s3diff":
+            return test_train_s3diff.launch(monkeypatch, photos, tmp_path / out, "--stage", stage, *more, **stop)
+        script = test_train if name == "vosr" else test_train_gramsr
+        return script.launch(monkeypatch, photos, tmp_path / out, stage, *more, **stop)
+
+    monkeypatch.setitem(train_vosr.PRESETS, "tiny", (test_train.SMALL, test_train.STAGES))
+    test_train_s3diff.shrink(monkeypatch, crop=32), test_train_gramsr.shrink(monkeypatch)
+    launch(earlier, "before", stop_at=2)
+    launch(stage, "one", "--init", tmp_path / "before", "--steps", 1)
+    line = f"--init {tmp_path / 'before'}: that training stopped at step 2 of 4; its own command goes on with it"
+    assert capsys.readouterr().err.splitlines() == [line]
+    launch(earlier, "before")
+    launch(stage, "two", "--init", tmp_path / "before", "--steps", 1)
+    truncate(training.checkpoints(tmp_path / "before")[0])
+    launch(stage, "three", "--init", tmp_path / "before", "--steps", 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_init_that_stopped_early_is_over(monkeypatch, photos, tmp_path, capsys):  # noqa: F811
+    test_train_gramsr.shrink(monkeypatch)
+    test_train_gramsr.launch(monkeypatch, photos, tmp_path / "pixel", "pixel", "--patience", 1, "--lr", 1, "--save-every", 1)
+    assert "stopped early" in capsys.readouterr().out and newest(tmp_path / "pixel")["step"] < 4
+    test_train_gramsr.launch(monkeypatch, photos, tmp_path / "semantic", "semantic", "--init", tmp_path / "pixel")
+    assert capsys.readouterr().err == ""
+
+
+# ---- a network whose code has changed
+
+def change(out, part, function):
+    """The newest checkpoint, as another network would have written it."""
+    path = training.checkpoints(out)[0]
+    state = torch.load(path, weights_only=True)
+    state[part] = function(state[part])
+    path.unlink()
+    training.save_checkpoint(out, state.pop("step"), 2, **{k: v for k, v in state.items() if k != "cwd"})
+
+
+def renamed(tensors):
+    name = max(tensors)
+    return {f"{name}s" if k == name else k: x for k, x in tensors.items()}
+
+
+def reshaped(tensors):
+    name = max(tensors)
+    return tensors | {name: tensors[name][None]}
+
+
+@pytest.mark.parametrize("changed", [renamed, reshaped])
+@pytest.mark.parametrize("name, part", [("vosr", "model"), ("vosr", "ema"), ("s3diff", "model"), ("s3diff", "D"), ("gramsr", "model")])
+def test_a_changed_network(monkeypatch, photos, tmp_path, name, part, changed):  # noqa: F811
+    """It does not go on from what happens to fit: one line names what does not; with the old code it goes on."""
+    SCRIPTS[name](monkeypatch, photos, tmp_path / "out", stop_at=2)
+    path = training.checkpoints(tmp_path / "out")[0]
+    saved, tensor = path.read_bytes(), max(newest(tmp_path / "out")[part])
+    change(tmp_path / "out", part, changed)
+    with pytest.raises(training.UserError) as e:
+        SCRIPTS[name](monkeypatch, photos, tmp_path / "out")
+    assert str(e.value) == (f"{tmp_path / 'out'}: its checkpoint does not fit this network ({tensor}), whose code has "
+                            "changed since; begin another --out, or take the change back")
+    training.checkpoints(tmp_path / "out")[0].unlink()
+    path.write_bytes(saved)
+    SCRIPTS[name](monkeypatch, photos, tmp_path / "out", stop_at=1)
+    assert newest(tmp_path / "out")["step"] == 3
+
+
+def test_a_network_of_another_width(monkeypatch, photos, half):  # noqa: F811
+    """The same by a change of the preset."""
+    small = replace(test_train.SMALL, vae=replace(test_train.SMALL.vae, latent_channels=6))
+    monkeypatch.setattr(test_train, "SMALL", small)
+    with pytest.raises(training.UserError, match=r"does not fit this network \(vae.encoder.weight\), whose code has changed"):
+        vosr(monkeypatch, photos, half)
+
+
+# ---- two in one folder
+
+@posix
+def test_two_trainings_in_one_folder(monkeypatch, photos, tmp_path):  # noqa: F811
+    """The second is refused and harms nothing; as soon as the first is gone, by SIGKILL, with workers left, it begins."""
+    run = Group("vosr", photos, tmp_path / "out")
+    run.wait_for_a_step()
+    with pytest.raises(training.UserError, match="out: another training is writing there; choose another folder"):
+        vosr(monkeypatch, photos, tmp_path / "out")
+    run.process.kill(), run.process.join()
+    os.killpg(run.process.pid, 0)       # workers live on until they miss it
+    vosr(monkeypatch, photos, tmp_path / "out", more=["--steps", 2])
+    assert newest(tmp_path / "out")["step"] == 2
+    run.signal(signal.SIGKILL)
+
+
+def test_a_failure_leaves_the_folder_free(monkeypatch, photos, tmp_path):  # noqa: F811
+    """In a notebook, where the error keeps what it came from."""
+    with pytest.raises(FileNotFoundError) as kept:
+        vosr(monkeypatch, tmp_path / "nowhere", tmp_path / "out")
+    vosr(monkeypatch, photos, tmp_path / "out", stop_at=1)
+    vosr(monkeypatch, photos, tmp_path / "out", stop_at=1)
+    assert kept.value and newest(tmp_path / "out")["step"] == 2
+
+
+# ---- photos and results in one place
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_out_below_data(monkeypatch, photos, tmp_path, capsys, name):  # noqa: F811
+    """What the training draws there is no photo, when it goes on and when another begins."""
+    folder = shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".*"))
+    SCRIPTS[name](monkeypatch, folder, folder / "out")
+    names = newest(folder / "out")["photos"]
+    assert {"sheet.png", "loss.png"} <= {path.name for path in (folder / "out").iterdir()} and "left out" not in capsys.readouterr().out
+    SCRIPTS[name](monkeypatch, folder, folder / "out", more=["--steps", STEPS + 1])
+    SCRIPTS[name](monkeypatch, folder, folder / "two", stop_at=1)
+    said = capsys.readouterr()
+    assert said.out.count("2 x result of nanoSR (taken only if named itself)") == 2 and "came after" not in said.err
+    assert names == newest(folder / "out")["photos"] == newest(folder / "two")["photos"] == [f"{i}.png" for i in range(5)]
+
+
+# ---- a disk that is full, or may not be written
+
+def test_a_full_disk(monkeypatch, photos, straight, small_disk, tmp_path):  # noqa: F811
+    """As soon as there is room the same command ends as if there had always been."""
+    def fill():
+        with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
+            while True:
+                f.write(bytes(4096))
+
+    fill()
+    with pytest.raises(OSError, match="out: cannot be written .No space left on device.; make room, or choose another folder"):
+        vosr(monkeypatch, photos, small_disk / "out")
+    assert not (small_disk / "out").exists(), "before anything was computed"
+    (small_disk / "filler").unlink()
+    vosr(monkeypatch, photos, small_disk / "out", stop_at=7)
+    fill()
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 2**17)
+    before = training.checkpoints(small_disk / "out")
+    with pytest.raises((training.UserError, OSError), match="out/[a-z.]*: cannot be written .No space left on device.; make room"):
+        vosr(monkeypatch, photos, small_disk / "out")
+    assert training.checkpoints(small_disk / "out") == before and not [*(small_disk / "out").rglob("*.part")]
+    (small_disk / "filler").unlink()
+    vosr(monkeypatch, photos, small_disk / "out")
+    assert same(straight, flat(newest(small_disk / "out")))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_out_that_cannot_be_written(monkeypatch, photos, tmp_path, name):  # noqa: F811
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/out: cannot be written .Not a directory.; choose another folder"):
+        SCRIPTS[name](monkeypatch, photos, tmp_path / "file" / "out")

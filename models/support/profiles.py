@@ -10,7 +10,8 @@ from PIL import ImageCms
 def scale_key(img):
     """Bring a PNG's transparent colour to the 8 bits that Pillow makes of its pixels; before they are loaded."""
     key = img.info.get("transparency")
-    factor = img.tile and {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(img.tile[0][3]))
+    tile = getattr(img, "tile", None)       # of what is still to be loaded
+    factor = tile and {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(tile[0][3]))
     if img.format == "PNG" and factor and key is not None:
         scaled = [min(int(v * factor), 255) for v in np.atleast_1d(key)]    # Pillow 13 has scaled 1 bit already
         img.info["transparency"] = scaled[0] if isinstance(key, int) else tuple(scaled)

@@ -7,10 +7,14 @@ window that is largest in its middle.
 import torch
 
 AT_ONCE = 4     # tiles of a batch
+SIGMA = 0.1     # standard deviation of the window, in tiles
 
 
 def tile_starts(length, tile, overlap):
-    """First positions of tiles that cover `length` and share `overlap` or more; the last one ends flush."""
+    """First positions of tiles that cover `length` and share `overlap` or more; the last one ends flush.
+
+    overlap: less than tile; if not, tiles move on by 1
+    """
     tile = min(tile, length)
     starts = list(range(0, length - tile + 1, max(tile - overlap, 1)))
     return starts if starts[-1] + tile == length else [*starts, length - tile]
@@ -28,14 +32,22 @@ def tile_boxes(height, width, tile, overlap):
 
 
 def tile_weight(height, width, down=0.0):
-    """Gaussian window that fades a tile towards its edges, its centre `down` rows too low -> (1, 1, height, width)"""
+    """Gaussian window that fades a tile towards its edges, largest in the middle.
+
+    down: rows by which the window's centre is lower than the tile's; S3Diff's official code: 0.5, all else 0
+    -> (1, 1, height, width)
+    """
     def window(n, shift=0.0):
-        return torch.exp(-((torch.arange(n, device="cpu") - (n - 1) / 2 - shift) / n) ** 2 / 0.02)
+        from_centre = (torch.arange(n, device="cpu") - (n - 1) / 2 - shift) / n
+        return torch.exp(-(from_centre**2) / (2 * SIGMA**2))
     return (window(height, down)[:, None] * window(width))[None, None]
 
 
 def crop(x, box, factor=1):
-    """The part of a map under a tile.  x: (B, C, k H, k W) where boxes are of H x W; factor: k"""
+    """The part of a map under a tile: a view, so what is added to it is added to x.
+
+    x: (B, C, k H, k W) where boxes are of H x W; factor: k -> (B, C, k th, k tw)
+    """
     row, col = box
     return x[..., factor * row.start : factor * row.stop, factor * col.start : factor * col.stop]
 
@@ -43,10 +55,11 @@ def crop(x, box, factor=1):
 def tiled(function, boxes, z, *others, down=0.0):
     """function(z, *others), a few tiles at a time, blended by `tile_weight` where they overlap.
 
-    function: of tiles (n, C, th, tw) and what lies beside them, n at most AT_ONCE -> like the tiles
+    function: gets tiles (n, C, th, tw) and their parts of others, n at most AT_ONCE -> like the tiles
     boxes: of `tile_boxes`; if there is one, the function is called with everything
-    z: (B, C, h, w); others: maps (B, any, k h, k w), of which a tile gets its part, as crops of the image with k = 8;
-    or (tiles * B, any, any), all images of the first tile first, of which it gets its row
+    z: (B, C, h, w)
+    others: each a map (B, any, k h, k w), of which a tile gets the part under it (k = 8: an image over its latent);
+    or one entry for each tile, (tiles * B, any, any), the first tile of all images first, of which a tile gets its own
     down: see `tile_weight` -> like z
     """
     if len(boxes) == 1:
@@ -55,7 +68,7 @@ def tiled(function, boxes, z, *others, down=0.0):
         images = [tiled(function, boxes, z[b : b + 1], *(x[b::B] for x in others), down=down) for b in range(B)]
         return torch.cat(images)
 
-    # float32: in half precision the window's corners are 0
+    # float32: in float16 the window is 0 in the corners, where the image would become 0 / 0
     total = torch.zeros_like(z, dtype=torch.float32)
     weights = torch.zeros_like(z[:, :1], dtype=torch.float32)
     weight = tile_weight(*crop(z, boxes[0]).shape[-2:], down).to(z.device, non_blocking=True)

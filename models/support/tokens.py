@@ -3,6 +3,8 @@
 In a flow of many steps the visual tokens are the same in every step, and so are their keys and values, in all blocks.
 The weak branch of guidance has no visual tokens: they are zeros, all equal. Among equal keys softmax has no choice, and
 any average of equal values is that value, so cross-attention adds the same vector to every token: a constant.
+
+Letters: n latents with visual tokens, M of them each; B >= n latents in all; nh heads of hd channels; D = nh * hd.
 """
 
 from contextlib import contextmanager
@@ -14,15 +16,16 @@ from models.support.graphs import Graphs, shapes
 
 
 class FixedAttention(nn.Module):
-    """In place of a block's cross-attention (a `CrossAttention`), with keys and values that are known already."""
+    """Stands in a block in place of its cross-attention (a `CrossAttention`); keys and values are known already."""
 
     def __init__(self, attention):
         super().__init__()
         self.attention = attention
-        self.fixed = None       # k, v: (n, nh, M, hd) of the first n latents; (D,) constant of those without tokens
+        # k, v, each (n, nh, M, hd), of the first n latents; (D,) constant of the others, which have no tokens
+        self.fixed = None
 
     def forward(self, x, ctx):
-        """x: (B, N, D); ctx is not read -> (B, N, D)"""
+        """x: (B, N, D), of which the first n have visual tokens; ctx is not read -> (B, N, D)"""
         k, v, constant = self.fixed
         n = len(k)
         y = self.attention.attend(x[:n], k, v)
@@ -35,10 +38,11 @@ class FixedTokens:
     """Of a DiT; computes keys and values once for as long as the tokens are the same.
 
         fixed = FixedTokens(dit)
-        with fixed(feat) as tokens:         # feat: (n, M, z_dims)
-            dit(z_t, z_lq, tokens, t, r)    # latents beyond the first n have none; tokens of zeros may follow
+        with fixed.using(feat) as tokens:   # feat: (n, M, z_dims)
+            dit(z_t, z_lq, tokens, t, r)    # of z_t the first n latents have tokens, all others none
 
-    In here tokens is empty, (n, 0, z_dims), and the DiT reads feat. One user of the DiT at a time; no gradients.
+    In the with block the DiT takes feat's keys and values, whatever tokens it is given. So that none are computed in
+    vain it is given an empty tensor, tokens: (n, 0, z_dims). One user of the DiT at a time; no gradients.
     """
 
     def __init__(self, dit):
@@ -48,18 +52,18 @@ class FixedTokens:
 
     @torch.no_grad()
     def look_up(self, feat):
-        """Keys, values and the constant of every block."""
+        """Compute keys, values and the constant of every block, for feat: (n, M, z_dims)."""
         for attention in self.attentions:
             attention.fixed = None      # room for the new ones
         dit = self.dit
         ctx = dit.mlp_ca(dit.layer_norm(feat))
-        no_ctx = dit.mlp_ca(dit.layer_norm.bias)    # the norm of zeros is its bias
+        no_ctx = dit.mlp_ca(dit.layer_norm.bias)    # (D,) of a token of zeros, whose layer norm is the bias
         fixed = []      # for each block
         for block in dit.blocks:
             k, v = block.cross_attn.keys_values(ctx)
             constant = block.cross_attn.proj(block.cross_attn.v_linear(no_ctx))
             fixed.append((k, v, constant))
-        if self.graphs:
+        if self.graphs:     # CUDA graphs read where they were recorded: copy everything to that same place
             fixed = self.graphs.keep(fixed)
         for attention, of_block in zip(self.attentions, fixed):
             attention.fixed = of_block
@@ -73,8 +77,9 @@ class FixedTokens:
             self.graphs.reads = self.shapes if fixed else ""
 
     @contextmanager
-    def __call__(self, feat):
-        # self.feat holds on to its memory, so nothing else can have come to lie there
+    def using(self, feat):
+        """See the class.  feat: (n, M, z_dims) visual tokens"""
+        # The same address is the same tensor: self.feat keeps its memory, so no other tensor can lie there.
         if self.feat is None or (feat.data_ptr(), feat.shape) != (self.feat.data_ptr(), self.feat.shape):
             self.look_up(feat)
         self.swap(True)
