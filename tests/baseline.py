@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training  # noqa: E402
 from degrade import degrade  # noqa: E402
 from models.support.imaging import round8  # noqa: E402
-from models.tiny import HARSHER, ResBlock  # noqa: E402
+from models.tiny import ResBlock  # noqa: E402
 
 
 # photos, crops and degradations are those of the tiny S3Diff and GramSR
 STAGE = training.Stage(steps=2000, batch_size=8, lr=4e-4, schedule="cosine", warmup=200, betas=(0.9, 0.99), weight_decay=0.0, ema=0.999, crop=128,
-                       recipes=HARSHER, branches_per="image", save_every=250)
+                       recipes=("s3diff", "s3diff", "vosr"), branches_per="image", save_every=250)
 
 
 class Baseline(nn.Module):
@@ -135,10 +135,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--width", type=int, default=64, help="channels (default 64: 1 million numbers)")
     training.add_arguments(p)
-    run = prepare(p.parse_args())
-    training.resume(run, ("width", "data", "seed"))
-    open_data(run)
-    training.fit(run, step, evaluate, save)
+    p.set_defaults(init=None)       # there is nothing to start from
+    args = p.parse_args()
+    with training.alone_in(args.out):
+        run = prepare(args)
+        training.resume(run, ("width", "data", "seed"))
+        open_data(run)
+        training.fit(run, step, evaluate, save)
 
 
 if __name__ == "__main__":

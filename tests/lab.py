@@ -218,7 +218,7 @@ def distances():
 
     @torch.no_grad()
     def gram(x, hq):
-        pairs = zip(random.look(2 * x - 1), random.look(2 * hq - 1))
+        pairs = zip(random.unit_features(2 * x - 1), random.unit_features(2 * hq - 1))
         return float(sum(loss_gram(a.flatten(2).mT, b.flatten(2).mT, channels=True, normalise=False) for a, b in pairs))
 
     return {"rfd": lambda x, hq: random(2 * x - 1, 2 * hq - 1).item(), "gram": gram}
