@@ -380,7 +380,7 @@ def upscale_all(models, jobs, report, args, failures, stop):
             report.add(*finished.result())
 
     with ThreadPoolExecutor(1) as writer:
-        for number, job in enumerate(jobs):
+        for job in jobs:
             try:
                 if stop:
                     raise KeyboardInterrupt
@@ -389,7 +389,7 @@ def upscale_all(models, jobs, report, args, failures, stop):
                         claim(target, job.path, args.inputs)
                     with stop.droppable():
                         lq, alpha, results = results_of(models, job, args)
-                    on_sheet = number < SHEET_ROWS
+                    on_sheet = len(report.rows) + len(waiting) < SHEET_ROWS
                     waiting.append((job.path, writer.submit(finish, job, lq, alpha, results, args, on_sheet)))
             except KeyboardInterrupt:       # the image at hand is dropped
                 stopped = True

@@ -270,7 +270,8 @@ def test_sample(run, pictures, tmp_path):  # noqa: F811
     status, out, err = run("--scale", 2, "--out", tmp_path / "out", folder, *others, "no such.png", "y" * 300)
     assert status == 1 and tree(folder) == before and not list((tmp_path / "out").glob(".*"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    end = next(n for n, line in enumerate(err) if line.startswith("done "))
+    end = next((n for n, line in enumerate(err) if line.startswith("done ")), None)
+    assert end is not None, done.stderr[-1500:]
     first, done = err[:end], [line.removeprefix("  ") for line in err[end + 1 :]]
     assert sorted(first) == sorted(done) and len(first) == int(err[end].split()[-1][:-1])
     assert line_of(first, "no such.png") and line_of(first, "y" * 300)
@@ -389,7 +390,8 @@ def test_real_command(pictures, tmp_path):
     named = [folder / name for name in chosen if name != "folder.png"]
     done = limited([ROOT / "sample.py", "--device", "cpu", "--scale", "1", "--", *named, "-a.png"], tmp_path)
     err = done.stderr.splitlines()
-    end = next(n for n, line in enumerate(err) if line.startswith("done "))
+    end = next((n for n, line in enumerate(err) if line.startswith("done ")), None)
+    assert end is not None, done.stderr[-1500:]
     assert done.returncode == 1 and 2 * end + 1 == len(err) and "Traceback" not in done.stderr, done.stderr
     made = os.listdir(tmp_path / "out")
     assert {"new\nline.png", "\udcff\udcfe.png", "sheet.png"} <= set(made) and len(made) - 1 + end == len(chosen)

@@ -49,7 +49,12 @@ class WriteError(OSError, PictureError):
 # ---- writing
 
 NO_ROOM = errno.ENOSPC, errno.EDQUOT
-STARTED = time.time()       # of this run
+
+
+@cache
+def started(pid):
+    """When the process of that number, this one, wrote for the first time."""
+    return time.time()
 
 
 def disk_full_or_read_only(error):
@@ -92,9 +97,10 @@ def check_writable(folder):
 @cache      # once a folder
 def remove_parts(folder):
     """Remove what killed runs left of `whole_file` in a folder: all parts not written to since this run began."""
+    began = started(os.getpid())
     for path in folder.glob(".*.part"):
         with suppress(OSError):     # Windows does not remove what is open
-            if re.fullmatch(r"\.\d+-\d+\.part", path.name) and path.lstat().st_mtime < STARTED:
+            if re.fullmatch(r"\.\d+-\d+\.part", path.name) and path.lstat().st_mtime < began:
                 path.unlink()
 
 
