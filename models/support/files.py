@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,11 +49,15 @@ class WriteError(OSError, PictureError):
 
 NO_ROOM = errno.ENOSPC, errno.EDQUOT
 
+STARTED = [time.time()]     # of this process
 
-@cache
-def started(pid):
-    """When the process of that number, this one, wrote for the first time."""
-    return time.time()
+
+def note_start():
+    STARTED[0] = time.time()
+
+
+if hasattr(os, "register_at_fork"):     # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=note_start)
 
 
 def disk_full_or_read_only(error):
@@ -97,10 +100,9 @@ def check_writable(folder):
 @cache      # once a folder
 def remove_parts(folder):
     """Remove what killed runs left of `whole_file` in a folder: all parts not written to since this run began."""
-    began = started(os.getpid())
     for path in folder.glob(".*.part"):
         with suppress(OSError):     # Windows does not remove what is open
-            if re.fullmatch(r"\.\d+-\d+\.part", path.name) and path.lstat().st_mtime < began:
+            if re.fullmatch(r"\.\d+-\d+\.part", path.name) and path.lstat().st_mtime < STARTED[0]:
                 path.unlink()
 
 
