@@ -707,7 +707,7 @@ def warn_of_unfinished(init):
             step, steps = state["step"], state["steps"]
             over = state.get("over", step >= steps)     # earlier versions do not say
         except Exception:       # damaged, which makes torch raise nearly anything, or of an early version
-            return
+            continue
         if not over:
             print(f"--init {init}: that training stopped at step {step} of {steps}; its own command goes on with it",
                   file=sys.stderr)

@@ -445,7 +445,7 @@ def test_an_error_ends_it(photos, tmp_path, workers):  # noqa: F811
 @pytest.mark.parametrize("name, stage, earlier", [
     ("vosr", "flow", "autoencoder"), ("s3diff", "adapters", "prior"), ("gramsr", "semantic", "pixel")])
 def test_init_that_is_not_over(monkeypatch, photos, tmp_path, capsys, name, stage, earlier):  # noqa: F811
-    """A line says so, as long as its own command does not end it; a damaged checkpoint there is no matter here."""
+    """A line says so, as long as its own command does not end it; a damaged checkpoint is passed over, as there."""
     def launch(stage, out, *more, **stop):
         if name == "s3diff":
             return test_train_s3diff.launch(monkeypatch, photos, tmp_path / out, "--stage", stage, *more, **stop)
@@ -460,9 +460,10 @@ def test_init_that_is_not_over(monkeypatch, photos, tmp_path, capsys, name, stag
     assert capsys.readouterr().err.splitlines() == [line]
     launch(earlier, "before")
     launch(stage, "two", "--init", tmp_path / "before", "--steps", 1)
+    assert capsys.readouterr().err == ""
     truncate(training.checkpoints(tmp_path / "before")[0])
     launch(stage, "three", "--init", tmp_path / "before", "--steps", 1)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.splitlines() == [line]
 
 
 def test_init_that_stopped_early_is_over(monkeypatch, photos, tmp_path, capsys):  # noqa: F811
