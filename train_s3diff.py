@@ -66,7 +66,6 @@ class Run(training.Run):
     lpips: torch.nn.Module = None
     D: torch.nn.Module = None           # the discriminator
     optimizer_D: torch.optim.Optimizer = None
-    true_scores: bool = False           # `draw` gives the true scores, not the estimator's
 
 
 class Pairs(NamedTuple):
@@ -183,10 +182,7 @@ def build_tiny(args, cfg):
     model, origin = TinyS3Diff(cfg), "FROM SCRATCH"
     # Stable Diffusion's text encoder makes its prompts; here stage prior learns them
     model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))
-    for conv in model.denet.conv_first:
-        # blind for brightness, so that noise and edges are what it sees first; 8 times as large, since these
-        # differences are small
-        conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
+    make_blind_for_brightness(model.denet)
     # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
     load_autoencoder(model)
     if args.init == "none" or args.stage == "prior" and not args.init:
@@ -194,6 +190,17 @@ def build_tiny(args, cfg):
     everything = args.stage != "estimator"      # which begins anew
     path = load_prior(model, args.init, wanted=lambda name: everything or is_prior(name))
     return model, f"from {path}"
+
+
+@torch.no_grad()
+def make_blind_for_brightness(denet):
+    """Change the new estimator's first convolutions, so that differences of pixels, noise and edges, are all they see.
+
+    Ours. Differences are small, pixels are not: what these layers make of photos FACTOR.
+    """
+    for conv in denet.conv_first:
+        mean = conv.weight.mean((2, 3), keepdim=True)       # without it the weights of a channel add up to 0
+        conv.weight.copy_(8 * (conv.weight - mean))
 
 
 def build_adversary(args):
@@ -227,21 +234,20 @@ def prepare(args):
     run.draw = DRAW[args.stage]
     model, run.origin = build(args, cfg)
     training.store_in_half(run, model.unet, model.vae)
-    training.set_model(run, model, partial(learns, run))
+    training.set_model(run, model, partial(learns, run), optimizer_name="G_optimizer")     # of G, the generator
     if args.stage == "adapters":
         prepare_adversary(run)
-    # their names in checkpoints: G, the generator, and D have an optimizer each
-    run.state["G_optimizer"] = run.state.pop("optimizer")
     return run
 
 
 def prepare_adversary(run):
-    """Set up the discriminator, its optimizer, LPIPS, and where scores come from."""
+    """Set up the discriminator D, its optimizer, LPIPS."""
     lpips, D = build_adversary(run.args)
     run.lpips, run.D = lpips.to(run.device), D.to(run.device)
     run.optimizer_D = training.adamw(list(D.parameters()), run.stage)
     run.state |= {"D": run.D, "D_optimizer": run.optimizer_D}
-    run.true_scores = run.stage.l2_share > 0        # of held-out photos, too
+    if run.stage.l2_share > 0:
+        run.draw = draw_adapters_and_truth      # held-out photos keep their true scores throughout
 
 
 # ---- data: what a stage draws from photos
@@ -267,14 +273,21 @@ def draw_estimator(run, hq, recipe, g):
 
 
 def draw_adapters(run, hq, recipe, g):
-    """Degrade photos, say how badly, and choose whose target is the LQ image.  -> Pairs"""
-    if run.true_scores:
-        _, lq_up, scores = degrade_and_score(hq, recipe, g)
-    else:
-        lq, lq_up = degrade(hq, recipe, g)
-        scores = run.model.estimate(lq)
+    """Degrade photos, estimate how badly, and choose whose target is the LQ image.  -> Pairs"""
+    lq, lq_up = degrade(hq, recipe, g)
+    return make_pairs(run, hq, lq_up, run.model.estimate(lq), g)
+
+
+def draw_adapters_and_truth(run, hq, recipe, g):
+    """Do the same with the true scores.  -> Pairs"""
+    _, lq_up, scores = degrade_and_score(hq, recipe, g)
+    return make_pairs(run, hq, lq_up, scores, g)
+
+
+def make_pairs(run, hq, lq_up, scores, g):
+    """Choose by online negative prompting whose target is the LQ image.  -> Pairs"""
     drawn = torch.rand(len(hq), generator=g, device=g.device)
-    negative = (drawn < run.args.neg_prob).to(hq.device)        # online negative prompting
+    negative = (drawn < run.args.neg_prob).to(hq.device)
     return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative)
 
 
@@ -374,14 +387,16 @@ TERMS = {"prior": ("eps",), "estimator": ("blur", "noise"), "adapters": ("l2", "
 def step_adapters(run):
     """Do the four parts, or the first alone; gradients of the micro-batches are added up in each."""
     l2_alone = run.step / run.stage.steps < run.stage.l2_share
-    run.true_scores = l2_alone
+    draw = draw_adapters_and_truth if l2_alone else draw_adapters
+    lpips = None if l2_alone else run.lpips
     training.set_lr(run.optimizer, run.lr)
     training.set_lr(run.optimizer_D, run.stage.lr_D or run.lr)
     # kept for all four parts: each looks at the same images; g goes on from part to part
-    batch = [(run.draw(run, hq, training.recipe(run), g), g) for hq, g in training.micro_batches(run)]
+    batch = []
+    for hq, g in training.micro_batches(run):
+        batch.append((draw(run, hq, training.recipe(run), g), g))
 
     # ---- 1. reconstruct
-    lpips = None if l2_alone else run.lpips
     for i, (pairs, g) in enumerate(batch):
         with training.micro_batch_context(run, run.generate, i):
             context, target = prompts_and_targets(run.model, pairs)
@@ -424,7 +439,8 @@ def compete(run, batch):
     training.update(run, run.optimizer_D)
 
     # ---- 4. fake
-    for i, ((pairs, g), sr) in enumerate(zip(batch, results)):
+    for i, (pairs, g) in enumerate(batch):
+        sr = results[i]
         plan = run.D.draw(sr, pairs.lq_up, g)
         with training.micro_batch_context(run, run.discriminate, i):
             terms = fake(sr, run.discriminate, stage, plan)
@@ -506,7 +522,7 @@ def is_kept(stage, name):
     """Tell whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has trained."""
     if stage == "adapters":
         return True
-    return is_prior(name) or stage == "estimator" and name.startswith("denet.")
+    return is_prior(name) or (stage == "estimator" and name.startswith("denet."))
 
 
 def save(run):

@@ -165,7 +165,9 @@ def build(args, cfg):
     check_init(args, cfg, model)
     teacher = None
     if args.stage == "distill":
-        teacher = make_student(model, cfg.temperature)
+        teacher = model.dit.requires_grad_(False)
+        model.dit = new_student(teacher)
+        model.cfg = replace(model.cfg, dit=model.dit.cfg, steps=1, guidance=1.0, temperature=cfg.temperature)
     if args.stage == "decoder":
         model = new_decoder(model)
     return model, teacher, f"from {args.init}"
@@ -188,20 +190,15 @@ def new_transformers(vae, cfg, ablation):
     return model
 
 
-def make_student(model, temperature):
-    """Make a many-step model one of a single step: a new transformer is told a second time r, too.
-
-    It begins as the old one. temperature: of the model's one step -> the old transformer, frozen: the teacher
-    """
-    teacher = model.dit.requires_grad_(False)
+def new_student(teacher):
+    """Make the transformer of one step, which is told the step's end r, too; it begins as its teacher.  -> DiT"""
     cfg = replace(teacher.cfg, auxiliary_time_cond=True)
     if isinstance(teacher, TinyDiT):
-        model.dit = TinyDiT(cfg, teacher.local)
+        student = TinyDiT(cfg, teacher.local)
     else:
-        model.dit = DiT(cfg)
-    model.dit.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
-    model.cfg = replace(model.cfg, dit=cfg, steps=1, guidance=1.0, temperature=temperature)
-    return teacher
+        student = DiT(cfg)
+    student.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
+    return student
 
 
 def new_decoder(model):

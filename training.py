@@ -1,75 +1,41 @@
-"""What the training scripts share: the step, the loop around it, and what both need.
+"""What the training scripts share: a stage, a run of it, the step, the loop around the step.
 
-A script has its networks (`prepare`), its data (`draw`) and its losses, and hands them over in a `Run`. Here are `step`
-(forward, backward, update) and `fit` (the loop: steps, log, evaluation, checkpoints); before them flags, devices,
-processes, seeds; behind them what makes a run resume exactly. Plain functions; what a run knows stands in `Run`.
+A script has its networks (`prepare`), its data (`draw`) and its losses, and hands them over in a `Run`. To be read from
+here on: `Stage` and `Run`, what learns, learning rate and average; `step` (forward, backward, update); `fit`, the loop.
+
+What a training needs besides is imported, and scripts find it here under the same names: flags and errors
+(models/support/launch.py), devices and processes (machine.py), checkpoint files (saving.py), photos (photos.py).
 """
 
 import argparse
 import copy
 import math
-import os
 import sys
 import time
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from degrade import RECIPES
-from models.support.arguments import COUNT, SEED, Stop, as_script, between, no_memory, path_argument
+from models.support.arguments import Stop, UserError
 from models.support.charts import Log, save_sheet
-from models.support.download import WeightError, sha256_of
-from models.support.files import PictureError, check_writable, whole_file
-from models.support.photos import DataError, batches, photos_for, reading
+from models.support.launch import add_arguments, alone_in, one_line_errors, start      # noqa: F401 (for scripts)
+from models.support.machine import (autocast, choose_device, choose_dtype, compile_all, gradients_stay_here, leave,
+                                    mean_over_processes, replicate, usable_device)      # noqa: F401
+from models.support.photos import batches, photos_for, reading
 from models.support.precision import in_half
+from models.support.saving import checkpoints, resume, save_state, write      # noqa: F401
 
 MAX_SKIPPED = 25    # steps in a row without a finite gradient, after which a run ends; float16 starts with up to 16,
                     # until its scaler has found a scale at which nothing overflows
 FEW_PHOTOS = 60     # below, held-out crops come from one or two photos
 
-UNFIT = ("{}: its checkpoint does not fit this network ({}), whose code has changed since; "
-         "begin another --out, or take the change back")
-
 # first numbers of `generator` for what is drawn on held-out images, the same at every evaluation of every run
 HELD_OUT_IMAGES, HELD_OUT_LOSS, HELD_OUT_NOISE = 0, 1, 2
-
-
-class UserError(Exception):
-    """Something that the user can mend, said in one line."""
-
-
-@contextmanager
-def one_line_errors(name):
-    """In here script `name` does its work: errors that a user can cause become one line on stderr and exit status 1.
-
-    All others show where they happened, so whoever changes the code sees what is wrong with it.
-    """
-    with as_script(f"{name}: stopped, nothing saved since the last checkpoint"):
-        try:
-            yield
-        except (UserError, DataError, PictureError, WeightError, OSError, SafetensorError) as e:
-            sys.exit(f"{name}: {last_line(e)}")
-        except RuntimeError as e:
-            if no_memory(e):
-                sys.exit(f"{name}: not enough memory; lower --micro-batch, or add --checkpointing")
-            lost = "connection closed", "connection reset", "timed out", "nccl"
-            if not (is_distributed() and any(words in str(e).lower() for words in lost)):
-                raise
-            sys.exit(f"{name}: another process of this run is gone ({str(e).splitlines()[0][:100]}); "
-                     "the same command goes on from the last checkpoint")
-
-
-def last_line(error):
-    """Pick what an error says. Of one in a loader's worker the message is a traceback, whose last line says it."""
-    kind = type(error)
-    return str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
 
 
 # ---- a stage of a training, and a run of it
@@ -151,123 +117,7 @@ class Run:
     stopped_early: bool = False         # it is over before its last step, by its own measure
 
 
-# ---- set-up
-
-
-def add_arguments(p):
-    """Add the flags that all three scripts have."""
-    p.add_argument("--data", type=path_argument, required=True,
-                   help="good photos: a folder, searched recursively, or a .txt list")
-    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
-    p.add_argument("--out", type=path_argument, required=True, help="folder for everything this run writes")
-    # optimisation
-    p.add_argument("--steps", type=COUNT, help="steps in all (default: the preset's)")
-    p.add_argument("--batch-size", type=COUNT, help="photos per step, of all processes together")
-    p.add_argument("--micro-batch", type=COUNT, help="photos that a process computes at once (default: its share)")
-    p.add_argument("--lr", type=between(1e-9, 1), help="peak learning rate")
-    p.add_argument("--seed", type=SEED, default=0)
-    # machine
-    p.add_argument("--device", type=usable_device, default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="of autocast; trained weights stay float32")
-    p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
-    p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
-    p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (4 on CUDA)")
-    # what is written
-    p.add_argument("--log-every", type=COUNT, default=50, metavar="N", help="steps between rows of log.csv (50)")
-    p.add_argument("--save-every", type=COUNT, help="steps between checkpoints, held-out losses and images")
-    p.add_argument("--keep", type=COUNT, default=2, metavar="K", help="newest checkpoints that stay (default 2)")
-
-
-def choose_device(name):
-    """Choose a device by its name; 'auto' is the best one at hand, and each process of torchrun has its own GPU.
-
-    -> torch.device
-    """
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return torch.device(name)
-
-
-def usable_device(name):
-    """Be a type of argument: `choose_device`, refused where it cannot be used."""
-    try:
-        device = choose_device(name)
-        torch.zeros(1, device=device)       # it may have a name and not be there
-    except (RuntimeError, AssertionError) as e:
-        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({str(e).splitlines()[0]})") from None
-    return device
-
-
-def choose_dtype(name, device, best="bfloat16"):
-    """Choose a type by its name, and with it how a GPU multiplies float32.
-
-    name: 'auto' is `best` on CUDA and float32 elsewhere; 'tf32' (of sample.py) is float32 whose products a GPU rounds
-    to 10 bits. Trap: cudnn rounds them unasked, so for trainings, too, this is switched off -> torch.dtype
-    """
-    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    if name == "auto":
-        name = best if device.type == "cuda" else "float32"
-    return torch.float32 if name == "tf32" else getattr(torch, name)
-
-
-def start(run):
-    """Begin a run of which args and stage are known: overrides, device, precision, processes, --out.
-
-    Raises UserError.
-    """
-    args = run.args
-    overrides = {}
-    for field in fields(run.stage):
-        flag = getattr(args, field.name, None)      # None: there is no such flag, or it was not given
-        if flag is not None:
-            overrides[field.name] = flag
-    run.stage = replace(run.stage, **overrides)
-    run.device, run.dtype = args.device, choose_dtype(args.dtype, args.device)
-    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    run.rank, run.world = join(run.device)
-    share = run.stage.batch_size // run.world       # images of a step for each process
-    run.micro_batch = args.micro_batch or max(share, 1)
-    run.micro_batches = share // run.micro_batch
-    if run.micro_batches * run.micro_batch * run.world != run.stage.batch_size:
-        raise UserError(f"--batch-size {run.stage.batch_size} is not {run.world} processes x a whole number of "
-                        f"--micro-batch {run.micro_batch}")
-    run.out = Path(args.out)
-    if run.rank == 0:
-        warn_of_unfinished(args.init)
-    torch.manual_seed(args.seed)        # the initial weights; everything later has generators of its own
-
-
-@contextmanager
-def alone_in(folder):
-    """In here no other training writes to this --out, which can be written to. Raises UserError, WriteError."""
-    folder = Path(folder)
-    check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        if os.environ.get("RANK", "0") == "0":      # of several processes the first one writes
-            lock(file, folder)
-        yield
-
-
-def lock(file, folder):
-    """Hold file, in folder, as long as it is open. Raises UserError where another training holds it."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.register_at_fork(after_in_child=file.close)      # a loader's worker outlives kill -9 by seconds
-    except BlockingIOError:
-        raise UserError(f"--out {folder}: another training is writing there; choose another folder") from None
-    except (ImportError, OSError):      # Windows, a file system without locks
-        pass
-
-
-# ---- the model: what learns
+# ---- the model: what learns, and its average
 
 
 def count(parameters):
@@ -309,19 +159,27 @@ def store_in_half(run, *networks):
             in_half(network, run.dtype, adapters=False)
 
 
-def set_model(run, model, learns, order=()):
+def set_model(run, model, learns, order=(), optimizer_name="optimizer"):
     """Make model the one that the run trains, with its average, its optimizer, and what checkpoints hold.
 
     learns, order: of `freeze_all_but`; learns: of buffers, too, which checkpoints then hold
+    optimizer_name: of the optimizer in checkpoints
     """
     run.learns = learns
     run.trained = freeze_all_but(model, learns, order)
     run.model = run.ema = model.to(run.device)
     run.optimizer = adamw(run.trained, run.stage)
-    run.state = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
+    run.state = {"model": run.model, optimizer_name: run.optimizer, "scaler": run.scaler}
     if run.stage.ema:
-        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        run.state["ema"] = run.ema = copy.deepcopy(model, memo=frozen).eval()       # what is frozen exists once
+        run.state["ema"] = run.ema = copy_what_learns(model).eval()
+
+
+def copy_what_learns(model):
+    """Copy a model, whose frozen parameters, nearly all of a large network, model and copy share.  -> the copy"""
+    # deepcopy notes what it has copied, {id of the original: copy}, and copies nothing twice. In a memo that says of
+    # each frozen parameter that it is its own copy, they are copied already
+    memo = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()
@@ -346,19 +204,36 @@ def ema_decay(run):
     return run.stage.ema
 
 
-def compile_all(networks, device):
-    """Let torch.compile compile networks; where nothing can be compiled, a line says so instead."""
-    # Whether a compiler works shows when something is compiled, and torch keeps what it has compiled on the disk. So a
-    # small function is compiled for a size that surely nobody had before.
-    new_size = 2 + time.time_ns() % 10_007
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(new_size, device=device))
-    except Exception as e:      # without a compiler, without Triton, on a card or a Python that it does not know
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        print(f"--compile is left out, it cannot be done here ({reason})", file=sys.stderr)
-    else:
-        for network in networks:
-            network.compile()
+# ---- seeds, learning rate
+
+
+def generator(*numbers):
+    """Make a CPU generator for a place in the training, e.g. (seed, step, micro-batch).
+
+    Draws are a function of the place alone: a run that was resumed, or has other processes, draws the same, and so does
+    every device. The numbers are mixed like digits of a huge base, so that neighbouring places share no seed.
+    """
+    seed = 0
+    for n in numbers:
+        seed = (seed * 1_000_003 + n + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def set_lr(optimizer, lr):
+    """Set the learning rate of an optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def learning_rate(step, steps, lr, schedule="constant", warmup=0):
+    """Compute the learning rate of a step: warm-up, then constant or a cosine to 2 % of lr."""
+    warmup = min(warmup, steps // 8)        # a short try with --steps would be all warm-up
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    progress = min((step - warmup) / max(steps - warmup, 1), 1)
+    return lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 # ---- data
@@ -404,80 +279,6 @@ def recipe(run):
     return run.recipes[run.step % len(run.recipes)]
 
 
-# ---- several processes
-
-
-def join(device):
-    """Join the processes that torchrun started; only the first speaks -> rank, their number (else 0, 1)"""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def is_distributed():
-    """Tell whether torchrun started this; some builds of torch have no distributed at all."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def mean_over_processes(x, device):
-    """Average a number over the processes -> number"""
-    if not is_distributed():
-        return x
-    x = torch.tensor(float(x), device=device)
-    dist.all_reduce(x)
-    return x.item() / dist.get_world_size()
-
-
-def replicate(run, model, function):
-    """Make a function of model one whose backward also averages model's gradients over the processes (DDP).
-
-    DDP wraps a module and calls its forward. Here one model has several functions (the generator's pass, losses), so a
-    module is made around each: model is its only part, which DDP looks after, and function its forward.
-    """
-    if run.world == 1:
-        return function
-    module = torch.nn.Module()
-    module.model, module.forward = model, function
-    return DistributedDataParallel(module, device_ids=[run.device.index] if run.device.type == "cuda" else None)
-
-
-# ---- seeds and schedules
-
-
-def generator(*numbers):
-    """Make a CPU generator for a place in the training, e.g. (seed, step, micro-batch).
-
-    Draws are a function of the place alone: a run that was resumed, or has other processes, draws the same, and so does
-    every device. The numbers are mixed like digits of a huge base, so that neighbouring places share no seed.
-    """
-    seed = 0
-    for n in numbers:
-        seed = (seed * 1_000_003 + n + 1) % 2**63
-    return torch.Generator().manual_seed(seed)
-
-
-def set_lr(optimizer, lr):
-    """Set the learning rate of an optimizer."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def learning_rate(step, steps, lr, schedule="constant", warmup=0):
-    """Compute the learning rate of a step: warm-up, then constant or a cosine to 2 % of lr."""
-    warmup = min(warmup, steps // 8)        # a short try with --steps would be all warm-up
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    if schedule == "constant":
-        return lr
-    progress = min((step - warmup) / max(steps - warmup, 1), 1)
-    return lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 # ---- a step: forward, backward, update
 
 
@@ -503,23 +304,19 @@ def micro_batches(run):
         yield hq, generator(run.args.seed, run.stage.before + run.step, run.rank * run.micro_batches + i)
 
 
-def autocast(device, dtype):
-    """In here large products are computed in dtype."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
 @contextmanager
 def micro_batch_context(run, function, i):
     """In here the forward pass of micro-batch i is computed: in autocast's precision, by function, of `replicate`.
 
-    With several processes backward averages gradients over them, as DDP decides in the forward pass. Once a step is
-    enough, with the last micro-batch, when all have been added up; for those before it this is switched off.
+    With several processes backward averages gradients over them. Once a step is enough: with the last micro-batch, when
+    all have been added up.
     """
-    with ExitStack() as stack:
-        if isinstance(function, DistributedDataParallel) and i < run.micro_batches - 1:
-            stack.enter_context(function.no_sync())
-        stack.enter_context(autocast(run.device, run.dtype))
-        yield
+    if i == run.micro_batches - 1:
+        with autocast(run.device, run.dtype):
+            yield
+    else:
+        with gradients_stay_here(function), autocast(run.device, run.dtype):
+            yield
 
 
 def backward(run, terms):
@@ -556,162 +353,6 @@ def count_skipped(run, updates):
     if run.skipped_in_a_row == MAX_SKIPPED:
         raise UserError(f"{MAX_SKIPPED} steps in a row had no finite gradient; "
                         "go on from the last checkpoint with a lower --lr, or --dtype float32")
-
-
-# ---- checkpoints: --out/checkpoint-STEP-HASH.pt
-#
-# Three things that public reports asked for (lost nights, moved disks): a full disk or a kill during a save loses
-# nothing, a damaged file is recognised by its hash and the one before it is taken, and a run goes on with photos that
-# lie elsewhere by now, if the user says --moved.
-
-
-def checkpoints(folder):
-    """List the checkpoints in a folder, newest first."""
-    return sorted(Path(folder).glob("checkpoint-*.pt"), reverse=True)
-
-
-def write(path, state):
-    """Write state by torch.save; what was there survives any interruption. Raises UserError."""
-    try:
-        with whole_file(path, f"{path}.part") as part:      # of one name, or killed runs would leave many
-            torch.save(state, part)
-            with open(part, "rb+") as f:        # Windows syncs only what may be written
-                os.fsync(f.fileno())
-    except OSError as e:
-        raise UserError(f"{e}; then the same command goes on from the last checkpoint") from None
-
-
-def save_checkpoint(folder, step, keep, **state):
-    """Write a checkpoint, whose name tells whether it is what was written; the newest `keep` stay. Raises UserError."""
-    path = Path(folder, "checkpoint.new")
-    write(path, {"step": step, "cwd": os.getcwd(), **state})
-    path.replace(path.with_name(f"checkpoint-{step:08d}-{sha256_of(path)[:16]}.pt"))
-    for old in checkpoints(folder)[keep:]:
-        old.unlink()
-
-
-def save_state(run, **more):
-    """Let the first process write a checkpoint: run.state, of models what learns, and more. Raises UserError."""
-    if run.rank > 0:
-        return
-    state = {name: part.state_dict() for name, part in run.state.items()}
-    for name in ("model", "ema"):
-        if name in state:
-            state[name] = {k: v for k, v in state[name].items() if run.learns(k)}
-    over = run.stopped_early or run.step >= run.stage.steps
-    save_checkpoint(run.out, run.step, run.args.keep, steps=run.stage.steps, over=over, settings=run.settings,
-                    photos=run.photos, **state, **more)
-
-
-def read_checkpoint(path, must_hold):
-    """Read a checkpoint -> dict. Raises ValueError, or nearly anything, where it is damaged or lacks a name."""
-    if sha256_of(path)[:16] != path.stem.rpartition("-")[2]:
-        raise ValueError("it is not what was written")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    lacking = set(must_hold) - state.keys()
-    if lacking:
-        raise ValueError(f"it holds no {min(lacking)}")
-    return state
-
-
-def load_checkpoint(folder, must_match, moved=False, must_hold=()):
-    """Load the newest whole checkpoint of a folder; damaged ones are named and passed over.
-
-    must_match: settings that may not differ from the interrupted run's, except paths if they moved
-    must_hold: names of what a whole one holds beside step and settings
-    -> dict, None if there is no checkpoint at all. Raises UserError.
-    """
-    found = checkpoints(folder)
-    for path in found:
-        try:
-            state = read_checkpoint(path, {"step", "settings", *must_hold})
-        except Exception as e:      # a damaged file makes torch raise nearly anything
-            print(f"{path}: skipped, damaged ({str(e).splitlines()[0]})", file=sys.stderr)
-            continue
-        check_settings(path, state, must_match, moved)
-        return state
-    if found:
-        raise UserError(f"{folder}: no checkpoint is whole; move them away to begin anew")
-    return None
-
-
-def check_settings(path, state, must_match, moved):
-    """Raise UserError where a setting differs from that of state, the checkpoint in file path.
-
-    Two spellings of one folder are no difference, seen from where the run began and from where it goes on.
-    """
-    for name, now in must_match.items():
-        then, hint = state["settings"].get(name), ""
-        if name in ("data", "init") and then and now:       # folders, unless --init is a public name
-            hint = ", or --moved if it is the same in another place"
-            place = os.path.join(state.get("cwd", ""), then)
-            if moved or is_same_place(place, now):
-                continue
-            if os.path.exists(place):       # the same words, seen from another folder, mean another place
-                then = place
-        if then != now:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag}: {path} was written with {then}, not {now}; use that or another --out{hint}")
-
-
-def is_same_place(a, b):
-    """Tell whether two paths lead to the same file or folder."""
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-
-def resume(run, settings):
-    """Go on where the newest checkpoint in --out stopped, if there is one; say what is trained, where and how.
-
-    settings: names of flags that must then be the same -> the checkpoint or None. Raises UserError.
-    """
-    run.settings = {name: getattr(run.args, name) for name in settings} | {"batch_size": run.stage.batch_size}
-    checkpoint = load_checkpoint(run.out, run.settings, run.args.moved, ["photos", *run.state])
-    if checkpoint:
-        run.step, run.photos = checkpoint["step"], checkpoint["photos"]
-        run.origin = f"resumed from {run.out} at step {run.step}"
-        for name, part in run.state.items():
-            if isinstance(part, torch.nn.Module):
-                load_saved(part, checkpoint[name], run.out, run.learns if name in ("model", "ema") else None)
-            elif checkpoint[name]:                      # a scaler's is {} in another type
-                try:
-                    part.load_state_dict(checkpoint[name])
-                except ValueError:      # an optimizer has other parameters
-                    raise UserError(UNFIT.format(run.out, name)) from None
-    processes = "1 process" if run.world == 1 else f"{run.world} processes"
-    print(f"{run.title}: {run.origin}, on {run.device} in {str(run.dtype).removeprefix('torch.')}, {processes}")
-    batch = f"batch {run.stage.batch_size} = {run.world} x {run.micro_batches} x {run.micro_batch}"
-    print(f"{count(run.trained):,} parameters learn; {batch}; {run.stage}")
-    return checkpoint
-
-
-def load_saved(module, tensors, folder, learns=None):
-    """Load what a checkpoint in folder holds of a module.  learns: of a name, whether it must be there; None = all are
-
-    Raises UserError unless names and shapes fit, as they do not after a change of the network's code.
-    """
-    own = module.state_dict()
-    # of earlier versions: they may lack what a network itself keeps fixed, and hold what a stage does not train
-    fixed = {name for name, p in module.named_parameters() if not p.requires_grad}
-    needed = {name for name in own.keys() - fixed if learns is None or learns(name)}
-    for name in sorted(needed | tensors.keys()):
-        if name not in tensors or name not in own or tensors[name].shape != own[name].shape:
-            raise UserError(UNFIT.format(folder, name))
-    module.load_state_dict(tensors, strict=False)
-
-
-def warn_of_unfinished(init):
-    """Print a line where --init is the folder of a training that is not over."""
-    for path in checkpoints(init) if init else ():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # without reading tensors
-            step, steps = state["step"], state["steps"]
-            over = state.get("over", step >= steps)     # earlier versions do not say
-        except Exception:       # damaged, which makes torch raise nearly anything, or of an early version
-            continue
-        if not over:
-            print(f"--init {init}: that training stopped at step {step} of {steps}; its own command goes on with it",
-                  file=sys.stderr)
-        return
 
 
 # ---- the loop
@@ -751,8 +392,7 @@ def fit(run, step, evaluate, save):
             with stop.shield():
                 save(run)
             print(f"\nstopped at step {run.step} and saved; the same command goes on from here")
-    if is_distributed():
-        dist.destroy_process_group()
+    leave()
     return 130 if stopped else 0
 
 
