@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 
 import training
-from degrade import degrade
 from models.gram import CSD_TIMES, features, loss_csd, loss_gram
 from models.gramsr import SETS, GramSR, GramSRConfig, token_adapter
 from models.lpips import LPIPS
@@ -105,12 +104,13 @@ class Run(training.Run):
 
 PAPER = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR has 4000 of pixel
     "pixel": Stage(
-        steps=4000),
+        steps=4000, **training.ONE_CARD),
     "semantic": Stage(
-        steps=8501, before=4000, lambda_lpips=2.0, lambda_csd=1.0),
+        steps=8501, before=4000, lambda_lpips=2.0, lambda_csd=1.0, **training.ONE_CARD),
     # inferred: LPIPS and CSD stay; that it is stopped early by NIQE is known, not when
     "texture": Stage(
-        steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10),
+        steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10,
+        **training.ONE_CARD),
 }
 TINY = {    # ours, for a laptop; two steps in three by the first recipe, the third by the other
     "pixel": Stage(
@@ -132,7 +132,7 @@ PRESETS = {     # name: config of the model, its stages
     "tiny": (TinyGramSRConfig(), TINY),
 }
 ORDER = list(SETS)      # of the stages, each with a LoRA set of its name
-SETTINGS = ("stage", "preset", "data", "init", "seed", "gram", "rank")      # flags that stay when a run is resumed
+SETTINGS = ("stage", "preset", "data", "lq", "init", "seed", "gram", "rank")    # flags that stay when it is resumed
 
 
 def parse_args(argv=None):
@@ -263,6 +263,7 @@ def prepare(args):
     run.terms = tuple(name for name in TERMS if getattr(run.stage, f"lambda_{name}"))
     run.columns = ("niqe",)
     run.draw = draw
+    training.check_memory(run, lambda: GramSR(cfg), partial(learns, run))
     torch.manual_seed(args.seed + ORDER.index(args.stage))      # or all sets would begin alike
     model, run.origin = build(args, cfg, run.stage)
     lpips, vit = build_judges(args, run.stage, model)
@@ -284,8 +285,8 @@ def prepare(args):
 
 
 def draw(run, hq, recipe, g):
-    """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; g: generator -> hq, lq_up (B, 3, H, W) in [-1, 1]"""
-    _, lq_up = degrade(hq, recipe, g)
+    """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; recipe, g: of `low_quality` -> hq, lq_up (B, 3, H, W) in [-1, 1]"""
+    _, lq_up = training.low_quality(hq, recipe, g)
     return 2 * hq - 1, 2 * lq_up - 1
 
 
@@ -381,7 +382,7 @@ def main(argv=None):
             run.stopping.best, run.stopping.waited = checkpoint["best"], checkpoint["waited"]
             run.stopped_early = run.stopping.is_over()
         for part in (run.model.unet, *run.model.vae.children()):
-            part.checkpointing = args.checkpointing
+            part.checkpointing = run.stage.checkpointing
         if args.compile:
             training.compile_all(run.model.unet.blocks[:-1], run.device)
         run.losses = training.replicate(run, run.model, partial(losses, run, run.model))

@@ -4,7 +4,8 @@ A script has its networks (`prepare`), its data (`draw`) and its losses, and han
 here on: `Stage` and `Run`, what learns, learning rate and average; `step` (forward, backward, update); `fit`, the loop.
 
 What a training needs besides is imported, and scripts find it here under the same names: flags and errors
-(models/support/launch.py), devices and processes (machine.py), checkpoint files (saving.py), photos (photos.py).
+(models/support/launch.py), devices and processes (machine.py), checkpoint files (saving.py), photos (photos.py), steps
+that do not fit in memory (memory.py).
 """
 
 import argparse
@@ -20,13 +21,14 @@ from typing import Any, Callable
 import torch
 from tqdm import tqdm
 
-from degrade import RECIPES
+from degrade import RECIPES, degrade, resize
 from models.support.arguments import Stop, UserError
 from models.support.charts import Log, save_sheet
 from models.support.launch import add_arguments, alone_in, one_line_errors, start      # noqa: F401 (for scripts)
 from models.support.machine import (autocast, choose_device, choose_dtype, compile_all, gradients_stay_here, leave,
                                     mean_over_processes, replicate, usable_device)      # noqa: F401
-from models.support.photos import batches, photos_for, reading
+from models.support.memory import check_memory, step_that_fits     # noqa: F401
+from models.support.photos import open_loader, photos_for, reading
 from models.support.precision import in_half
 from models.support.saving import checkpoints, resume, save_state, write      # noqa: F401
 
@@ -36,6 +38,10 @@ FEW_PHOTOS = 60     # below, held-out crops come from one or two photos
 
 # first numbers of `generator` for what is drawn on held-out images, the same at every evaluation of every run
 HELD_OUT_IMAGES, HELD_OUT_LOSS, HELD_OUT_NOISE = 0, 1, 2
+
+# of stages at full size, so that a step fits in 24 GB: the gradient of a batch is the mean of its images' gradients, so
+# one image after the other gives the same, and what is not kept is computed again. It takes longer, nothing else
+ONE_CARD = {"micro_batch": 1, "checkpointing": True}
 
 
 # ---- a stage of a training, and a run of it
@@ -60,6 +66,8 @@ class Stage:
     recipes: tuple = ()                 # how images are degraded: of degrade.py, one a step, by turns
     branches_per: str = "batch"         # draw a recipe's kinds of damage for each "batch", or for each "image"
     save_every: int = 500               # steps between checkpoints, each with an evaluation
+    micro_batch: int = 0                # images that a process computes at once; 0 = its share of the batch
+    checkpointing: bool = False         # keep less for backward, and compute it again there
     before: int = 0                     # steps of the stages before this one: images and seeds go on from there, or it
                                         # would see the first stage's images in the same order again
 
@@ -79,14 +87,15 @@ class Run:
     rank: int = 0                       # number of this process
     world: int = 1                      # number of processes
     micro_batch: int = 0                # images that a process computes at once
-    micro_batches: int = 0              # of a process in each step
+    micro_batches: int = 0              # parts of a step that a process computes one after the other
 
     # by `prepare` of the script and `set_model`: what is trained, and how
     title: str = ""                     # for the user: system, preset, stage
     origin: str = ""                    # for the user: what the training starts from
     terms: tuple = ()                   # names of the losses, columns of the log
     columns: tuple = ()                 # more columns of the log, from evaluate
-    draw: Callable = None               # (run, hq, recipe, generator) -> a tuple of tensors, a row for each image
+    draw: Callable = None               # (run, hq, recipe, generator) -> a tuple of tensors, a row for each image; of
+                                        # own pairs `recipe` is their LQ images
     losses: Callable = None             # (*what `draw` returned, generator) -> {name: scalar}, summed up; a `replicate`
     model: torch.nn.Module = None       # the system, of which a part is trained
     ema: torch.nn.Module = None         # the system with averaged weights, which is evaluated and saved; or the model
@@ -98,7 +107,7 @@ class Run:
     # by `resume` and `open_data`: what it learns from
     settings: dict = None               # flags that may not change when the run is resumed
     photos: list = None                 # names of the files when the run began
-    loader: Any = None                  # DataLoader of (micro_batch, 3, crop, crop) in [0, 1]
+    loader: Any = None                  # DataLoader of HQ (micro_batch, 3, crop, crop) in [0, 1]; with --lq of [HQ, LQ]
     batches: Any = None                 # its iterator, in `fit`
     recipes: list = None                # degrade.Recipe, one a step, by turns
     held_out_hq: torch.Tensor = None    # (16, 3, crop, crop) in [-1, 1], crops of photos that are held out
@@ -111,6 +120,9 @@ class Run:
     sums: dict = None                   # {loss: its sum over the steps since the last row of the log}
     logged: int = 0                     # step of that row
     clock: float = 0.0                  # seconds, time of that row
+    updates: int = 0                    # of all optimizers, begun
+    began: int = None                   # step at which this command began
+    halved: bool = False                # fewer images at once than it began with, since memory was short
     metrics: dict = None                # of the newest evaluation; None where a run is saved without one
     skipped: int = 0                    # updates without a finite gradient
     skipped_in_a_row: int = 0           # steps with such an update
@@ -239,44 +251,64 @@ def learning_rate(step, steps, lr, schedule="constant", warmup=0):
 # ---- data
 
 
-def open_photos(run):
-    """Set run.loader and run.recipes -> held-out crops (16, 3, crop, crop) in [0, 1]. Raises DataError."""
-    args, stage = run.args, run.stage
-    photos, crops, run.photos = photos_for(args.data, stage.crop, args.seed, run.photos, flip=stage.flip,
-                                           shrink=stage.shrink)
-    found = len(set(run.photos))
-    held_out = found - len(set(photos.files))
-    print(f"{found} photos found in {args.data}, {held_out} of them held out")
-    if found < FEW_PHOTOS:
-        print(f"these are few: the {len(crops)} crops that are evaluated come from the {held_out} held out; "
-              "figures of more photos say more")
-    run.loader = batches(photos, steps=range(stage.before + run.step, stage.before + stage.steps),
-                         batch_size=stage.batch_size, rank=run.rank, share=run.micro_batches * run.micro_batch,
-                         micro=run.micro_batch, workers=args.workers, device=run.device)
-    run.recipes = [replace(RECIPES[name], branches_per=stage.branches_per) for name in stage.recipes]
-    return crops.to(run.device)
-
-
 def open_data(run):
     """Set what the run learns from, and run.held_out, what it is measured on. Raises DataError.
 
     Held-out crops are degraded by the stage's first recipe, each by a plan of its own, and kept one by one: so an
     evaluation needs no more memory than one image, and measures the same whatever the batch size.
     """
-    hq = open_photos(run)
-    recipe = None
-    if run.recipes:
+    hq, recipe = open_photos(run)
+    if recipe is None and run.recipes:
         recipe = replace(run.recipes[0], branches_per="image")
     drawn = run.draw(run, hq, recipe, generator(HELD_OUT_IMAGES))
     run.held_out_hq = 2 * hq - 1
     run.held_out = list(zip(*(x.split(1) for x in drawn)))
 
 
-def recipe(run):
+def open_photos(run):
+    """Set run.loader and run.recipes.  -> `hq_and_lq` of the 16 held-out crops. Raises DataError."""
+    args, stage = run.args, run.stage
+    photos, crops, run.photos = photos_for(args.data, stage.crop, args.seed, run.photos, lq=args.lq, flip=stage.flip,
+                                           shrink=stage.shrink)
+    hq, lq = hq_and_lq(run, crops)
+    found = len(set(run.photos))
+    held_out = found - len(set(photos.files))
+    print(f"{found} photos found in {args.data}, {held_out} of them held out")
+    if found < FEW_PHOTOS:
+        print(f"these are few: the {len(hq)} crops that are evaluated come from the {held_out} held out; "
+              "figures of more photos say more")
+    open_loader(run, photos)
+    run.recipes = [replace(RECIPES[name], branches_per=stage.branches_per) for name in stage.recipes]
+    return hq, lq
+
+
+def hq_and_lq(run, images):
+    """Bring photos to the run's device.  -> hq (B, 3, crop, crop) in [0, 1], lq (B, 3, crop/4, crop/4) or None
+
+    images: hq, or with --lq a list of hq and lq, own pairs
+    """
+    if not run.args.lq:
+        return images.to(run.device, non_blocking=True), None
+    hq, lq = (x.to(run.device, non_blocking=True) for x in images)
+    return hq, lq
+
+
+def recipe_of_step(run):
     """Say how this step's images are degraded: by each recipe in its turn, None without any."""
     if not run.recipes:
         return None
     return run.recipes[run.step % len(run.recipes)]
+
+
+def low_quality(hq, recipe, g):
+    """Degrade photos; of own pairs, take their LQ images and enlarge them.
+
+    hq: (B, 3, H, W) in [0, 1]; recipe: of degrade.py, or those LQ images, (B, 3, H/4, W/4) in [0, 1]; g: generator
+    -> lq (B, 3, H/4, W/4), lq_up (B, 3, H, W), both in [0, 1]
+    """
+    if torch.is_tensor(recipe):
+        return recipe, resize(recipe, "bicubic", hq.shape[2:]).clamp(0, 1)
+    return degrade(hq, recipe, g)
 
 
 # ---- a step: forward, backward, update
@@ -285,8 +317,8 @@ def recipe(run):
 def step(run):
     """Do one step of the optimizer; gradients of the micro-batches are added up."""
     set_lr(run.optimizer, run.lr)
-    for i, (hq, g) in enumerate(micro_batches(run)):
-        drawn = run.draw(run, hq, recipe(run), g)
+    for i, (hq, recipe, g) in enumerate(micro_batches(run)):
+        drawn = run.draw(run, hq, recipe, g)
         with micro_batch_context(run, run.losses, i):
             terms = run.losses(*drawn, g)
         backward(run, terms)
@@ -295,13 +327,16 @@ def step(run):
 
 
 def micro_batches(run):
-    """Yield what this process computes of a step, part after part: hq, generator.
+    """Yield what this process computes of a step, part after part: hq, recipe, generator.
 
-    hq: (micro_batch, 3, crop, crop) in [0, 1]; generator: of all that is random there, the same whoever computes it
+    hq: (micro_batch, 3, crop, crop) in [0, 1]; recipe: the step's, or the LQ images of own pairs, see `low_quality`
+    generator: of all that is random there, the same whoever computes it
     """
     for i in range(run.micro_batches):
-        hq = next(run.batches).to(run.device, non_blocking=True)
-        yield hq, generator(run.args.seed, run.stage.before + run.step, run.rank * run.micro_batches + i)
+        hq, lq = hq_and_lq(run, next(run.batches))
+        g = generator(run.args.seed, run.stage.before + run.step, run.rank * run.micro_batches + i)
+        recipe = recipe_of_step(run) if lq is None else lq
+        yield hq, recipe, g
 
 
 @contextmanager
@@ -331,6 +366,7 @@ def update(run, optimizer):
 
     Where it is not finite the update is left out and counted in run.skipped.
     """
+    run.updates += 1
     run.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
@@ -373,11 +409,11 @@ def fit(run, step, evaluate, save):
     run.model.train()
     begin_row(run)
     said = "stopping after this step, then saving; again: at once, unsaved"
-    with Stop(said) as stop, reading(run.loader) as run.batches:
+    with Stop(said) as stop, reading(run):
         while run.step < stage.steps and not is_stopped(run, stop):
             run.lr = learning_rate(run.step, stage.steps, stage.lr, stage.schedule, stage.warmup)
             skipped_before = run.skipped
-            step(run)
+            step_that_fits(run, step)
             count_skipped(run, run.skipped - skipped_before)
             run.step += 1
             bar.update()

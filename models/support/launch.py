@@ -1,5 +1,6 @@
 """How a training script begins and ends: its flags, errors as one line, a folder that is its own."""
 
+import argparse
 import os
 import sys
 from contextlib import contextmanager
@@ -48,19 +49,24 @@ def add_arguments(p):
     """Add the flags that all three scripts have."""
     p.add_argument("--data", type=path_argument, required=True,
                    help="good photos: a folder, searched recursively, or a .txt list")
-    p.add_argument("--moved", action="store_true", help="go on although --data or --init lies elsewhere by now")
+    p.add_argument("--lq", type=path_argument, metavar="FOLDER",
+                   help="your own LQ images, a quarter as large a side, with the names of the photos in folder --data, "
+                   "or with x4 added: pairs to train on, instead of degraded photos")
+    p.add_argument("--moved", action="store_true", help="go on although --data, --lq or --init lies elsewhere by now")
     p.add_argument("--out", type=path_argument, required=True, help="folder for everything this run writes")
     # optimisation
     p.add_argument("--steps", type=COUNT, help="steps in all (default: the preset's)")
     p.add_argument("--batch-size", type=COUNT, help="photos per step, of all processes together")
-    p.add_argument("--micro-batch", type=COUNT, help="photos that a process computes at once (default: its share)")
+    p.add_argument("--micro-batch", type=COUNT, help="photos that a process computes at once; the gradients of "
+                   "a step's parts are added up (default: the preset's, full-size ones 1, tiny its share)")
     p.add_argument("--lr", type=between(1e-9, 1), help="peak learning rate")
     p.add_argument("--seed", type=SEED, default=0)
     # machine
     p.add_argument("--device", type=usable_device, default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                    help="of autocast; trained weights stay float32")
-    p.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward: less memory")
+    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                   help="compute blocks again in backward: less memory, more time (default: full-size presets do)")
     p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
     p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (4 on CUDA)")
     # what is written
@@ -85,7 +91,7 @@ def start(run):
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     run.rank, run.world = join(run.device)
     share = run.stage.batch_size // run.world       # images of a step for each process
-    run.micro_batch = args.micro_batch or max(share, 1)
+    run.micro_batch = run.stage.micro_batch or max(share, 1)
     run.micro_batches = share // run.micro_batch
     if run.micro_batches * run.micro_batch * run.world != run.stage.batch_size:
         raise UserError(f"--batch-size {run.stage.batch_size} is not {run.world} processes x a whole number of "

@@ -41,13 +41,16 @@ def usable_device(name):
 def choose_dtype(name, device, best="bfloat16"):
     """Choose a type by its name, and with it how a GPU multiplies float32.
 
-    name: 'auto' is `best` on CUDA and float32 elsewhere; 'tf32' (of sample.py) is float32 whose products a GPU rounds
-    to 10 bits. Trap: cudnn rounds them unasked, so for trainings, too, this is switched off -> torch.dtype
+    name: 'auto' is `best` on CUDA, but float16 in place of bfloat16 on cards that only emulate that, such as T4, V100
+    and RTX 20, and float32 elsewhere; 'tf32' (of sample.py) is float32 whose products a GPU rounds to 10 bits. Trap:
+    cudnn rounds them unasked, so for trainings, too, this is switched off -> torch.dtype
     """
     torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     if name == "auto":
         name = best if device.type == "cuda" else "float32"
+        if name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "float16"
     return torch.float32 if name == "tf32" else getattr(torch, name)
 
 

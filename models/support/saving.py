@@ -102,7 +102,7 @@ def check_settings(path, state, must_match, moved):
     """
     for name, now in must_match.items():
         then, hint = state["settings"].get(name), ""
-        if name in ("data", "init") and then and now:       # folders, unless --init is a public name
+        if name in ("data", "lq", "init") and then and now:       # folders, unless --init is a public name
             hint = ", or --moved if it is the same in another place"
             place = os.path.join(state.get("cwd", ""), then)
             if moved or is_same_place(place, now):
@@ -139,6 +139,9 @@ def say_what_is_trained(run):
     processes = "1 process" if run.world == 1 else f"{run.world} processes"
     print(f"{run.title}: {run.origin}, on {run.device} in {str(run.dtype).removeprefix('torch.')}, {processes}")
     batch = f"batch {run.stage.batch_size} = {run.world} x {run.micro_batches} x {run.micro_batch}"
+    if run.micro_batches > 1:
+        images = "1 image" if run.micro_batch == 1 else f"{run.micro_batch} images"
+        batch += f" (a step has {run.micro_batches} parts of {images} in each process)"
     print(f"{sum(p.numel() for p in run.trained):,} parameters learn; {batch}; {run.stage}")
 
 
