@@ -5,31 +5,29 @@ here on: `Stage` and `Run`, what learns, learning rate and average; `step` (forw
 
 What a training needs besides is imported, and scripts find it here under the same names: flags and errors
 (models/support/launch.py), devices and processes (machine.py), checkpoint files (saving.py), photos (photos.py), steps
-that do not fit in memory (memory.py).
+that do not fit in memory (memory.py), the bar and the log (progress.py).
 """
 
 import argparse
 import copy
 import math
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from tqdm import tqdm
 
 from degrade import RECIPES, degrade, resize
 from models.support.arguments import Stop, UserError
-from models.support.charts import Log, save_sheet
 from models.support.launch import add_arguments, alone_in, one_line_errors, start      # noqa: F401 (for scripts)
 from models.support.machine import (autocast, choose_device, choose_dtype, compile_all, gradients_stay_here, leave,
                                     mean_over_processes, replicate, usable_device)      # noqa: F401
 from models.support.memory import check_memory, step_that_fits     # noqa: F401
 from models.support.photos import open_loader, photos_for, reading
 from models.support.precision import in_half
+from models.support.progress import Progress
 from models.support.saving import checkpoints, resume, save_state, write      # noqa: F401
 
 MAX_SKIPPED = 25    # steps in a row without a finite gradient, after which a run ends; float16 starts with up to 16,
@@ -118,8 +116,6 @@ class Run:
     lr: float = 0.0                     # learning rate of this step
     grad_norm: float = 0.0              # before clipping
     sums: dict = None                   # {loss: its sum over the steps since the last row of the log}
-    logged: int = 0                     # step of that row
-    clock: float = 0.0                  # seconds, time of that row
     updates: int = 0                    # of all optimizers, begun
     began: int = None                   # step at which this command began
     halved: bool = False                # fewer images at once than it began with, since memory was short
@@ -400,14 +396,12 @@ def fit(run, step, evaluate, save):
     step(run): one step of the optimizers; evaluate(run) -> {column of the log: value}, {title: images (B, 3, H, W)};
     save(run): the model and a checkpoint -> exit status: 0, or 130 if it was stopped before its last step
     """
-    stage, log = run.stage, open_log(run)
+    stage, progress = run.stage, Progress(run)
     if run.step == 0:
         metrics, _ = evaluated(run, evaluate)
-        write_row(log, {"step": 0} | metrics)
-    hidden = True if run.rank > 0 else None     # None: where no terminal shows it
-    bar = tqdm(total=stage.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hidden)
+        progress.write({"step": 0} | metrics)
     run.model.train()
-    begin_row(run)
+    progress.begin()
     said = "stopping after this step, then saving; again: at once, unsaved"
     with Stop(said) as stop, reading(run):
         while run.step < stage.steps and not is_stopped(run, stop):
@@ -416,12 +410,17 @@ def fit(run, step, evaluate, save):
             step_that_fits(run, step)
             count_skipped(run, run.skipped - skipped_before)
             run.step += 1
-            bar.update()
+            progress.bar.update()
             if run.step % stage.save_every == 0 or run.step == stage.steps:
-                evaluate_and_save(run, log, bar, stop, evaluate, save)
+                row = progress.finish_row()
+                run.metrics, images = evaluated(run, evaluate)
+                with stop.shield():
+                    save(run)
+                progress.write(row | run.metrics)       # what the log says is saved
+                progress.draw(run.metrics, images)
             elif run.step % run.args.log_every == 0:
-                write_row(log, finish_row(run, bar))
-        bar.close()
+                progress.write(progress.finish_row())
+        progress.bar.close()
         stopped = run.step < stage.steps and not run.stopped_early
         if stopped:
             run.metrics = None
@@ -444,59 +443,6 @@ def evaluated(run, evaluate):
     """
     with autocast(run.device, run.dtype):
         return evaluate(run)
-
-
-def evaluate_and_save(run, log, bar, stop, evaluate, save):
-    """Measure the model, save it, and only then let the log say so."""
-    row = finish_row(run, bar)
-    run.metrics, images = evaluated(run, evaluate)
-    with stop.shield():
-        save(run)
-    write_row(log, row | run.metrics)
-    if log:
-        draw_log(run, log, images)
-
-
-def open_log(run):
-    """Open log.csv of the first process; rows after the step at which the run is resumed are dropped -> Log or None"""
-    if run.rank > 0:
-        return None
-    columns = ["step", *run.terms, "grad_norm", "lr", "seconds", "held_out", "psnr", *run.columns]
-    return Log(run.out / "log.csv", columns, run.step or -1)
-
-
-def begin_row(run):
-    """Begin to sum up losses and to count seconds."""
-    run.sums = dict.fromkeys(run.terms, 0.0)
-    run.logged, run.clock = run.step, time.time()
-
-
-def finish_row(run, bar):
-    """Finish a row of the log: losses are means over the steps since the row before, and shown beside the bar.
-
-    -> {column: value}
-    """
-    row = {"step": run.step, "grad_norm": run.grad_norm, "lr": run.lr, "seconds": time.time() - run.clock}
-    losses = {}
-    for name, total in run.sums.items():
-        losses[name] = mean_over_processes(float(total / (run.step - run.logged)), run.device)
-    bar.set_postfix({name: f"{x:.3f}" for name, x in losses.items()}, refresh=False)
-    begin_row(run)
-    return row | losses
-
-
-def write_row(log, row):
-    """Write a row of the log, where this process has one.  row: {column: value}"""
-    if log:
-        log.write(**row)
-
-
-def draw_log(run, log, images):
-    """Show an evaluation: metrics on the terminal, loss.png, and sheet.png of six of the images in each column."""
-    tqdm.write(f"step {run.step}: " + ", ".join(f"{name} {x:.4f}" for name, x in run.metrics.items()))
-    log.draw(run.out / "loss.png", [*run.terms, "held_out"], run.title)
-    if images:
-        save_sheet(run.out / "sheet.png", {title: x[:6] for title, x in images.items()})
 
 
 # ---- what evaluations share

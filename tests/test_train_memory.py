@@ -156,22 +156,24 @@ def launch(patch, name, photos, out, *more):  # noqa: F811
         test_train_gramsr.launch(patch, photos, out, "pixel", *words)
 
 
-def is_second_of_two(number, *args):
-    """In the first step, parts of two images: the second of them. Evaluations see one image, and so do smaller parts."""
-    images = [x for x in args if torch.is_tensor(x)][0]
-    return len(images) == 2 and fail_state.append(1) is None and len(fail_state) == 2
-
-
-fail_state = []
-
-
 @pytest.fixture
 def short_of_memory(monkeypatch):
-    """In each trainer's losses, as they are called: memory is short in the second part of the first step."""
-    fail_state.clear()
+    """In each trainer's losses, as they are called: memory is short in the second part of the first step.
+
+    -> list of the parts of two images that were computed; evaluations see one image, and so do smaller parts
+    """
+    parts = []
+
+    def is_second_of_two(number, *args):
+        images = next(x for x in args if torch.is_tensor(x))
+        if len(images) == 2:
+            parts.append(number)
+        return len(images) == 2 and len(parts) == 2
+
     monkeypatch.setitem(train_vosr.LOSSES, "autoencoder", fail(train_vosr.LOSSES["autoencoder"], is_second_of_two))
     monkeypatch.setattr(train_s3diff, "reconstruct", fail(train_s3diff.reconstruct, is_second_of_two))
     monkeypatch.setattr(train_gramsr, "losses", fail(train_gramsr.losses, is_second_of_two))
+    return parts
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -181,7 +183,7 @@ def test_halved_is_as_if_begun_so(monkeypatch, photos, tmp_path, capsys, short_o
     launch(monkeypatch, name, photos, tmp_path / "short", "--micro-batch", 2, "--workers", workers)
     said = capsys.readouterr()
     line = "not enough memory for 2 images at once: from here on 1, as by --micro-batch 1; a step of the same images has 4 parts"
-    assert (said.out + said.err).count(line) == 1 and len(fail_state) == 2
+    assert (said.out + said.err).count(line) == 1 and len(short_of_memory) == 2
     launch(monkeypatch, name, photos, tmp_path / "one", "--micro-batch", 1)
     assert same(flat(newest(tmp_path / "short")), flat(newest(tmp_path / "one")))
     logs = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("short", "one")]

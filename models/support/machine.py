@@ -116,9 +116,9 @@ def mean_over_processes(x, device):
     """Average a number over the processes -> number"""
     if not is_distributed():
         return x
-    x = torch.tensor(float(x), device=device)
-    dist.all_reduce(x)
-    return x.item() / dist.get_world_size()
+    total = torch.tensor(float(x), device=device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 class Forward(torch.nn.Module):
