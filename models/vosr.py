@@ -9,7 +9,7 @@ Low-quality image -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
+from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.support.authors import read_light_decoder, release_config
 from models.support.imaging import check_image, color_fix, pad_to_multiple, resize
 from models.support.precision import in_half
 from models.support.tiles import crop, tile_boxes, tiled
 from models.support.tokens import FixedTokens
-from models.qwen_vae import QwenVAE, QwenVAEConfig
-from models.vae import VAE, LightDecoder, VAEConfig
-from models.vit import ViT, ViTConfig, standardised
 from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_or_fetch, find_weights,
                                     load_ours, load_strictly, on_meta_device, read_config, read_tensors)
+from models.vae import VAE, LightDecoder, VAEConfig
+from models.vit import ViT, ViTConfig, standardised
 
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE}
 FROZEN = {      # public files of the autoencoder and of the vision encoder that goes with it
@@ -61,11 +61,9 @@ class VOSRConfig:
     @classmethod
     def from_dict(cls, d):
         """The config of a file: a dict of values, with dicts for dit, vit and vae. Raises TypeError, ValueError."""
-        # which autoencoder it is a file does not say: the one whose config has fields of these names
-        names = set(d["vae"])
-        has_names = [kind for kind in AUTOENCODERS if names <= {f.name for f in fields(kind)}]
-        vae = (has_names[0] if has_names else QwenVAEConfig)(**d["vae"])
-        return cls(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
+        vae_config = QwenVAEConfig if "z_dim" in d["vae"] else VAEConfig    # a file does not say which autoencoder it is
+        parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae_config(**d["vae"])}
+        return cls(**(d | parts))
 
 
 SIZES = {   # published: the transformer and what is around it
@@ -90,7 +88,7 @@ class VOSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        # VOSR 2.0: one step without second time; it has its guidance distilled in and no weak branch
+        # VOSR 2.0, which one recognises by its single step without second time, has its guidance distilled in
         self.unguided = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond
         if self.unguided:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
@@ -116,7 +114,7 @@ class VOSR(nn.Module):
 
     @torch.no_grad()
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
-        """Sample the clean latent: `sample` of `guided`, whose velocities are those of tiles where it is large.
+        """Sample the clean latent: Euler's steps, each along the guided velocity, which a large latent has in tiles.
 
         z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, tile 0 = the whole
         -> like z_lq
@@ -124,17 +122,18 @@ class VOSR(nn.Module):
         boxes = self.boxes(z_lq, tile, overlap)
         feat = torch.cat([self.tokens(crop(x, box, self.vae.factor)) for box in boxes])  # every tile has its own
 
-        # Fast: tokens stay the same in all steps, so their keys and values are computed once; see support/tokens.py.
-        # They are kept for one batch of tiles only, as they take 235 MB a tile (0.5B, float32): if there are more
-        # batches, they are computed anew in every step.
-        fixed_tokens = FixedTokens(self.dit) if steps > 1 or guidance != 1 else None
+        # Fast: a tile's tokens are the same in all steps, so the DiT need compute their keys and values only once. In a
+        # single pass there is nothing to save.
+        fixed_tokens = None
+        if steps > 1 or guidance != 1:
+            fixed_tokens = FixedTokens(self.dit)
 
         def velocity(z, t, r):
             def of_tiles(z_tiles, z_lq_tiles, feat_tiles):
-                if fixed_tokens is None:
-                    return guided(self.dit, z_tiles, z_lq_tiles, feat_tiles, t, r, guidance, weak)
-                with fixed_tokens.using(feat_tiles) as no_tokens:
-                    return guided(self.dit, z_tiles, z_lq_tiles, no_tokens, t, r, guidance, weak)
+                dit = self.dit
+                if fixed_tokens:
+                    dit = fixed_tokens.dit_with(feat_tiles)  # the same function, in fewer products: support/tokens.py
+                return guided(dit, z_tiles, z_lq_tiles, feat_tiles, t, r, guidance, weak)
             return tiled(of_tiles, boxes, z, z_lq, feat)
 
         return sample(velocity, eps, steps)
@@ -144,9 +143,10 @@ class VOSR(nn.Module):
 
         tile, overlap: pixels; tile 0 = one tile, the whole; overlap: an eighth of the tile at least -> as `tile_boxes`
         """
-        f, p = self.vae.factor, self.cfg.dit.patch_size
-        side = tile // f // p * p  # latent cells
-        return tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
+        cell, p = self.vae.factor, self.cfg.dit.patch_size  # pixels a cell, cells a token
+        tokens = tile // (cell * p)
+        side = tokens * p  # latent cells
+        return tile_boxes(*z.shape[-2:], side, max(overlap // cell, side // 8))
 
     def enlarge(self, lq, size):
         """lq: (B, 3, H, W) in [0, 1] -> the same of size (height, width); by Pillow, as the official scripts."""
