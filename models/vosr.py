@@ -61,7 +61,7 @@ class VOSRConfig:
     @classmethod
     def from_dict(cls, d):
         """The config of a file: a dict of values, with dicts for dit, vit and vae. Raises TypeError, ValueError."""
-        vae_config = QwenVAEConfig if "z_dim" in d["vae"] else VAEConfig    # a file does not say which autoencoder it is
+        vae_config = QwenVAEConfig if "z_dim" in d["vae"] else VAEConfig    # a file does not say which it has
         parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae_config(**d["vae"])}
         return cls(**(d | parts))
 

@@ -33,6 +33,7 @@ MAX_NUMBER = 1_000_000      # in a config
 MODELS = Path(__file__).parents[1]
 PRIOR = MODELS / "prior_tiny.safetensors"       # around which the tiny S3Diff and GramSR learn
 OLD_SYSTEMS = {"s3diff": "r_unet", "gramsr": "ranks", "vosr": "dit"}     # and a setting that no other has
+OLD_SETTINGS = ("crisp", "precondition", "torch_bicubic", "stablesr", "start_noise")    # in files of ours, gone since
 EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
 
 
@@ -368,11 +369,15 @@ def read_metadata(path):
 
 
 def read_config(path):
-    """The config that `save_model` wrote into a file -> dict, {} of any other file"""
+    """The config that `save_model` wrote into a file, without OLD_SETTINGS -> dict, {} of any other file"""
     with suppress(ValueError, RecursionError):
-        config = json.loads(read_metadata(path).get("config", "{}"))
+        config = json.loads(read_metadata(path).get("config", "{}"), object_hook=without_old_settings)
         return config if isinstance(config, dict) else {}
     return {}
+
+
+def without_old_settings(config):
+    return {name: value for name, value in config.items() if name not in OLD_SETTINGS}
 
 
 def read_system(path):
