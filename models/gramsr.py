@@ -73,6 +73,11 @@ def token_adapter(D, inner, context_dim):
 
 
 class GramSR(nn.Module):
+    """The system: `vae`, `unet` with the LoRA sets, vision transformer `vit`, and `adapter`, which fits its tokens.
+
+    The LoRA sets and `adapter` are trained, all else is frozen.
+    """
+
     Config = GramSRConfig
     SWEEP = [[{name: x / 2} for x in range(5)] for name in ALL]     # knobs of each image on sample.py's sheet, in rows
 

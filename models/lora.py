@@ -137,7 +137,7 @@ class ExactConv2d(Exact, Conv2d):
 
 
 def add_lora(network, targets, name, r, alpha=ALPHA):
-    """Give a new adapter to those layers of network that peft would choose -> names of these layers.
+    """Give a new adapter to those layers of network that peft would choose.
 
     targets: a regular expression for whole names, or a list of last parts of names
     """
@@ -147,10 +147,9 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
         # the dots keep parts whole: "conv" chooses "conv" and "down.conv", but not "my_conv"
         return any(f".{layer}".endswith(f".{target}") for target in targets)
 
-    chosen = [layer for layer, m in network.named_modules() if isinstance(m, LoRA) and is_chosen(layer)]
-    for layer in chosen:
-        network.get_submodule(layer).add_adapter(name, r, alpha)
-    return chosen
+    for layer, module in network.named_modules():
+        if isinstance(module, LoRA) and is_chosen(layer):
+            module.add_adapter(name, r, alpha)
 
 
 def adapted_layers(network, name):

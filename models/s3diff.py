@@ -70,6 +70,11 @@ class S3DiffConfig:
 
 
 class S3Diff(nn.Module):
+    """The system: `vae` and `unet` with adapters, `modulation`, which makes their C of `denet`'s scores, `prompts`.
+
+    Adapters, modulation and the UNet's conv_in are trained, all else is frozen.
+    """
+
     Config = S3DiffConfig
     # knobs of each image on sample.py's sheet, row by row
     SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]

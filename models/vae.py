@@ -28,8 +28,6 @@ SD_VAE_SCALE = 0.18215  # 1 / standard deviation of SD's latents; diffusion happ
 
 @dataclass
 class VAEConfig:
-    in_channels: int = 3
-    out_channels: int = 3
     latent_channels: int = 4
     widths: tuple = (128, 256, 512, 512)  # channels of each level; n levels make a factor of 2^(n-1)
     layers_per_block: int = 2
@@ -235,8 +233,8 @@ class VAE(nn.Module):
         self.factor = 2 ** (len(cfg.widths) - 1)  # pixels per latent cell side
         self.blocks = len(cfg.widths) + 2  # of the encoder, each with a C of its own
         c, layers, groups = cfg.latent_channels, cfg.layers_per_block, cfg.norm_groups
-        self.encoder = Encoder(cfg.in_channels, 2 * c, cfg.widths, layers, groups)  # 2: mean and log variance
-        self.decoder = Decoder(c, cfg.out_channels, cfg.widths, layers, groups)
+        self.encoder = Encoder(3, 2 * c, cfg.widths, layers, groups)  # 2: mean and log variance
+        self.decoder = Decoder(c, 3, cfg.widths, layers, groups)
         self.quant_conv = ExactConv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = ExactConv2d(c, c, 1)
 

@@ -10,6 +10,7 @@ Left out: several layers of visual tokens at once, which the official code colle
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,6 +81,8 @@ PUBLIC = {      # name: size, folder of the release
 
 
 class VOSR(nn.Module):
+    """The system: autoencoder `vae`, maybe with a `light_decoder`, and vision encoder `vit`, all frozen; `dit`."""
+
     Config = VOSRConfig
     stablesr = False    # whether colours come back as in StableSR, see `color_fix`
     # what sample.py --sweep shows: a list of rows, each a list of arguments of `upscale`
@@ -88,7 +91,7 @@ class VOSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        # VOSR 2.0, which one recognises by its single step without second time, has its guidance distilled in
+        # VOSR 2.0, which has its guidance distilled in: the only model of a single step that has no second time
         self.unguided = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond
         if self.unguided:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
@@ -114,7 +117,7 @@ class VOSR(nn.Module):
 
     @torch.no_grad()
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
-        """Sample the clean latent: Euler's steps, each along the guided velocity, which a large latent has in tiles.
+        """Sample the clean latent, from noise in Euler's steps; the velocity of a large one is computed in tiles.
 
         z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, tile 0 = the whole
         -> like z_lq
@@ -122,19 +125,20 @@ class VOSR(nn.Module):
         boxes = self.boxes(z_lq, tile, overlap)
         feat = torch.cat([self.tokens(crop(x, box, self.vae.factor)) for box in boxes])  # every tile has its own
 
-        # Fast: a tile's tokens are the same in all steps, so the DiT need compute their keys and values only once. In a
-        # single pass there is nothing to save.
+        # Fast: the tokens of a tile are the same in all steps, so their keys and values are computed only once, see
+        # support/tokens.py. A single pass computes them once anyway.
         fixed_tokens = None
         if steps > 1 or guidance != 1:
             fixed_tokens = FixedTokens(self.dit)
 
+        def velocity_of_tiles(z, z_lq, feat, t, r):
+            dit = self.dit
+            if fixed_tokens:
+                dit = fixed_tokens.dit_with(feat)  # the same function of z_t, z_lq, feat, t, r
+            return guided(dit, z, z_lq, feat, t, r, guidance, weak)
+
         def velocity(z, t, r):
-            def of_tiles(z_tiles, z_lq_tiles, feat_tiles):
-                dit = self.dit
-                if fixed_tokens:
-                    dit = fixed_tokens.dit_with(feat_tiles)  # the same function, in fewer products: support/tokens.py
-                return guided(dit, z_tiles, z_lq_tiles, feat_tiles, t, r, guidance, weak)
-            return tiled(of_tiles, boxes, z, z_lq, feat)
+            return tiled(partial(velocity_of_tiles, t=t, r=r), boxes, z, z_lq, feat)
 
         return sample(velocity, eps, steps)
 

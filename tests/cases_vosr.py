@@ -188,7 +188,7 @@ def make_vosr(c, salt):
     vae, light = c["vae"], c["light_decoder"]
     cfg = VOSRConfig(
         dit=known(DiTConfig, c["dit"]), vit=known(ViTConfig, c["dinov2"]),
-        vae=VAEConfig(vae["in_channels"], vae["out_channels"], vae["latent_channels"], tuple(vae["block_out_channels"]),
+        vae=VAEConfig(vae["latent_channels"], tuple(vae["block_out_channels"]),
                       vae["layers_per_block"], vae["norm_num_groups"], vae["scaling_factor"]),
         light_decoder=light, vit_input=c["dinov2"]["input"], vit_layer=c["dinov2"]["layer"],
     )
