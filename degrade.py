@@ -33,7 +33,6 @@ import random
 import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from models.support.download import WeightError, address, download, hub_home, sha256_of, without_links
 from models.support.files import whole_file
 
-WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}    # in names of wrapped models
 MODELS = Path(__file__).parents[1]
 PRIOR = MODELS / "prior_tiny.safetensors"       # around which the tiny S3Diff and GramSR learn
 OLD_SYSTEMS = {"s3diff": "r_unet", "gramsr": "ranks", "vosr": "dit"}     # and a setting that no other has
@@ -257,28 +256,16 @@ def read_file(path):
 
 
 def read_tensors(path):
-    """`read_file` less what DDP, compile and averaging add to the bare model, which a line says."""
-    left_out = set()
-
+    """`read_file`, with the names of the bare model: DDP, compile and averaging put WRAPPERS into them."""
     def unwrapped(tensors):
         found = {}
         for name, x in tensors.items():
-            *parts, last = str(name).split(".")
-            single = isinstance(x, (int, float)) or torch.is_tensor(x) and x.numel() == 1
-            if last in COUNTERS and single or "online_model" in parts:      # of which ema_model is the average
-                left_out.add("online_model." if "online_model" in parts else last)
-                continue
-            left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
-            bare = ".".join([part for part in parts if part not in WRAPPERS] + [last])
-            if bare in found:
-                raise WeightError(f"{path}: holds {bare:.200} twice, with a prefix and without; leave one of them")
-            found[bare] = unwrapped(x) if isinstance(x, dict) else x
+            parts = [part for part in str(name).split(".") if part not in WRAPPERS]
+            if parts[-1:] != ["n_averaged"]:    # which torch's AveragedModel counts
+                found[".".join(parts)] = unwrapped(x) if isinstance(x, dict) else x
         return found
 
-    tensors = unwrapped(read_file(path))
-    if left_out:
-        print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
-    return tensors
+    return unwrapped(read_file(path))
 
 
 def find_weights(path):
