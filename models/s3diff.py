@@ -26,8 +26,7 @@ from models.support.authors import read_s3diff, s3diff_layout
 from models.support.imaging import check_image, color_fix, pad_to_multiple
 from models.support.precision import in_half
 from models.support.tiles import tile_boxes, tiled
-from models.support.weights import (fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
-                                    read_tensors)
+from models.support.weights import fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly, read_tensors
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
 
