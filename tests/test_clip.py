@@ -235,8 +235,8 @@ def test_a_vocabulary_of_two_merges(tmp_path):
 @pytest.mark.parametrize("files, named, words", [
     ({"vocab": "{"}, "vocab.json", "cannot be read as JSON"),
     ({"vocab": "[1, 2]"}, "vocab.json", "holds a list"),
-    ({"merges": b"\xff\xfe\x00"}, "merges.txt", "is not laid out as merges.txt"),
-    ({"merges": "#version: 0.2\na r\nart</w>\n"}, "merges.txt", "is not laid out as merges.txt"),
+    ({"merges": b"\xff\xfe\x00"}, "merges.txt", "cannot be read as pairs"),
+    ({"merges": "#version: 0.2\na r\nart</w>\n"}, "merges.txt", "cannot be read as pairs"),
 ])
 def test_broken_files_are_named_in_one_line(tmp_path, files, named, words):
     with pytest.raises(WeightError) as e:

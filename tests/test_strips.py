@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from models import qwen_vae
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.support import strips
-from models.support.strips import InStrips, attention, in_strips, needed, norm_of_strips, norm_silu_conv, statistics
+from models.support.strips import InStrips, attention, in_strips, limit, needed, norm_of_strips, norm_silu_conv, statistics
 from models.vae import VAE, Downsample, ResnetBlock, Upsample, VAEConfig
 
 CONV = nn.Conv2d(4, 4, 3, padding=1)
@@ -91,6 +91,7 @@ def test_written_where_it_was_read(monkeypatch):
 @torch.no_grad()
 def test_small_maps_are_not_cut():
     """Of 512x512 images none is, however many there are; where a step enlarges, the result counts."""
+    assert limit(cuda=False) == 512 * 512 and limit(cuda=True) == 1024 * 1024
     for shape, rate, cut in [((1, 1, 512, 512), 1, False), ((8, 64, 256, 256), 1, False), ((1, 1, 512, 513), 1, True), ((1, 1, 256, 256), 2, False),
                              ((1, 1, 256, 257), 2, True), ((1, 1, 512, 512), 0.5, False), ((1, 1, 512, 513), 0.5, True)]:  # fmt: skip
         x = torch.zeros(1).expand(shape)

@@ -13,9 +13,11 @@ ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm":
 def read_vocabulary(vocab, merges):
     """CLIP's vocab.json and merges.txt -> {symbol: id}, {(left, right): place among the merges}. Raises WeightError."""
     ids = read_json(vocab)
-    with laid_out_as("merges.txt", merges):
+    try:
         lines = merges.read_text(encoding="utf-8").strip().split("\n")[1:]      # the first one is a version
         pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
+    except (OSError, ValueError) as e:
+        raise WeightError(f"{merges}: cannot be read as pairs of symbols ({e}); get it again") from None
     return ids, {pair: rank for rank, pair in enumerate(pairs)}
 
 

@@ -25,13 +25,17 @@ QUERIES = 4096      # attention is computed at once up to so many queries, and b
 
 # ---- where strips are chosen
 
+def limit(cuda):
+    """Say how many pixels the largest map has that is computed whole.  cuda: is it on a GPU?"""
+    return 4 * LIMIT if cuda else LIMIT
+
+
 def needed(x, rate=1):
     """Decide whether a layer computes map x: (B, c, H, W) in strips; rate: rows of its result per row of x."""
     if torch.is_grad_enabled():
         return False
     pixels = x.shape[2] * x.shape[3] * max(1, rate**2)      # x's or the result's, whichever has more
-    largest = 4 * LIMIT if x.is_cuda else LIMIT     # map that is computed whole
-    return pixels > largest
+    return pixels > limit(x.is_cuda)
 
 
 class InStrips(Checkpointing):
