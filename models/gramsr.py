@@ -116,7 +116,7 @@ class GramSR(nn.Module):
         return {k: p for k, p in self.unet.named_parameters() if k.endswith(ends)}
 
     def adapters_of(self, *sets):
-        """Say, as the UNet's `adapters` (lora.py), that these LoRA sets are on and all others off."""
+        """Make the UNet's argument `adapters` (lora.py) by which these LoRA sets are on and all others off."""
         return {adapter: 1 for name in sets for adapter in SETS[name]}
 
     # ---- one step
@@ -130,7 +130,7 @@ class GramSR(nn.Module):
         return self.adapter(self.vit(normalised(x).to(dtype)))      # Eq. GramSR (1)
 
     def residual(self, z, context, *sets):
-        """Find what these LoRA sets would take away from z: e.  z: (B, 4, h, w); context: (B, N, D) -> like z"""
+        """Compute e, what these LoRA sets would take away from z.  z: (B, 4, h, w); context: (B, N, D) -> like z"""
         return self.unet(z, self.cfg.t, context, self.adapters_of(*sets))
 
     def clean(self, z, e):

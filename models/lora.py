@@ -147,7 +147,7 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
         # the dots keep parts whole: "conv" chooses "conv" and "down.conv", but not "my_conv"
         return any(f".{layer}".endswith(f".{target}") for target in targets)
 
-    for layer, module in network.named_modules():
+    for layer, module in list(network.named_modules()):     # a list, as new modules are added on the way
         if isinstance(module, LoRA) and is_chosen(layer):
             module.add_adapter(name, r, alpha)
 
@@ -181,7 +181,7 @@ class Modulation(nn.Module):
     vae_blocks: four levels, the middle, both ends; unet_blocks: four down, the middle, four up, the last layer
     fourier: F, frequencies of `w`; D: width of a block's vector
 
-    Each of the two networks has layers of its own; the public file names them vae_de_mlp, unet_de_mlp and so on.
+    Each of the two networks has layers of its own, in attributes with the public names vae_de_mlp, unet_de_mlp, ...
     """
 
     def __init__(self, r_vae=16, r_unet=32, vae_blocks=6, unet_blocks=10, fourier=64, D=64):
