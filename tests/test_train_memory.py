@@ -301,3 +301,18 @@ def test_bfloat16_only_where_the_card_computes_in_it(monkeypatch, has, name, dty
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has)
     assert machine.choose_dtype(name, torch.device("cuda")) == dtype
     assert machine.choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+# ---- what --help says
+
+
+@pytest.mark.parametrize("script", [train_vosr, train_s3diff, train_gramsr])
+def test_help_names_memory_hours_and_data(capsys, script):
+    with pytest.raises(SystemExit) as e:
+        script.parse_args(["--help"])
+    said = capsys.readouterr().out
+    assert not e.value.code and max(map(len, said.splitlines())) <= 120
+    assert all(word in said for word in ("RTX 4090", "H200", "memory", "computed", "LSDIR", "FFHQ", "# photos.txt"))
+    for _, (_, stages) in [x for x in script.PRESETS.items() if x[0] != "tiny"]:
+        for stage in stages.values():
+            assert f"{stage.steps:,} x {stage.batch_size:,}" in said, "images, as the presets have them"
