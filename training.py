@@ -21,7 +21,7 @@ import torch
 
 from degrade import RECIPES, degrade, resize
 from models.support.arguments import Stop, UserError
-from models.support.launch import add_arguments, alone_in, one_line_errors, parser, start      # noqa: F401 (for scripts)
+from models.support.launch import add_arguments, alone_in, one_line_errors, parser, start      # noqa: F401
 from models.support.machine import (autocast, choose_device, choose_dtype, compile_all, gradients_stay_here, leave,
                                     mean_over_processes, replicate, usable_device)      # noqa: F401
 from models.support.memory import check_memory, step_that_fits     # noqa: F401

@@ -58,12 +58,12 @@ photos to train on:
       holiday/IMG_0815.jpg
 """
 COMPUTED = """
-  Computed, not measured, for one image at a time with checkpointing, in bfloat16. memory: the peak of a step, counted on
-  torch's fake tensors, without what CUDA itself needs (about 1 GB). hours: images x FLOPs at half of a card's peak (82
-  TFLOPS on an RTX 4090, 495 on an H200), or x 8 microseconds for each of a step's operations, whichever is longer. Of
-  VOSR 0.5B's flow an H200 took as long (0.42 s an image, measured): its CPU starts kernels no faster. By this count both
-  cards take the same hours; a faster CPU, --compile and, on large cards, --no-checkpointing (0.21 s an image there) and a
-  larger --micro-batch save some.
+  Computed, not measured, for one image at a time with checkpointing, in bfloat16. memory: the peak of a step, counted
+  on torch's fake tensors, without what CUDA itself needs. hours: images x FLOPs at half of a card's peak (82 TFLOPS on
+  an RTX 4090, 495 on an H200), or x 8 microseconds for each of a step's operations, whichever is longer. For the flow
+  of VOSR 0.5B an H200 took as long (0.42 s an image, measured): its CPU starts kernels no faster. By this count both
+  cards take the same hours. A faster CPU, --compile and, on large cards, --no-checkpointing (0.21 s an image there)
+  and a larger --micro-batch save some.
 """
 
 
