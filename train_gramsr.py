@@ -22,6 +22,7 @@ the best so far, not the last.
 
 import argparse
 import copy
+import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -212,15 +213,8 @@ def check_init(args, cfg, model, earlier):
 
 
 def as_stored(cfg):
-    """Turn a config into what a file holds of it, where tuples have become lists.  -> nested dicts"""
-    def plain(value):
-        if isinstance(value, dict):
-            return {name: plain(x) for name, x in value.items()}
-        if isinstance(value, tuple):
-            return list(value)
-        return value
-
-    return plain(asdict(cfg))
+    """Turn a config into what a model's file gives back of it: JSON has lists for tuples.  -> nested dicts"""
+    return json.loads(json.dumps(asdict(cfg)))
 
 
 def build_judges(args, stage, model):
