@@ -103,6 +103,8 @@ def parse_args(argv):
     # measuring and looking
     p.add_argument("--page", action="store_true", help="also OUT/page.html: before and after with a divider")
     p.add_argument("--ref", type=existing, metavar="DIR", help="references: a folder with the same names, or a picture")
+    p.add_argument("--border", type=between(0, 64, whole=True), metavar="PX",
+                   help="cut off before PSNR and SSIM (default: the scale, as BasicSR; the papers' tables: 0)")
     p.add_argument("--niqe", type=existing, metavar="FILE", help="niqe_pris_params.npz (default: in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     p.add_argument("--fetch", action="store_true", help="fetch and check all public files that --model needs, and end; "
@@ -114,6 +116,7 @@ def parse_args(argv):
         args.pictures, args.model = [EXAMPLE], args.model or "all"
         args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
     args.model = args.model or "vosr-tiny"
+    args.border = round(args.scale) if args.border is None else args.border
     args.dtype = choose_dtype(args.dtype, args.device, "float16")
     given = {name: getattr(args, name) for name in (*KNOBS, "paper", "color")}
     args.knobs = {name: value for name, value in given.items() if value is not None and value is not False}
@@ -279,7 +282,7 @@ def load_models(args):
     files_read.clear(), hash_of.cache_clear()       # of the run before, in a notebook
     models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
     files = [*files_read]
-    args.metrics, args.absent, more = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
+    args.metrics, args.absent, more = find_metrics(args.ref is not None, args.border, args.niqe, args.device,
                                                    LPIPS.from_pretrained)
     args.measuring, args.files = bool(args.ref or args.metrics), [*files, *more]
     if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
