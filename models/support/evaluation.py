@@ -12,7 +12,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections import defaultdict
+from collections import namedtuple
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from models.support.download import sha256_of
 from models.support.files import PictureError, find_pictures, printable, whole_file, writing
 from models.support.imaging import read_picture
 from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
+from models.support.pairs import find_partners
 from models.support.weights import cache_folder, locate
 
 NIQE_FILE = "niqe_pris_params.npz"
@@ -35,6 +36,9 @@ METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"),
            "niqe": ("NIQE", 2, "lower")}
 COLUMNS = [m + end for m in METRICS for end in ("", "_bicubic")]
 NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"
+# functions: {metric: f(x, hq) of images (1, 3, H, W) in [0, 1] -> float}; absent: {metric: why it is not measured};
+# files: that were read for it
+Metrics = namedtuple("Metrics", "functions absent files")
 
 
 def find_references(names, ref, scale=4):
@@ -45,14 +49,7 @@ def find_references(names, ref, scale=4):
     """
     if ref is None or ref.is_file():
         return [(ref,) if ref else ()] * len(names)
-    exact, by_stem = {}, defaultdict(tuple)
-    for path, name in find_pictures(ref, print, results=True).items():
-        exact[name] = path,
-        by_stem[name.with_suffix("")] += path,
-    found = []
-    for name in names:
-        div2k = name.with_name(name.stem.removesuffix(f"x{scale:g}") or name.stem)      # 0801x4.png -> 0801
-        found.append(exact.get(name) or by_stem[name.with_suffix("")] or by_stem[div2k])
+    found = find_partners(names, find_pictures(ref, print, results=True), scale)
     if found and not any(found):
         raise PictureError(f"{ref}: has no reference for any of {len(found)} images; one of {next(iter(names))} "
                            "would have the same name")
@@ -70,8 +67,7 @@ def find_metrics(compare, border, niqe_file=None, device="cpu", lpips=None):
 
     compare: are there references?; border: pixels cut off before PSNR and SSIM
     lpips: LPIPS.from_pretrained, whose network is no matter of this file
-    -> {metric: f(x, hq) of images (1, 3, H, W) in [0, 1] -> float}, {metric: why not}, files that are used
-    Raises ValueError at a broken file.
+    -> Metrics. Raises ValueError at a broken file.
     """
     metrics, absent, files = {}, {}, []
     lacking = [name for name in LPIPS_FILES if not locate(name)]
@@ -90,7 +86,7 @@ def find_metrics(compare, border, niqe_file=None, device="cpu", lpips=None):
     else:
         metrics["niqe"] = lambda x, hq: niqe(x, parameters)
         files.append(niqe_file or locate(NIQE_FILE))
-    return metrics, absent, files
+    return Metrics(metrics, absent, files)
 
 
 def read_reference(path, references, size):
