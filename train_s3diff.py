@@ -116,8 +116,8 @@ TINY_PLACES = {     # of the tiny VAE's layers
 # flags of stage adapters alone, and their defaults; None: the preset's
 ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
              "start_step": None, "prior": None}
-SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "prior", "data", "lq",
-            "init", "seed")     # flags that stay when a run is resumed
+SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "prior", "data",
+            "lq", "init", "seed")     # flags that stay when a run is resumed
 
 
 def parse_args(argv=None):

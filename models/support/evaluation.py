@@ -177,7 +177,8 @@ def record_of(rows, command, flags, absent, files):
     """All of a run that metrics.json keeps.  flags: {name: value}; files: weights that were used -> dict"""
     means = average(rows)
     return {
-        "command": command, "protocol": protocol(rows, *(flags[name] for name in ("seed", "scale", "border")), absent), "seed": flags["seed"],
+        "command": command, "protocol": protocol(rows, flags["seed"], flags["scale"], flags["border"], absent),
+        "seed": flags["seed"],
         "flags": flags,
         "metrics": {m: {"name": name, "better": better} for m, (name, _, better) in METRICS.items()},
         "average": {m: {"ours": means[m], "bicubic": means[f"{m}_bicubic"], "pictures": sum(m in row for row in rows)}
