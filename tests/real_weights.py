@@ -3,15 +3,16 @@
     python tests/real_weights.py                            gramsr, then vosr-2
     python tests/real_weights.py gramsr --dtype float32     one of them; --device and --dtype as sample.py has them
 
-Fetches what the model needs (gramsr 4.2 GB, vosr-2 7.0 GB; nothing if it is here), and pictures of which such a result is
-public, upscales them as sample.py does, and prints how near both results are: PSNR over RGB in decibels, with what to
-expect. Status 1 where one is farther away.
+Fetches what the model needs (gramsr 4.2 GB, vosr-2 7.0 GB; nothing if it is here), and pictures of which such a result
+is public, upscales them as sample.py does, and prints how near both results are: PSNR over RGB in decibels, with what
+to expect. Status 1 where one is farther away.
 
-gramsr   Nothing in it is random. What remains: their results are truncated to 8 bits before and after the colour fix, the
-         LQ image too, which alone leaves 50 to 52 dB (measured on eight results of gramsr-tiny); float16; other kernels.
-         Which strengths made the public results is not written anywhere; all at 1 is what the authors' script does.
-vosr-2   One step from noise, and the noise of their results is not known. So theirs can be no nearer to ours than two of
-         our own seeds are to each other: that is what to expect.
+gramsr   Nothing in it is random. What remains: their results are truncated to 8 bits before and after the colour fix,
+         the LQ image too, which alone leaves 50 to 52 dB (measured on eight results of gramsr-tiny); float16; other
+         kernels. Which strengths made the public results is not written anywhere; all at 1 is what the authors' script
+         does.
+vosr-2   One step from noise, and the noise of their results is not known. So theirs can be no nearer to ours than two
+         of our own seeds are to each other: that is what to expect.
 
 No result of vosr-0.5b, vosr-1.4b or s3diff on a known picture is public; their averages are in tests/RESULTS.md.
 """
@@ -82,7 +83,10 @@ def compare(nano, case, seeds):
 
 
 def check(model, its_cases, device, precision):
-    """Print a line for each picture.  precision: of --dtype -> whether all are as near as expected. Raises OSError, ValueError."""
+    """Print a line for each picture.  precision: of --dtype -> whether all are as near as expected
+
+    Raises OSError, ValueError.
+    """
     dtype = choose_dtype(precision, device, "float16")
     if weights.fetch_all(model, dtype):
         return False

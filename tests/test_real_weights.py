@@ -26,7 +26,7 @@ def png(x, folder):
 
 @pytest.mark.skipif(not CLIP.exists(), reason="needs ../shared/clip")
 def test_the_whole_way(world, small, monkeypatch, tmp_path, capsys):  # noqa: F811
-    """Results of the same model, of a seed that nobody knows, are as near as expected; bicubic in their place is not."""
+    """Results of the same model, of a seed that nobody knows, are near as expected; bicubic in their place is not."""
     world(small)
     found, files = real_weights.cases()
     assert set(found) == {"gramsr", "vosr-2"} and len(files) == 20
