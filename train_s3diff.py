@@ -35,7 +35,7 @@ import training
 from degrade import apply, degrade, draw_plan, severity
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
-from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
+from models.s3diff import PRIORS, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.support.arguments import between, path_argument
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
 from models.tiny import TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder, load_prior
@@ -113,10 +113,11 @@ TINY_PLACES = {     # of the tiny VAE's layers
     "unet+decoder": r"finish\..*",
     "unet+encoder+decoder": r"encoder|finish\..*",
 }
+# flags of stage adapters alone, and their defaults; None: the preset's
 ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
-             "start_step": None}        # flags of stage adapters alone, and their defaults; None: the preset's
-SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "lq",
-            "init", "seed")     # flags that stay when a run is resumed
+             "start_step": None, "prior": None}
+SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "prior", "data",
+            "lq", "init", "seed")     # flags that stay when a run is resumed
 
 
 def parse_args(argv=None):
@@ -137,6 +138,7 @@ def parse_args(argv=None):
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
                    help="t of the one step (Table 8; default 999, tiny 250); below 999 with its noise, but tiny")
+    p.add_argument("--prior", choices=PRIORS, help="what is adapted (Figure 9; default sd-turbo)")
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
@@ -148,9 +150,11 @@ def parse_args(argv=None):
     given = [name for name in ABLATIONS if getattr(args, name) is not None]
     if given and args.stage != "adapters":
         p.error(f"--{given[0].replace('_', '-')} is not read by --stage {args.stage}")
-    changes_adapters = {"lora", "modulation", "rank_unet", "rank_vae"} & set(given)
+    if args.prior and args.tiny:
+        p.error("--prior is for --preset sd-turbo; tiny has one of its own")
+    changes_adapters = {"lora", "modulation", "rank_unet", "rank_vae", "prior"} & set(given)
     if args.init and changes_adapters and not args.tiny:
-        p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
+        p.error("--init brings its own --lora, --modulation, --rank-unet, --rank-vae and --prior")
     for name, default in ABLATIONS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -164,7 +168,8 @@ def build(args, cfg):
     """Build the networks.  -> S3Diff to train, a line on its origin. What loads --init refuses other networks."""
     places = TINY_PLACES if args.tiny else PLACES
     cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
-                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t)
+                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t,
+                  prior=args.prior or cfg.prior)
     if args.tiny:
         return build_tiny(args, cfg)
     if args.init:
@@ -173,7 +178,7 @@ def build(args, cfg):
         return model, f"from {args.init}"
     model = S3Diff.with_prior(cfg)
     model.new_adapters()
-    return model, "SD-Turbo with new adapters"
+    return model, f"{cfg.prior} with new adapters"
 
 
 def build_tiny(args, cfg):

@@ -308,6 +308,7 @@ class TinyS3DiffConfig(S3DiffConfig):
     r_vae: int = 8
     vae_targets: str = "encoder"        # TinyVAE's one convolution
     denet_widths: tuple = (16, 16, 32, 32)
+    prior: str = "tiny"
     t: int = 250                # at 999 errors of eps would count 14.6 times
     guidance: float = 1.1
     enlarge: str = "bicubic"
