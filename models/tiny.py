@@ -7,6 +7,7 @@ Each system is the paper's (vosr.py, s3diff.py, gramsr.py) with other parts:
     ours                          in place of                      because
     TinyVAE                       Stable Diffusion's autoencoder   49 thousand parameters do, not 84 million
     Finish                        nothing                          TinyVAE's decoder shows a transformer's errors
+    PixelVAE (of digits)          the autoencoder                  on cells of 32 pixels none is needed
     TinyDiT                       VOSR's DiT                       it starts from the best linear estimate
     ConvSwiGLU (optional)         the MLP of a DiT's block         six layers learn slowly what is local
     PatchDiscriminator            heads on DINO                    DINO is a download of 343 MB
@@ -190,6 +191,48 @@ class TinyVAE(nn.Module):
         return F.mse_loss(self.synthesis(y), x), F.mse_loss(self.synthesis(y * first), x)
 
 
+@dataclass
+class PixelVAEConfig:
+    cell: int = 4           # pixels a side that become one latent cell
+    brightness: float = 0.75        # what pixels in [-1, 1] are multiplied by; see TinyVAEConfig.scale
+
+
+class PixelVAE(nn.Module):
+    """No autoencoder at all: a latent cell's channels are its pixels, so there is nothing to train or to lose.
+
+    Of digits and letters. Encoder and decoder are convolutions that change nothing, for adapters to stand beside.
+    """
+
+    blocks = 1      # that adapters tell apart
+
+    def __init__(self, cfg=PixelVAEConfig()):
+        super().__init__()
+        self.cfg, self.factor = cfg, cfg.cell
+        channels = 3 * cfg.cell**2
+        self.encoder = ExactConv2d(channels, channels, 3, padding=1, bias=False)
+        self.decoder = ExactConv2d(channels, channels, 3, padding=1, bias=False)
+        nn.init.dirac_(self.encoder.weight)
+        nn.init.dirac_(self.decoder.weight)
+
+    def encode(self, x, generator=None, adapters=NO_ADAPTERS):
+        """(B, 3, H, W) in [-1, 1] -> (B, 3 cell^2, H/cell, W/cell); nothing is random"""
+        z = self.cfg.brightness * F.pixel_unshuffle(x, self.cfg.cell)
+        return self.encoder(z, of_block(adapters, 0))
+
+    def decode(self, z, adapters=NO_ADAPTERS):
+        """(B, 3 cell^2, h, w) -> (B, 3, H, W), about [-1, 1]"""
+        return F.pixel_shuffle(self.decoder(z, of_block(adapters, 0)) / self.cfg.brightness, self.cfg.cell)
+
+
+AUTOENCODERS = {TinyVAEConfig: TinyVAE, PixelVAEConfig: PixelVAE}
+
+
+def autoencoder_config(values):
+    """Make the config whose fields a file holds.  values: dict -> TinyVAEConfig or PixelVAEConfig"""
+    kind = PixelVAEConfig if "cell" in values else TinyVAEConfig
+    return kind(**values)
+
+
 # ---- VOSR's transformer
 
 class ConvSwiGLU(SwiGLU):
@@ -358,7 +401,7 @@ class TinyVOSRConfig(VOSRConfig):
     @classmethod
     def from_dict(cls, d):
         d = without_old_fields(d)
-        parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": TinyVAEConfig(**d["vae"])}
+        parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": autoencoder_config(d["vae"])}
         return cls(**d | parts)
 
 
@@ -369,7 +412,7 @@ class TinyVOSR(VOSR):
     stablesr = True     # its wavelet brings back fewer blotches of JPEG
 
     def networks(self, cfg):
-        return TinyVAE(cfg.vae), ViT(cfg.vit), TinyDiT(cfg.dit, cfg.local)
+        return AUTOENCODERS[type(cfg.vae)](cfg.vae), ViT(cfg.vit), TinyDiT(cfg.dit, cfg.local)
 
     def tokens(self, x):
         """As `VOSR.tokens`; a blind model has one token of zeros."""
@@ -414,7 +457,7 @@ class TinyS3DiffConfig(S3DiffConfig):
     @classmethod
     def from_dict(cls, d):
         d = without_old_fields(d)
-        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"])})
+        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"])})
 
 
 class TinyS3Diff(S3Diff):
@@ -427,7 +470,8 @@ class TinyS3Diff(S3Diff):
         self.register_buffer("prompts", torch.zeros(2, cfg.tokens, cfg.unet.context_dim))   # positive, negative
 
     def networks(self, cfg):
-        return UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths), TinyVAE(cfg.vae)
+        vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
+        return UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths), vae
 
     def noise(self, z, generator=None):
         return torch.zeros_like(z)
@@ -476,7 +520,7 @@ class TinyGramSRConfig(GramSRConfig):
     @classmethod
     def from_dict(cls, d):
         d = without_old_fields(d)
-        parts = {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])}
+        parts = {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"]), "vit": DINOv3Config(**d["vit"])}
         return cls(**d | parts)
 
 
@@ -490,7 +534,7 @@ class TinyGramSR(GramSR):
         self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))    # good, bad
 
     def networks(self, cfg):
-        return UNet(cfg.unet), TinyVAE(cfg.vae), DINOv3(cfg.vit)
+        return UNet(cfg.unet), AUTOENCODERS[type(cfg.vae)](cfg.vae), DINOv3(cfg.vit)
 
     def csd_conditions(self, context):
         """What CSD compares: the prior's good and bad prompt for each image -> two of (B, 8, D)"""
