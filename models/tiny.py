@@ -540,3 +540,18 @@ class TinyGramSR(GramSR):
         """What CSD compares: the prior's good and bad prompt for each image -> two of (B, 8, D)"""
         good, bad = self.prompts
         return good.expand(len(context), -1, -1), bad.expand(len(context), -1, -1)
+
+
+# ---- the preset `letters`: digits and letters, which support/glyphs.py draws, in cells of 32 pixels
+
+# 48 channels: the RGB of 4x4 pixels
+LETTERS_UNET = UNetConfig(48, 48, widths=(64, 96, 128), num_heads=(0, 2, 2), layers_per_block=1, context_dim=64,
+                          norm_groups=16)
+LETTERS_VOSR = TinyVOSRConfig(
+    dit=DiTConfig(input_size=8, patch_size=1, in_channels=96, out_channels=48, hidden_size=128, depth=4, num_heads=4,
+                  z_dims=64, rope_rescale=False),
+    vit=ViTConfig(img_size=56, embed_dim=64, depth=2, num_heads=2), vae=PixelVAEConfig(), vit_input=56, steps=16,
+    temperature=1.0, color="none", tile=32, overlap=0, local=True)
+LETTERS_S3DIFF = TinyS3DiffConfig(unet=LETTERS_UNET, vae=PixelVAEConfig())
+LETTERS_GRAMSR = TinyGramSRConfig(unet=replace(LETTERS_UNET), vae=PixelVAEConfig(),
+                                  vit=DINOv3Config(patch_size=8, embed_dim=64, depth=2, num_heads=2))
