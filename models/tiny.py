@@ -196,6 +196,10 @@ class PixelVAEConfig:
     cell: int = 4           # pixels a side that become one latent cell
     brightness: float = 0.75        # what pixels in [-1, 1] are multiplied by; see TinyVAEConfig.scale
 
+    def __post_init__(self):
+        if self.cell not in (1, 2, 4, 8, 16) or self.brightness <= 0:
+            raise ValueError(f"cell is {self.cell}, brightness {self.brightness}")
+
 
 class PixelVAE(nn.Module):
     """No autoencoder at all: a latent cell's channels are its pixels, so there is nothing to train or to lose.
@@ -387,7 +391,7 @@ class TinyVOSRConfig(VOSRConfig):
         input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4,
         z_dims=128, rope_rescale=False))
     vit: ViTConfig = field(default_factory=lambda: ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2))
-    vae: TinyVAEConfig = field(default_factory=TinyVAEConfig)
+    vae: TinyVAEConfig | PixelVAEConfig = field(default_factory=TinyVAEConfig)
     vit_input: int = 112
     vit_layer: int | None = None
     guidance: float = 1.0
@@ -444,7 +448,7 @@ def is_prior(name):
 @dataclass
 class TinyS3DiffConfig(S3DiffConfig):
     unet: UNetConfig = field(default_factory=lambda: replace(UNET))     # a copy: each config has its own
-    vae: TinyVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
+    vae: TinyVAEConfig | PixelVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
     r_vae: int = 8
     vae_targets: str = "encoder"        # TinyVAE's one convolution
     denet_widths: tuple = (16, 16, 32, 32)
@@ -511,7 +515,7 @@ def load_autoencoder(model):
 @dataclass
 class TinyGramSRConfig(GramSRConfig):
     unet: UNetConfig = field(default_factory=lambda: replace(UNET))
-    vae: TinyVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
+    vae: TinyVAEConfig | PixelVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
     vit: DINOv3Config = field(default_factory=lambda: DINOv3Config(embed_dim=96, depth=3, num_heads=3))
     ranks: dict = field(default_factory=dict)
     tile: int = 1024
