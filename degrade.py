@@ -161,7 +161,7 @@ LETTERS = replace(   # ours: S3Diff's for images of 32 pixels, of which it would
     first=replace(S3DIFF.first, scale=(0.5, 1.5)),
     second=replace(S3DIFF.second, blur_probability=0.2, up_probability=0.1, down_probability=0.2, keep_probability=0.7,
                    scale=(0.8, 1.2)),
-    keep_hq_probability=0.0, exact_resize=True)
+    final_sinc_probability=0.65, keep_hq_probability=0.0, exact_resize=True)
 
 RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE, "clean": CLEAN, "letters": LETTERS}
 

@@ -35,6 +35,7 @@ from models.gramsr import GramSR, GramSRConfig
 from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, of_block
 from models.lpips import imagenet_scaled, unit
 from models.s3diff import S3Diff, S3DiffConfig
+from models.support.tiles import tile_boxes
 from models.support.weights import EMBEDDED, PRIOR, WeightError, load_strictly, read_foundation, read_tensors
 from models.unet import UNet, UNetConfig
 from models.vit import DINOv3, DINOv3Config, ViT, ViTConfig
@@ -423,6 +424,12 @@ class TinyVOSR(VOSR):
         if self.cfg.blind:
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         return super().tokens(x)
+
+    def boxes(self, z, tile, overlap):
+        """As `VOSR.boxes`; of digits and letters a tile is a cell, and cells do not overlap."""
+        if isinstance(self.vae, PixelVAE):
+            return tile_boxes(*z.shape[-2:], tile // self.vae.factor, 0)
+        return super().boxes(z, tile, overlap)
 
     def enlarge(self, lq, size):
         """As degrade.py does, so by torch."""

@@ -3,12 +3,12 @@
     python train_vosr.py --preset letters --stage flow --data digits --out runs/flow
     python -m models.support.glyphs 31415926 line.png       # one line of text, to degrade and to restore
 
-An image is a grid of cells of 32 x 32 pixels with one character in each, a little off its centre, dark on light or
-light on dark. Pillow draws them by the font that it contains: nothing is downloaded, and a cell is the same byte by
-byte with Pillow 10.1 to 13.0. There are 500 cells of digits; what has no end are their LQ images.
+An image is a grid of cells of 32 x 32 pixels with one character in each, dark on light or light on dark. Pillow draws
+them by the font that it contains: nothing is downloaded, and a cell is the same byte by byte with Pillow 10.1 to 13.0.
+So there are 20 different cells of digits, and 52 of letters; what has no end are their LQ images.
 
-Restored cells can be read: a result's character is the one whose drawing, at the same place and in the same colours, is
-nearest. So "read" measures fidelity, and a small distance to a wrong character is a hallucination.
+Restored cells can be read: a result's character is the one whose drawing, in the same colours, is nearest. So "read"
+measures fidelity, and a small distance to a wrong character is a hallucination.
 """
 
 import argparse
@@ -31,24 +31,21 @@ COLOURS = (                     # (paper, ink), RGB
     ((245, 239, 224), (27, 34, 73)),
     ((39, 43, 58), (245, 217, 138)),
 )
-FARTHEST = 2                    # pixels that a character may be off its cell's centre, each way
 
 
 class Cell(NamedTuple):
     """What is drawn in a cell."""
 
     character: str
-    right: int                  # pixels off the centre
-    down: int
     colours: int                # index of COLOURS
 
 
 @cache
-def coverage(character, right, down, size):
+def coverage(character, size):
     """How much of each pixel a character covers.  size: of the font -> (CELL, CELL) uint8"""
     image = Image.new("L", (CELL, CELL))
     middle = CELL // 2
-    ImageDraw.Draw(image).text((middle + right, middle + down), character, 255, ImageFont.load_default(size), "mm")
+    ImageDraw.Draw(image).text((middle, middle), character, 255, ImageFont.load_default(size), "mm")
     return np.asarray(image)
 
 
@@ -56,15 +53,14 @@ def coverage(character, right, down, size):
 def draw(cell, size):
     """Draw a cell.  size: of the font -> (CELL, CELL, 3) uint8"""
     paper, ink = np.array(COLOURS[cell.colours], dtype=float)
-    covered = coverage(cell.character, cell.right, cell.down, size)[..., None] / 255
+    covered = coverage(cell.character, size)[..., None] / 255
     return (paper + covered * (ink - paper)).round().astype(np.uint8)
 
 
 def random_cell(world, rng):
     """Draw a Cell by lot.  world: of WORLDS; rng: of numpy"""
     characters, _ = WORLDS[world]
-    right, down = rng.integers(-FARTHEST, FARTHEST + 1, 2).tolist()
-    return Cell(characters[rng.integers(len(characters))], right, down, int(rng.integers(len(COLOURS))))
+    return Cell(characters[rng.integers(len(characters))], int(rng.integers(len(COLOURS))))
 
 
 class Glyphs(torch.utils.data.Dataset):
@@ -99,7 +95,7 @@ def held_out(world, n, crop=CELL):
 
 
 def templates(world, cells):
-    """All characters of a world at the places and in the colours of n cells.  -> (n, characters, 3, CELL, CELL)"""
+    """All characters of a world in the colours of n cells.  -> (n, characters, 3, CELL, CELL)"""
     characters, size = WORLDS[world]
     drawn = [[draw(cell._replace(character=c), size) for c in characters] for cell in cells]
     return torch.from_numpy(np.array(drawn)).permute(0, 1, 4, 2, 3) / 255
@@ -120,7 +116,7 @@ def read(world, images, cells):
 def text(line, world="digits"):
     """A line of text, a cell for each character; a space leaves one empty.  -> (1, 3, CELL, CELL * characters)"""
     _, size = WORLDS[world]
-    return from_uint8(np.concatenate([draw(Cell(c, 0, 0, 0), size) for c in line], axis=1))
+    return from_uint8(np.concatenate([draw(Cell(c, 0), size) for c in line], axis=1))
 
 
 def main():
