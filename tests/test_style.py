@@ -67,7 +67,7 @@ def test_every_flag_is_read(path):
     flags = [m.replace("-", "_") for m in re.findall(r'add_argument\("(?:--)?([\w-]+)"', text)]
     assert flags and len(flags) <= 30
     # those that all trainings have by every script that takes them, or by what scripts share; it also lays them over the fields of a stage
-    shared = "".join(p.read_text() for p in (ROOT / "training.py", FLAGS_OF_TRAINING, ROOT / "models/support/saving.py"))
+    shared = "".join((ROOT / file).read_text() for file in ("training.py", *(f"models/support/{name}.py" for name in ("launch", "saving", "photos"))))
     takers = [s.read_text() + shared for s in SCRIPTS if "training.add_arguments(" in s.read_text()]
     readers = takers if path == FLAGS_OF_TRAINING else [text + shared if "training.add_arguments(" in text else text]
     for flag in flags:

@@ -44,7 +44,7 @@ def draw_alike(patch):
 
     def alike(draw):
         def one_for_all(*args, generator=None, device=None):
-            *limits, shape = args if isinstance(args[-1], (tuple, torch.Size)) else ([], args)
+            *limits, shape = args if isinstance(args[-1], (tuple, torch.Size)) else (args,)
             calls.append(draw)
             one = draw(*limits, (1, *shape[1:]), generator=torch.Generator().manual_seed(len(calls)))
             return one.expand(*shape)
@@ -80,9 +80,6 @@ def s3diff_parts(_):
 def gramsr_parts(stage):
     model = GramSR(replace(test_train_gramsr.SMALL, ranks=dict.fromkeys(("pixel", "semantic", "texture"), 2)))
     run = test_train_gramsr.a_run(stage, lpips=LPIPS().requires_grad_(False), vit=model.vit)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)       # or there is no gradient of A
     params = training.freeze_all_but(model, lambda name: train_gramsr.learns(run, name))
     return params, lambda hq, lq_up, g: train_gramsr.losses(run, model, hq, lq_up, g)
 
@@ -92,6 +89,9 @@ def test_parts_have_the_gradient_of_the_whole(monkeypatch, make, stage):
     """The mean over three images, one after the other, is that of the three at once."""
     torch.manual_seed(0)
     params, losses = make(stage)
+    for p in params:
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)      # what begins at zero would hide the rest
     hq, lq_up = torch.rand(2, 3, 3, 64, 64) * 2 - 1
     begin_again, g = draw_alike(monkeypatch), torch.Generator()
 
@@ -110,7 +110,8 @@ def test_parts_have_the_gradient_of_the_whole(monkeypatch, make, stage):
     scale = max(x.abs().max() for x in whole)
     for x, y in zip(whole, parts):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5 * float(scale))
-    assert not torch.allclose(whole[-1], gradients(slice(1))[-1], rtol=1e-2, atol=1e-5 * float(scale)), "the images differ"
+    first = gradients(slice(1))
+    assert any(not torch.allclose(x, y, rtol=0.1, atol=1e-2 * float(scale)) for x, y in zip(whole, first)), "images differ"
 
 
 def test_full_size_presets_compute_one_image_at_a_time():
@@ -200,7 +201,7 @@ def test_halved_is_as_if_begun_so(monkeypatch, photos, tmp_path, capsys, short_o
 def test_what_does_not_fit_either(monkeypatch, photos, tmp_path, words, remedy):  # noqa: F811
     """It is halved once; then, or where there is nothing to halve, one line names the flag."""
     losses = train_vosr.LOSSES["autoencoder"]
-    monkeypatch.setitem(train_vosr.LOSSES, "autoencoder", fail(losses, lambda _, run, model, *rest: model is run.model and model.training))
+    monkeypatch.setitem(train_vosr.LOSSES, "autoencoder", fail(losses, lambda *_: True))     # not of evaluations
     with pytest.raises(training.UserError, match=f"^not enough memory in step 1; .*{remedy}"):
         launch(monkeypatch, "vosr", photos, tmp_path, *words)
 
@@ -229,9 +230,12 @@ def test_several_processes_do_not_decide_by_themselves():
 
 def test_other_errors_and_later_steps():
     """An error of another kind shows where it happened; memory that is short later has another cause."""
+    def my_change(run):
+        raise RuntimeError("my change")
+
     run = a_run()
     with pytest.raises(RuntimeError, match="my change"):
-        memory.step_that_fits(run, lambda run: (_ for _ in ()).throw(RuntimeError("my change")))
+        memory.step_that_fits(run, my_change)
     run.step = memory.FIRST_STEPS
     with pytest.raises(torch.OutOfMemoryError):
         memory.step_that_fits(run, out_of_memory)
@@ -255,7 +259,8 @@ def test_the_card_is_named_before_anything_is_fetched(monkeypatch, photos, tmp_p
     monkeypatch.setattr(memory, "device_memory", lambda device: have)
     with pytest.raises(training.UserError) as e:
         test_train.launch(monkeypatch, photos, tmp_path, stage, *words, preset="1.4b")
-    pattern = (rf"VOSR 1.4b, stage {stage} cannot fit here: weights, gradients and AdamW's moments, average(, teacher)? take "
+    teacher = ", the teacher" if stage == "distill" else ""
+    pattern = (rf"VOSR 1.4b, stage {stage} cannot fit here: weights, gradients, AdamW's moments, the average{teacher} take "
                rf"{gigabytes} GB, and cpu has 25 GB; it needs a card of {card} or more")
     assert re.fullmatch(pattern, str(e.value)), str(e.value)
 

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import test_train_gramsr
 import test_train_s3diff
 import torch
 from PIL import Image
-from test_train import newest, photos, same  # noqa: F401 (photos is a fixture)
+from test_train import newest, same
 from test_train_s3diff import flat
 
 import degrade
@@ -36,11 +35,15 @@ def small_networks(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pairs(photos, tmp_path_factory):  # noqa: F811
-    """What degrade.py makes of five pictures, as anybody would: hq/ of 120 x 88 pixels, lq/ of 30 x 22."""
+def pairs(tmp_path_factory):
+    """What degrade.py makes of five smooth pictures, as anybody would: hq/ of 160 x 136 pixels, lq/ of 40 x 34."""
     folder = tmp_path_factory.mktemp("pairs")
+    (folder / "photos").mkdir()
+    for i in range(5):
+        small = np.random.RandomState(i).randint(0, 256, (9, 11, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((160, 136), Image.Resampling.BICUBIC).save(folder / "photos" / f"{i}.png")
     with pytest.raises(SystemExit) as e:
-        degrade.main([str(photos), str(folder)])
+        degrade.main([str(folder / "photos"), str(folder)])
     assert not e.value.code
     return folder
 
@@ -113,15 +116,15 @@ def test_partners(pairs, own, capsys):
 
 
 def shrink(own):
-    Image.open(own / "lq" / "3.png").resize((30, 21)).save(own / "lq" / "3.png")
-    return r"lq/3.png: its 30 x 21 pixels are not a quarter a side of the 120 x 88 of .*hq/3.png; pairs are to be x4"
+    Image.open(own / "lq" / "3.png").resize((40, 33)).save(own / "lq" / "3.png")
+    return r"lq/3.png: its 40 x 33 pixels are not a quarter a side of the 160 x 136 of .*hq/3.png; pairs are to be x4"
 
 
 def turn(own):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(own / "lq" / "0.png").save(own / "lq" / "0.png", exif=exif)
-    return r"lq/0.png: its 22 x 30 pixels are not a quarter"
+    return r"lq/0.png: its 34 x 40 pixels are not a quarter"
 
 
 def rename_all(own):
@@ -136,8 +139,8 @@ def remove_all(own):
 
 
 def double(own):
-    Image.open(own / "hq" / "0.png").save(own / "hq" / "0.bmp"), (own / "lq" / "0.png").rename(own / "lq" / "0.tif.png")
-    Image.open(own / "lq" / "0.tif.png").save(own / "lq" / "0.webp"), (own / "lq" / "0.tif.png").unlink()
+    Image.open(own / "hq" / "0.png").save(own / "hq" / "0.bmp")
+    Image.open(own / "lq" / "0.png").save(own / "lq" / "0.webp"), (own / "lq" / "0.png").unlink()
     return r"0.webp: .*0.bmp and .*0.png have its name; keep the one that is meant"
 
 
@@ -155,11 +158,11 @@ def test_wrong_pairs_are_one_line(own, wrong):
 
 def test_bad_and_small_pairs_are_skipped(own, capsys):
     (own / "lq" / "4.png").write_bytes(b"no picture")
-    for kind, size in (("hq", (60, 88)), ("lq", (15, 22))):
+    for kind, size in (("hq", (60, 136)), ("lq", (15, 34))):
         Image.open(own / kind / "3.png").resize(size).save(own / kind / "3.png")
     photos, _, _ = photos_for(own / "hq", 64, 0, lq=own / "lq")
     said = capsys.readouterr().err
-    assert "3.png: its 60 x 88 pixels are less than the crop of 64; skipped" in said and "4.png" in said
+    assert "3.png: its 60 x 136 pixels are less than the crop of 64; skipped" in said and "4.png" in said
     assert {path.name for path in photos.skipped} == {"3.png", "4.png"} and photos[0] and photos[11]
 
 

@@ -35,11 +35,11 @@ def check_memory(run, build, learns, copies=0):
     have = device_memory(run.device)
     if have is None or need <= have:
         return
-    parts = "weights, gradients and AdamW's moments"
+    parts = "weights, gradients, AdamW's moments"
     if run.stage.ema:
-        parts += ", average"
+        parts += ", the average"
     if copies:
-        parts += ", teacher"
+        parts += ", the teacher"
     raise UserError(f"{run.title} cannot fit here: {parts} take {need / 1e9:.0f} GB, and {run.device} has "
                     f"{have / 1e9:.0f} GB; {card_for(need + BESIDES)}")
 
