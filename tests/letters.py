@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +34,25 @@ from models.support.imaging import resize  # noqa: E402
 from sample import find_system  # noqa: E402
 
 
+class HeldOut(NamedTuple):
+    """Cells to measure on."""
+
+    hq: torch.Tensor            # (n, 3, 32, 32) in [0, 1]
+    lq: torch.Tensor            # (n, 3, 8, 8) in [0, 1]
+    cells: list                 # of glyphs.Cell, what is drawn in them
+
+
 def held_out(world="digits", n=500):
-    """Cells to measure on.  -> hq (n, 3, 32, 32), lq (n, 3, 8, 8), both in [0, 1], list of n Cells"""
+    """Draw n cells to measure on, and degrade them, each by a plan of its own.  -> HeldOut"""
     hq, cells = glyphs.held_out(world, n)
     recipe = replace(RECIPES["letters"], branches_per="image")
     lq, _ = degrade(hq, recipe, training.generator(training.HELD_OUT_IMAGES, n))
-    return hq, lq, cells
+    return HeldOut(hq, lq, cells)
 
 
 def restored(model, lq, at_once=100, **knobs):
     """What a model makes of LQ cells, each from noise of its own.  lq: (n, 3, 8, 8) -> (n, 3, 32, 32)"""
-    parts = [model.upscale(part, seed=i, **knobs) for i, part in enumerate(lq.split(at_once))]
+    parts = [model.upscale(part, seed=i, **knobs).cpu() for i, part in enumerate(lq.split(at_once))]
     return torch.cat(parts)
 
 
@@ -88,12 +97,17 @@ def regression_losses(run, model, hq, lq_up, g):
     return {"flow": F.mse_loss(v.float(), -z_hq)}
 
 
+def ask_for_the_mean(script):
+    """Change train_vosr.py's module so that stage flow is regression, whose answer is one step at temperature 0."""
+    script.LOSSES["flow"] = regression_losses
+    cfg, stages = script.PRESETS["letters"]
+    script.PRESETS["letters"] = replace(cfg, steps=1), stages
+    script.new_transformers = lambda cfg, ablation: script.TinyVOSR(replace(cfg, temperature=0.0))
+
+
 def train_regression(out, more):
-    """Train it by train_vosr.py, but for the loss; then one step at temperature 0 is its answer."""
-    train_vosr.LOSSES["flow"] = regression_losses
-    cfg, stages = train_vosr.PRESETS["letters"]
-    train_vosr.PRESETS["letters"] = replace(cfg, steps=1), stages
-    train_vosr.new_transformers = lambda cfg, ablation: train_vosr.TinyVOSR(replace(cfg, temperature=0.0))
+    """Train it.  more: further flags of train_vosr.py -> exit status"""
+    ask_for_the_mean(train_vosr)
     flags = ["--preset", "letters", "--stage", "flow", "--out", out, *more]
     if "--data" not in more:
         flags += ["--data", "digits"]
@@ -121,10 +135,13 @@ def trained(world="digits", folder=ROOT / "runs" / "letters", seed=0, names=("re
     return folders
 
 
-def is_over(out):
-    """Tell whether the training in a folder has done its last step."""
+def is_over(out, steps=None):
+    """Tell whether the training in a folder has done its last step, or so many."""
     found = training.checkpoints(out)
-    return bool(found) and torch.load(found[0], map_location="cpu", weights_only=True)["over"]
+    if not found:
+        return False
+    state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)      # without reading tensors
+    return state["over"] and steps in (None, state["step"])
 
 
 # ---- the command
