@@ -296,7 +296,11 @@ def steps_of(name, args):
 
 def is_done(name, seed, args):
     """Whether its last step is done."""
-    return letters.is_over(folder(name, seed, args), steps_of(name, args))
+    steps, at = steps_of(name, args), folder(name, seed, args)
+    if steps is None:
+        return letters.is_over(at)
+    log = at / "log.csv"
+    return log.exists() and log.read_text().rpartition("\n")[0].rpartition("\n")[2].split(",")[0] == str(steps)
 
 
 def train_all(names, args):
