@@ -103,7 +103,7 @@ LETTERS = {     # ours, for --data digits and --data letters: minutes, no autoen
         steps=700, batch_size=64, lr=2e-3, schedule="cosine", warmup=50, ema=0.99,
         crop=32, recipes=("letters",), strength=(7.0, 1.0), lognorm=(0.8, 1.2)),
     "distill": Stage(
-        steps=150, batch_size=64, lr=1e-3, schedule="cosine", warmup=10, ema=0.97,
+        steps=160, batch_size=32, lr=1e-3, schedule="cosine", warmup=10, ema=0.97,
         crop=32, recipes=("letters",), strength=(7.0, 1.0), omega=1.0),
 }
 PRESETS = {     # name: config of the model, its stages
