@@ -38,7 +38,7 @@ from models.lpips import LPIPS
 from models.s3diff import PRIORS, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.support.arguments import between, path_argument
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from models.tiny import TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder, load_prior
+from models.tiny import LETTERS_S3DIFF, TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder, load_prior
 from models.tiny_losses import PatchDiscriminator, RandomLPIPS
 from models.unet import alphas_cumprod
 from models.vit import PRESETS as VITS, ViT
@@ -97,9 +97,18 @@ TINY = {        # ours, for a laptop; recipes go by turns: two steps in three as
         crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image",
         lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.75),
 }
+LETTERS = {     # ours, for --data digits and --data letters: minutes each; an image is 2 x 2 cells
+    "prior": Stage(
+        steps=800, batch_size=16, lr=1e-3, schedule="cosine", warmup=50, ema=0.998, crop=64, recipes=("letters",)),
+    "estimator": Stage(
+        steps=300, batch_size=4, lr=1e-3, schedule="cosine", warmup=30, ema=0.98, crop=128, recipes=("letters",)),
+    "adapters": Stage(
+        steps=600, batch_size=16, lr=1e-3, schedule="cosine", warmup=50, ema=0.99, crop=64, recipes=("letters",),
+        branches_per="image", lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.5),
+}
 PRESETS = {     # name: config of the model, its stages
     "sd-turbo": (S3DiffConfig(), PAPER),
-    "tiny": (TinyS3DiffConfig(), TINY),
+    "letters": (LETTERS_S3DIFF, LETTERS), "tiny": (TinyS3DiffConfig(), TINY),
 }
 PLACES = {      # of adapters, for --lora: names of the VAE's layers, "" = none of them; the UNet always has some
     "unet": "",
@@ -110,8 +119,8 @@ PLACES = {      # of adapters, for --lora: names of the VAE's layers, "" = none 
 TINY_PLACES = {     # of the tiny VAE's layers
     "unet": "",
     "unet+encoder": "encoder",
-    "unet+decoder": r"finish\..*",
-    "unet+encoder+decoder": r"encoder|finish\..*",
+    "unet+decoder": r"decoder|finish\..*",
+    "unet+encoder+decoder": r"encoder|decoder|finish\..*",
 }
 # flags of stage adapters alone, and their defaults; None: the preset's
 ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
@@ -142,9 +151,11 @@ def parse_args(argv=None):
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
-    args.tiny = args.preset == "tiny"
+    args.tiny = args.preset in ("letters", "tiny")
     if args.stage not in stages:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
+    if args.preset == "letters" and args.stage != "prior" and not args.init:
+        p.error(f"--stage {args.stage} of --preset letters needs --init, the --out folder of the stage before it")
     if args.lq and args.stage != "adapters":
         p.error(f"--lq is not read by --stage {args.stage}")
     given = [name for name in ABLATIONS if getattr(args, name) is not None]
@@ -190,8 +201,9 @@ def build_tiny(args, cfg):
     # Stable Diffusion's text encoder makes its prompts; here stage prior learns them
     model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))
     make_blind_for_brightness(model.denet)
-    # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
-    load_autoencoder(model)
+    if args.preset == "tiny":
+        # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
+        load_autoencoder(model)
     if args.init == "none" or args.stage == "prior" and not args.init:
         return model, origin
     everything = args.stage != "estimator"      # which begins anew
