@@ -41,6 +41,7 @@ from models.support.evaluation import (append_row, average, find_metrics, find_r
 from models.support.evaluation import report as as_text
 from models.support.files import (PictureError, check_writable, claim, disk_full_or_read_only, find_pictures,
                                   output_paths, printable, writing)
+from models.support.gpu import tune
 from models.support.graphs import replay
 from models.support.imaging import (GREY, as_input, as_output, chroma, contact_sheet, middle, read_made, read_picture,
                                     resize, round8, save_png, write_picture)
@@ -91,7 +92,9 @@ def parse_args(argv):
     p.add_argument("--device", type=usable_device, default="auto", help="cpu, cuda, cuda:1, mps; auto: the best here")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")
-    p.add_argument("--compile", action="store_true", help="torch.compile, CUDA graphs: minutes once, then faster")
+    p.add_argument("--compile", action="store_true", help="torch.compile: minutes once, then faster")
+    p.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs, which make pictures of a "
+                   "size that comes again faster, and keep the memory that a network's pass needs")
     p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     for name, (kind, meaning) in KNOBS.items():
@@ -292,9 +295,11 @@ def load_models(args):
             raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
         if isinstance(model, GramSR) and not (args.sweep or args.knobs.keys() & SETS.keys()):
             model.merge()
+        if args.device.type == "cuda":
+            tune(model)
         if args.compile:
             compile_all(to_compile(model), args.device)
-        if args.compile and args.device.type == "cuda":
+        if args.device.type == "cuda" and args.graphs:
             torch.cuda.set_device(args.device)
             replay(model)
     args.settings = [settings_of(name, model, files, args) for name, model in models.items()]

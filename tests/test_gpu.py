@@ -14,6 +14,7 @@ from bench import S3, Gram, Vosr
 from PIL import Image
 
 import sample
+from models.support import gpu
 from models.support.graphs import Graphs, replay
 from training import choose_dtype
 
@@ -37,6 +38,7 @@ def lq():
 @torch.no_grad()
 def test_the_host_never_waits_inside_a_picture(system, lq):
     system.to(torch.bfloat16)
+    gpu.tune(system.model)
     system.model.upscale(lq)        # what is done once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -56,6 +58,16 @@ def test_half_precision_is_close(system, lq, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tuned_equals_plain(monkeypatch, system, lq, dtype):
+    monkeypatch.setattr(gpu, "LARGE", 0)
+    plain = system.model.upscale(lq)
+    system.to(dtype)
+    gpu.tune(system.model)
+    torch.testing.assert_close(system.model.upscale(lq), plain, atol=2e-3 if dtype == torch.float32 else 3e-2, rtol=0)
+
+
+@torch.no_grad()
 def test_compiled_equals_plain(system, lq):
     plain = system.model.upscale(lq)
     for network in sample.to_compile(system.model):
@@ -71,6 +83,7 @@ def test_graphs_equal_plain(system, lq, compiled):
     sizes = (lq,) if compiled else (lq, lq[..., :24, :24])      # each is compiled anew
     calls = [(x, more) for x in sizes for more in ({}, {"tile": 64, "overlap": 16}, options[type(system.model).__name__])] * 3
     system.to(torch.float16)
+    gpu.tune(system.model)
     plain = [system.model.upscale(x, **more) for x, more in calls]
     for network in sample.to_compile(system.model) if compiled else ():
         network.compile()

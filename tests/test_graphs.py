@@ -13,7 +13,7 @@ from test_vosr import inputs, make_dit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.support import graphs
+from models.support import gpu, graphs
 from models.support.tokens import FixedTokens
 
 SYSTEMS = {"vosr": lambda: Vosr("tiny", ARGS, "cpu"), "s3diff": lambda: S3(ARGS, "cpu"),
@@ -69,10 +69,11 @@ def test_replayed_equals_plain(name, tapes):
                 for tiles in ({}, {"tile": 64, "overlap": 16}):
                     calls.append((torch.rand(1, 3, *size, generator=g), options | tiles))
     plain = [model.upscale(lq, **options) for lq, options in calls]
+    gpu.tune(model)
     graphs.replay(model)
     results = [model.upscale(lq, **options) for lq, options in calls]
     for x, y in zip(results, plain):        # all at the end: none is overwritten by its successors
-        torch.testing.assert_close(x, y, atol=5e-5, rtol=0)
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
     assert len(tapes) > 1
 
 
