@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 
 import training
-from degrade import degrade
 from models.gram import CSD_TIMES, features, loss_csd, loss_gram
 from models.gramsr import SETS, GramSR, GramSRConfig, token_adapter
 from models.lpips import LPIPS
@@ -66,16 +65,37 @@ class Stage(training.Stage):
 
 
 @dataclass
+class EarlyStopping:
+    """Watches a metric, smaller is better, and ends a stage in which it gets no better."""
+
+    patience: int                       # evaluations without a better one after which the stage is over; 0 = none
+    judge: str = "held_out"             # the metric
+    best: dict = field(default_factory=dict)    # {judge: its smallest value so far}; by name, since a run that is
+                                        # resumed may have another judge: values of two do not compare
+    waited: int = 0                     # evaluations since then
+
+    def count(self, metrics):
+        """Count an evaluation: the best so far, or one more in vain.  -> is it the best?"""
+        value = metrics[self.judge]
+        if value < self.best.get(self.judge, math.inf):
+            self.best, self.waited = {self.judge: value}, 0
+            return True
+        self.waited += 1
+        return False
+
+    def is_over(self):
+        """Tell whether so many evaluations in a row were no better that the stage is over."""
+        return 0 < self.patience <= self.waited
+
+
+@dataclass
 class Run(training.Run):
     """What a run of GramSR has beside the model."""
 
     lpips: torch.nn.Module = None
     vit: torch.nn.Module = None         # DINOv3 of the Gram loss
     niqe: object = None                 # NIQE's parameters, where they are on this disk
-    judge: str = "held_out"             # the metric of early stopping, smaller is better
-    best: dict = field(default_factory=dict)    # {judge: its smallest value so far}; by name, since a run that is
-                                        # resumed may have another judge: values of two do not compare
-    waited: int = 0                     # evaluations since then
+    stopping: EarlyStopping = None
     written: list = field(default_factory=list)     # names of the model's files
 
 
@@ -84,12 +104,13 @@ class Run(training.Run):
 
 PAPER = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR has 4000 of pixel
     "pixel": Stage(
-        steps=4000),
+        steps=4000, **training.ONE_CARD),
     "semantic": Stage(
-        steps=8501, before=4000, lambda_lpips=2.0, lambda_csd=1.0),
+        steps=8501, before=4000, lambda_lpips=2.0, lambda_csd=1.0, **training.ONE_CARD),
     # inferred: LPIPS and CSD stay; that it is stopped early by NIQE is known, not when
     "texture": Stage(
-        steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10),
+        steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10,
+        **training.ONE_CARD),
 }
 TINY = {    # ours, for a laptop; two steps in three by the first recipe, the third by the other
     "pixel": Stage(
@@ -111,7 +132,7 @@ PRESETS = {     # name: config of the model, its stages
     "tiny": (TinyGramSRConfig(), TINY),
 }
 ORDER = list(SETS)      # of the stages, each with a LoRA set of its name
-SETTINGS = ("stage", "preset", "data", "init", "seed", "gram", "rank")      # flags that stay when a run is resumed
+SETTINGS = ("stage", "preset", "data", "lq", "init", "seed", "gram", "rank")    # flags that stay when it is resumed
 
 
 def parse_args(argv=None):
@@ -242,6 +263,7 @@ def prepare(args):
     run.terms = tuple(name for name in TERMS if getattr(run.stage, f"lambda_{name}"))
     run.columns = ("niqe",)
     run.draw = draw
+    training.check_memory(run, lambda: GramSR(cfg), partial(learns, run))
     torch.manual_seed(args.seed + ORDER.index(args.stage))      # or all sets would begin alike
     model, run.origin = build(args, cfg, run.stage)
     lpips, vit = build_judges(args, run.stage, model)
@@ -254,8 +276,8 @@ def prepare(args):
         run.vit = vit.to(run.device)
     if run.stage.crop >= NIQE_CROP:
         run.niqe = find_niqe(None)      # None where it is not on this disk
-    if run.niqe:
-        run.judge = "niqe"
+    judge = "niqe" if run.niqe else "held_out"
+    run.stopping = EarlyStopping(run.stage.patience, judge)
     return run
 
 
@@ -263,8 +285,8 @@ def prepare(args):
 
 
 def draw(run, hq, recipe, g):
-    """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; g: generator -> hq, lq_up (B, 3, H, W) in [-1, 1]"""
-    _, lq_up = degrade(hq, recipe, g)
+    """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; recipe, g: of `low_quality` -> hq, lq_up (B, 3, H, W) in [-1, 1]"""
+    _, lq_up = training.low_quality(hq, recipe, g)
     return 2 * hq - 1, 2 * lq_up - 1
 
 
@@ -324,40 +346,30 @@ def evaluate(run):
     return metrics, {"LQ": torch.cat([lq_up for _, lq_up in run.held_out]), f"result, step {run.step}": sr, "HQ": hq}
 
 
-def count_evaluation(run):
-    """Count the newest evaluation for early stopping: the best so far, or one more in vain.  -> is it the best?"""
-    if run.metrics is None:     # interrupted between two evaluations
-        return False
-    value = run.metrics[run.judge]
-    if value < run.best.get(run.judge, math.inf):
-        run.best, run.waited = {run.judge: value}, 0
-        return True
-    run.waited += 1
-    return False
-
-
-def out_of_patience(run):
-    """Tell whether so many evaluations in a row were no better that the stage is over."""
-    return 0 < run.stage.patience <= run.waited
-
-
 def save(run):
     """Write the model's files, then the checkpoint: if that says that the run is over, all is there.
 
     With --patience the files hold the best model so far: they are written when it got better, or never were.
     """
-    is_best = count_evaluation(run)
-    run.stopped_early = out_of_patience(run)
+    is_best = False
+    if run.metrics:     # none where it was stopped between two evaluations
+        is_best = run.stopping.count(run.metrics)
+        run.stopped_early = run.stopping.is_over()
     wanted = is_best or run.stage.patience == 0 or not run.written
     if wanted and run.rank == 0:
-        names = run.model.save_release(run.out, run.stage.before + run.step)
-        for name in set(run.written) - set(names):
-            (run.out / name).unlink(missing_ok=True)
-        run.written = names
-        if run.args.tiny:
-            note = f"{run.title}, step {run.step}"
-            save_model(run.out / "model.safetensors", run.model.cfg, run.model.state_dict(), note=note)
-    training.save_state(run, best=run.best, waited=run.waited, written=run.written)
+        write_model(run)
+    training.save_state(run, best=run.stopping.best, waited=run.stopping.waited, written=run.written)
+
+
+def write_model(run):
+    """Write the model's files, and remove those of earlier steps."""
+    names = run.model.save_release(run.out, run.stage.before + run.step)
+    for name in set(run.written) - set(names):
+        (run.out / name).unlink(missing_ok=True)
+    run.written = names
+    if run.args.tiny:
+        note = f"{run.title}, step {run.step}"
+        save_model(run.out / "model.safetensors", run.model.cfg, run.model.state_dict(), note=note)
 
 
 def main(argv=None):
@@ -366,17 +378,19 @@ def main(argv=None):
         run = prepare(args)
         checkpoint = training.resume(run, SETTINGS)
         if checkpoint:
-            run.best, run.waited, run.written = checkpoint["best"], checkpoint["waited"], checkpoint["written"]
-            run.stopped_early = out_of_patience(run)
+            run.written = checkpoint["written"]
+            run.stopping.best, run.stopping.waited = checkpoint["best"], checkpoint["waited"]
+            run.stopped_early = run.stopping.is_over()
         for part in (run.model.unet, *run.model.vae.children()):
-            part.checkpointing = args.checkpointing
+            part.checkpointing = run.stage.checkpointing
         if args.compile:
             training.compile_all(run.model.unet.blocks[:-1], run.device)
         run.losses = training.replicate(run, run.model, partial(losses, run, run.model))
         training.open_data(run)
         status = training.fit(run, training.step, evaluate, save)
         if run.stopped_early:
-            print(f"stopped early at step {run.step}: {run.judge} was no better {run.waited} times; "
+            stopping = run.stopping
+            print(f"stopped early at step {run.step}: {stopping.judge} was no better {stopping.waited} times; "
                   f"the model is the best so far, {' '.join(run.written)}")
         return status
 

@@ -66,7 +66,6 @@ class Run(training.Run):
     lpips: torch.nn.Module = None
     D: torch.nn.Module = None           # the discriminator
     optimizer_D: torch.optim.Optimizer = None
-    true_scores: bool = False           # `draw` gives the true scores, not the estimator's
 
 
 class Pairs(NamedTuple):
@@ -82,7 +81,7 @@ class Pairs(NamedTuple):
 
 
 PAPER = {       # the paper's steps, the code counts 50 epochs; batch: 4 GPUs x 4 photos x 4 accumulated micro-batches
-    "adapters": Stage(steps=30_000, batch_size=64, lr=2e-5),
+    "adapters": Stage(steps=30_000, batch_size=64, lr=2e-5, **training.ONE_CARD),
 }
 TINY = {        # ours, for a laptop; recipes go by turns: two steps in three as the paper degrades, one more harshly
     "prior": Stage(     # the embedded one was trained with --steps 3500; its loss was still falling
@@ -116,8 +115,8 @@ TINY_PLACES = {     # of the tiny VAE's layers
 }
 ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
              "start_step": None}        # flags of stage adapters alone, and their defaults; None: the preset's
-SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "init",
-            "seed")     # flags that stay when a run is resumed
+SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "lq",
+            "init", "seed")     # flags that stay when a run is resumed
 
 
 def parse_args(argv=None):
@@ -144,6 +143,8 @@ def parse_args(argv=None):
     args.tiny = args.preset == "tiny"
     if args.stage not in stages:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
+    if args.lq and args.stage != "adapters":
+        p.error(f"--lq is not read by --stage {args.stage}")
     given = [name for name in ABLATIONS if getattr(args, name) is not None]
     if given and args.stage != "adapters":
         p.error(f"--{given[0].replace('_', '-')} is not read by --stage {args.stage}")
@@ -183,10 +184,7 @@ def build_tiny(args, cfg):
     model, origin = TinyS3Diff(cfg), "FROM SCRATCH"
     # Stable Diffusion's text encoder makes its prompts; here stage prior learns them
     model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))
-    for conv in model.denet.conv_first:
-        # blind for brightness, so that noise and edges are what it sees first; 8 times as large, since these
-        # differences are small
-        conv.weight.data = 8 * (conv.weight.data - conv.weight.data.mean((2, 3), keepdim=True))
+    make_blind_for_brightness(model.denet)
     # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
     load_autoencoder(model)
     if args.init == "none" or args.stage == "prior" and not args.init:
@@ -194,6 +192,18 @@ def build_tiny(args, cfg):
     everything = args.stage != "estimator"      # which begins anew
     path = load_prior(model, args.init, wanted=lambda name: everything or is_prior(name))
     return model, f"from {path}"
+
+
+@torch.no_grad()
+def make_blind_for_brightness(denet):
+    """Change the new estimator's first convolutions, so that differences of pixels, noise and edges, are all they see.
+
+    Ours. Differences are small, pixels are not: what these layers make of assets/example.png is 3 to 8 times as small
+    without the mean weight (both layers, four seeds). The factor 8 makes up for it.
+    """
+    for conv in denet.conv_first:
+        mean = conv.weight.mean((2, 3), keepdim=True)       # without it the weights of a channel add up to 0
+        conv.weight.copy_(8 * (conv.weight - mean))
 
 
 def build_adversary(args):
@@ -225,27 +235,27 @@ def prepare(args):
     if args.stage == "estimator":
         run.columns = ("rank_blur", "rank_noise")
     run.draw = DRAW[args.stage]
+    training.check_memory(run, lambda: S3Diff(cfg), partial(learns, run))
     model, run.origin = build(args, cfg)
     training.store_in_half(run, model.unet, model.vae)
-    training.set_model(run, model, partial(learns, run))
+    training.set_model(run, model, partial(learns, run), optimizer_name="G_optimizer")     # of G, the generator
     if args.stage == "adapters":
         prepare_adversary(run)
-    # their names in checkpoints: G, the generator, and D have an optimizer each
-    run.state["G_optimizer"] = run.state.pop("optimizer")
     return run
 
 
 def prepare_adversary(run):
-    """Set up the discriminator, its optimizer, LPIPS, and where scores come from."""
+    """Set up the discriminator D, its optimizer, LPIPS."""
     lpips, D = build_adversary(run.args)
     run.lpips, run.D = lpips.to(run.device), D.to(run.device)
     run.optimizer_D = training.adamw(list(D.parameters()), run.stage)
     run.state |= {"D": run.D, "D_optimizer": run.optimizer_D}
-    run.true_scores = run.stage.l2_share > 0        # of held-out photos, too
+    if run.stage.l2_share > 0 and not run.args.lq:
+        run.draw = draw_adapters_and_truth      # held-out photos keep their true scores throughout
 
 
 # ---- data: what a stage draws from photos
-# run: Run; hq: (B, 3, H, W) in [0, 1]; recipe: of degrade.py; g: generator
+# run: Run; hq: (B, 3, H, W) in [0, 1]; recipe: of degrade.py, or the LQ images of own pairs; g: generator
 
 
 def draw_prior(run, hq, recipe, g):
@@ -267,14 +277,21 @@ def draw_estimator(run, hq, recipe, g):
 
 
 def draw_adapters(run, hq, recipe, g):
-    """Degrade photos, say how badly, and choose whose target is the LQ image.  -> Pairs"""
-    if run.true_scores:
-        _, lq_up, scores = degrade_and_score(hq, recipe, g)
-    else:
-        lq, lq_up = degrade(hq, recipe, g)
-        scores = run.model.estimate(lq)
+    """Degrade photos, or take own pairs, and let the estimator say how bad they are, as it will in use.  -> Pairs"""
+    lq, lq_up = training.low_quality(hq, recipe, g)
+    return make_pairs(run, hq, lq_up, run.model.estimate(lq), g)
+
+
+def draw_adapters_and_truth(run, hq, recipe, g):
+    """Degrade photos, and take the true scores.  -> Pairs"""
+    _, lq_up, scores = degrade_and_score(hq, recipe, g)
+    return make_pairs(run, hq, lq_up, scores, g)
+
+
+def make_pairs(run, hq, lq_up, scores, g):
+    """Choose by online negative prompting whose target is the LQ image.  -> Pairs"""
     drawn = torch.rand(len(hq), generator=g, device=g.device)
-    negative = (drawn < run.args.neg_prob).to(hq.device)        # online negative prompting
+    negative = (drawn < run.args.neg_prob).to(hq.device)
     return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative)
 
 
@@ -374,14 +391,17 @@ TERMS = {"prior": ("eps",), "estimator": ("blur", "noise"), "adapters": ("l2", "
 def step_adapters(run):
     """Do the four parts, or the first alone; gradients of the micro-batches are added up in each."""
     l2_alone = run.step / run.stage.steps < run.stage.l2_share
-    run.true_scores = l2_alone
+    know_truth = l2_alone and not run.args.lq       # nobody knows the scores of own pairs
+    draw = draw_adapters_and_truth if know_truth else draw_adapters
+    lpips = None if l2_alone else run.lpips
     training.set_lr(run.optimizer, run.lr)
     training.set_lr(run.optimizer_D, run.stage.lr_D or run.lr)
     # kept for all four parts: each looks at the same images; g goes on from part to part
-    batch = [(run.draw(run, hq, training.recipe(run), g), g) for hq, g in training.micro_batches(run)]
+    batch = []
+    for hq, recipe, g in training.micro_batches(run):
+        batch.append((draw(run, hq, recipe, g), g))
 
     # ---- 1. reconstruct
-    lpips = None if l2_alone else run.lpips
     for i, (pairs, g) in enumerate(batch):
         with training.micro_batch_context(run, run.generate, i):
             context, target = prompts_and_targets(run.model, pairs)
@@ -424,7 +444,8 @@ def compete(run, batch):
     training.update(run, run.optimizer_D)
 
     # ---- 4. fake
-    for i, ((pairs, g), sr) in enumerate(zip(batch, results)):
+    for i, (pairs, g) in enumerate(batch):
+        sr = results[i]
         plan = run.D.draw(sr, pairs.lq_up, g)
         with training.micro_batch_context(run, run.discriminate, i):
             terms = fake(sr, run.discriminate, stage, plan)
@@ -506,7 +527,7 @@ def is_kept(stage, name):
     """Tell whether a tiny stage's file holds the tensor of that name: what it, or a stage before it, has trained."""
     if stage == "adapters":
         return True
-    return is_prior(name) or stage == "estimator" and name.startswith("denet.")
+    return is_prior(name) or (stage == "estimator" and name.startswith("denet."))
 
 
 def save(run):
@@ -526,7 +547,7 @@ def main(argv=None):
         run = prepare(args)
         training.resume(run, SETTINGS)
         for part in (run.model.unet, *run.model.vae.children()):
-            part.checkpointing = args.checkpointing
+            part.checkpointing = run.stage.checkpointing
         if args.compile:
             training.compile_all(run.model.unet.blocks[:-1], run.device)
         step = training.step

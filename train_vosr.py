@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 
 import training
-from degrade import degrade
 from models.dit import DiT
 from models.flow import guided, loss_distill, loss_flow, sample
 from models.support.arguments import path_argument
@@ -68,13 +67,14 @@ class Run(training.Run):
 
 
 AUTHORS = {     # of the authors' code; their last step has the number 400,000 or 100,000, counted from 0
-    "flow": Stage(steps=400_001, batch_size=8, lr=5e-5, save_every=10_000),
-    "distill": Stage(steps=100_001, batch_size=32, lr=2e-5, save_every=5_000),
+    "flow": Stage(steps=400_001, batch_size=8, lr=5e-5, save_every=10_000, **training.ONE_CARD),
+    "distill": Stage(steps=100_001, batch_size=32, lr=2e-5, save_every=5_000, **training.ONE_CARD),
 }
 PAPER = {       # of the paper, as far as known: for 100 million photos, and the machines for them
-    "flow256": Stage(steps=400_000, batch_size=1024, lr=1e-4, crop=256, shrink=True, save_every=10_000),
-    "flow": Stage(steps=400_000, batch_size=256, lr=5e-5, save_every=10_000),
-    "distill": Stage(steps=50_000, batch_size=32, lr=2e-5, save_every=5_000),
+    "flow256": Stage(
+        steps=400_000, batch_size=1024, lr=1e-4, crop=256, shrink=True, save_every=10_000, **training.ONE_CARD),
+    "flow": Stage(steps=400_000, batch_size=256, lr=5e-5, save_every=10_000, **training.ONE_CARD),
+    "distill": Stage(steps=50_000, batch_size=32, lr=2e-5, save_every=5_000, **training.ONE_CARD),
 }
 TINY = {        # ours, for a laptop
     "autoencoder": Stage(
@@ -115,7 +115,7 @@ ABLATIONS = {   # fields of the model's config, which later stages find in --ini
     "weak": {"weak": NO_CONDITION},     # with none in place of the weak one
 }
 FINISH = 96         # channels of what stage decoder adds to TinyVAE
-SETTINGS = ("stage", "preset", "ablate", "distill", "data", "init", "seed")     # flags that stay when a run is resumed
+SETTINGS = ("stage", "preset", "ablate", "distill", "data", "lq", "init", "seed")   # flags that stay when resumed
 
 
 def parse_args(argv=None):
@@ -140,6 +140,8 @@ def parse_args(argv=None):
         p.error("--ablate is for --stage flow of --preset tiny; later stages go on with what they find")
     if args.init and args.stage == "autoencoder":
         p.error("--init is not read by --stage autoencoder")
+    if args.lq and args.stage == "autoencoder":
+        p.error(f"--lq is not read by --stage {args.stage}")
     if not args.init and (args.stage == "distill" or args.tiny and args.stage != "autoencoder"):
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
     return args
@@ -165,7 +167,9 @@ def build(args, cfg):
     check_init(args, cfg, model)
     teacher = None
     if args.stage == "distill":
-        teacher = make_student(model, cfg.temperature)
+        teacher = model.dit.requires_grad_(False)
+        model.dit = new_student(teacher)
+        model.cfg = replace(model.cfg, dit=model.dit.cfg, steps=1, guidance=1.0, temperature=cfg.temperature)
     if args.stage == "decoder":
         model = new_decoder(model)
     return model, teacher, f"from {args.init}"
@@ -188,20 +192,15 @@ def new_transformers(vae, cfg, ablation):
     return model
 
 
-def make_student(model, temperature):
-    """Make a many-step model one of a single step: a new transformer is told a second time r, too.
-
-    It begins as the old one. temperature: of the model's one step -> the old transformer, frozen: the teacher
-    """
-    teacher = model.dit.requires_grad_(False)
+def new_student(teacher):
+    """Make the transformer of one step, which is told the step's end r, too; it begins as its teacher.  -> DiT"""
     cfg = replace(teacher.cfg, auxiliary_time_cond=True)
     if isinstance(teacher, TinyDiT):
-        model.dit = TinyDiT(cfg, teacher.local)
+        student = TinyDiT(cfg, teacher.local)
     else:
-        model.dit = DiT(cfg)
-    model.dit.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
-    model.cfg = replace(model.cfg, dit=cfg, steps=1, guidance=1.0, temperature=temperature)
-    return teacher
+        student = DiT(cfg)
+    student.load_state_dict(teacher.state_dict(), strict=False)       # all but the embedding of r
+    return student
 
 
 def new_decoder(model):
@@ -224,6 +223,8 @@ def prepare(args):
     training.start(run)
     run.title, run.terms = f"VOSR {args.preset}, stage {args.stage}", TERMS[args.stage]
     run.draw = draw
+    has_teacher = args.stage == "distill"
+    training.check_memory(run, lambda: DiT(cfg.dit), learns=lambda name: True, copies=int(has_teacher))
     model, teacher, run.origin = build(args, cfg)
     frozen = [model.vae, model.vit]     # official: the autoencoder stays in float32
     if model.light_decoder:
@@ -239,13 +240,13 @@ def prepare(args):
 
 
 def draw(run, hq, recipe, g):
-    """Degrade photos, unless the stage has no recipe.  hq: (B, 3, H, W) in [0, 1]; g: generator
+    """Degrade photos, unless the stage has no recipe.  hq: (B, 3, H, W) in [0, 1]; recipe, g: of `low_quality`
 
     -> hq, lq_up (B, 3, H, W) in [-1, 1]
     """
     if recipe is None:
         return 2 * hq - 1, 2 * hq - 1
-    _, lq_up = degrade(hq, recipe, g)
+    _, lq_up = training.low_quality(hq, recipe, g)
     return 2 * hq - 1, 2 * lq_up - 1
 
 
@@ -378,7 +379,7 @@ def main(argv=None):
     with training.alone_in(args.out):
         run = prepare(args)
         training.resume(run, SETTINGS)
-        run.model.dit.checkpointing = args.checkpointing
+        run.model.dit.checkpointing = run.stage.checkpointing
         if args.compile:
             training.compile_all(run.model.dit.blocks, run.device)      # all alike: one is compiled, the others follow
         run.losses = training.replicate(run, run.model, partial(LOSSES[args.stage], run, run.model))

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training  # noqa: E402
-from degrade import degrade  # noqa: E402
 from models.support.imaging import round8  # noqa: E402
 from models.tiny import ResBlock  # noqa: E402
 
@@ -86,18 +85,18 @@ def prepare(args):
 
 def small(hq, recipe, g):
     """-> LQ (B, 3, h, w) in [0, 1]"""
-    return round8(degrade(hq, recipe, g)[0])
+    return round8(training.low_quality(hq, recipe, g)[0])
 
 
 def open_data(run):
     """Photos to learn from and held-out ones, their degradation; the linear guess, if the run begins."""
-    hq = training.open_photos(run)
+    hq, _ = training.open_photos(run)
     run.held_out = hq, small(hq, run.recipes[0], training.generator(0))
     if run.step == 0:
         first, last = [], min(run.stage.steps, 40)
-        with training.reading(run.loader) as run.batches:
+        with training.reading(run):
             for run.step in range(last):
-                first += [(hq, small(hq, training.recipe(run), g)) for hq, g in training.micro_batches(run)]
+                first += [(hq, small(hq, recipe, g)) for hq, recipe, g in training.micro_batches(run)]
         run.model.fit(first)
         run.ema.load_state_dict(run.model.state_dict())
         run.step = 0
@@ -107,8 +106,8 @@ def open_data(run):
 def step(run):
     """One step of the optimizer; gradients of the micro-batches are added up."""
     training.set_lr(run.optimizer, run.lr)
-    for i, (hq, g) in enumerate(training.micro_batches(run)):
-        lq = small(hq, training.recipe(run), g)
+    for i, (hq, recipe, g) in enumerate(training.micro_batches(run)):
+        lq = small(hq, recipe, g)
         with training.micro_batch_context(run, run.model, i):
             terms = {"l1": F.l1_loss(run.model(lq), hq)}
         training.backward(run, terms)

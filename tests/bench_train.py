@@ -57,7 +57,8 @@ def vosr(args, hq, device, dtype):
     for name in ("flow", "distill"):
         stage, teacher = stages[name], None
         if name == "distill":
-            teacher = train_vosr.make_student(model, cfg.temperature)
+            teacher = model.dit.requires_grad_(False)
+            model.dit = train_vosr.new_student(teacher)
             model.to(device)
         run = train_vosr.Run(args, stage, teacher=teacher)
         ema = deepcopy(model, {id(m): m for m in frozen.values()})

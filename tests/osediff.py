@@ -30,7 +30,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training  # noqa: E402
-from degrade import degrade  # noqa: E402
 from models.lora import NO_ADAPTERS, add_lora  # noqa: E402
 from models.s3diff import ADAPTER, UNET_TARGETS  # noqa: E402
 from models.support.arguments import path_argument  # noqa: E402
@@ -175,7 +174,7 @@ def prepare(args):
 
 def draw(run, hq, recipe, g):
     """Degrade photos.  hq: (B, 3, H, W) in [0, 1]; g: generator -> hq, lq_up (B, 3, H, W) in [-1, 1]"""
-    _, lq_up = degrade(hq, recipe, g)
+    _, lq_up = training.low_quality(hq, recipe, g)
     return 2 * hq - 1, 2 * lq_up - 1
 
 
@@ -239,8 +238,8 @@ def step(run):
     made = []
 
     # ---- 1. generator
-    for i, (hq, g) in enumerate(training.micro_batches(run)):
-        hq, lq_up = run.draw(run, hq, training.recipe(run), g)
+    for i, (hq, recipe, g) in enumerate(training.micro_batches(run)):
+        hq, lq_up = run.draw(run, hq, recipe, g)
         with training.micro_batch_context(run, run.generate, i):
             sr, z = run.generate(lq_up)
             terms = data_losses(sr, hq, run.lpips, run.stage) | vsd_losses(run.model, z, run.stage, g)
@@ -281,7 +280,7 @@ def main(argv=None):
     with training.alone_in(args.out):
         run = prepare(args)
         training.resume(run, SETTINGS)
-        run.model.unet.checkpointing = args.checkpointing
+        run.model.unet.checkpointing = run.stage.checkpointing
         if args.compile:
             training.compile_all(run.model.unet.blocks[:-1], run.device)
         training.open_data(run)

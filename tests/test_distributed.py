@@ -14,6 +14,7 @@ from test_train import SMALL, STAGES, launch, photos  # noqa: F401 (photos is a 
 
 import train_vosr
 import training
+from models.support import launch as launch_module
 
 def train_here(photos, out, words, stop_at):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
@@ -82,6 +83,6 @@ def test_each_process_needs_its_photos(photos, tmp_path, monkeypatch):  # noqa: 
     """Three photos cannot be shared by two."""
     monkeypatch.setattr(sys, "argv", ["train_vosr.py", "--stage", "autoencoder", "--data", str(photos),
                                       "--out", str(tmp_path), "--batch-size", "3"])
-    monkeypatch.setattr(training, "join", lambda device: (0, 2))
+    monkeypatch.setattr(launch_module, "join", lambda device: (0, 2))
     with pytest.raises(training.UserError, match="--batch-size 3 is not 2 processes x"):
         train_vosr.main()

@@ -58,17 +58,20 @@ def test_nothing_else_at_the_top():
     assert visible - ignored <= TOP_LEVEL
 
 
-@pytest.mark.parametrize("path", [p for p in SCRIPTS if "add_argument" in p.read_text()], ids=name)
+FLAGS_OF_TRAINING = ROOT / "models/support/launch.py"
+
+
+@pytest.mark.parametrize("path", [*(p for p in SCRIPTS if ".add_argument(" in p.read_text()), FLAGS_OF_TRAINING], ids=name)
 def test_every_flag_is_read(path):
     text = path.read_text()
     flags = [m.replace("-", "_") for m in re.findall(r'add_argument\("(?:--)?([\w-]+)"', text)]
     assert flags and len(flags) <= 30
-    # training.py's flags by every script that takes them or by itself; it also lays them over the fields of a recipe
-    plumbing = (ROOT / "training.py").read_text()
-    takers = [s.read_text() + plumbing for s in SCRIPTS if "training.add_arguments(" in s.read_text()]
-    readers = takers if path.name == "training.py" else [text + plumbing if "training.add_arguments(" in text else text]
+    # those that all trainings have by every script that takes them, or by what scripts share; it also lays them over the fields of a stage
+    shared = "".join((ROOT / file).read_text() for file in ("training.py", *(f"models/support/{name}.py" for name in ("launch", "saving", "photos"))))
+    takers = [s.read_text() + shared for s in SCRIPTS if "training.add_arguments(" in s.read_text()]
+    readers = takers if path == FLAGS_OF_TRAINING else [text + shared if "training.add_arguments(" in text else text]
     for flag in flags:
-        # by its name, or in a tuple of names that are read together
+        # by its name, or in a tuple of names that are read together; a field of a stage is overridden
         read = re.compile(rf'\b(args|recipe|stage)\.{flag}\b|"{flag}"')
         assert readers and all(read.search(text) for text in readers), f"--{flag} is read by nothing"
 

@@ -27,6 +27,7 @@ import train_gramsr
 import train_s3diff
 import train_vosr
 import training
+from models.support import saving
 from models.support.arguments import SIGNALS
 from models.support.photos import list_photos
 
@@ -79,7 +80,7 @@ def test_windows_renames_over_nothing(monkeypatch, tmp_path):
     """A run that is stopped at once saves what it found: a checkpoint of the same name, which os.rename refuses there."""
     monkeypatch.setattr(Path, "rename", None)
     for _ in range(2):
-        training.save_checkpoint(tmp_path, 3, 2, settings={})
+        saving.save_checkpoint(tmp_path, 3, 2, settings={})
     assert newest(tmp_path)["step"] == 3 and len(training.checkpoints(tmp_path)) == 1
 
 
@@ -157,21 +158,21 @@ def test_the_same_words_for_another_place(monkeypatch, tmp_path):
     for folder in ("a/tr", "b/tr"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a")
-    training.save_checkpoint(tmp_path / "a", 1, 2, settings={"data": "tr", "init": None, "seed": 0})
-    assert training.load_checkpoint(tmp_path / "a", {"data": "tr", "init": None, "seed": 0})["step"] == 1
+    saving.save_checkpoint(tmp_path / "a", 1, 2, settings={"data": "tr", "init": None, "seed": 0})
+    assert saving.load_checkpoint(tmp_path / "a", {"data": "tr", "init": None, "seed": 0})["step"] == 1
     monkeypatch.chdir(tmp_path / "b")
     with pytest.raises(training.UserError, match="--data: .*a.tr, not tr; use that or another --out, or --moved"):
-        training.load_checkpoint(tmp_path / "a", {"data": "tr", "init": None, "seed": 0})
+        saving.load_checkpoint(tmp_path / "a", {"data": "tr", "init": None, "seed": 0})
     monkeypatch.chdir(tmp_path)
     os.rename("a", "c")
     monkeypatch.chdir(tmp_path / "c")
-    assert training.load_checkpoint(".", {"data": "tr", "init": None, "seed": 0})["step"] == 1
+    assert saving.load_checkpoint(".", {"data": "tr", "init": None, "seed": 0})["step"] == 1
     for settings in ({"data": "x"}, {"init": "x"}, {"data": "tr", "init": "../b"}):
         with pytest.raises(training.UserError):
-            training.load_checkpoint(".", settings)
+            saving.load_checkpoint(".", settings)
     with pytest.raises(training.UserError, match="--seed"):
-        training.load_checkpoint(".", {"data": "x", "seed": 1}, moved=True)
-    assert training.load_checkpoint(".", {"data": "x", "seed": 0}, moved=True)
+        saving.load_checkpoint(".", {"data": "x", "seed": 1}, moved=True)
+    assert saving.load_checkpoint(".", {"data": "x", "seed": 0}, moved=True)
 
 
 def test_nothing_of_distributed_is_imported_early():

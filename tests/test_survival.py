@@ -34,7 +34,9 @@ import train_gramsr
 import train_s3diff
 import train_vosr
 import training
+from models.support import saving
 from models.support.arguments import SIGNALS
+from models.support.download import sha256_of
 from models.support.photos import Photos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +140,7 @@ def test_a_checkpoint_without_its_parts_is_passed_over(monkeypatch, photos, half
     """Made by hand, with a name that fits it."""
     bad = training.checkpoints(half)[0]
     torch.save(content, bad)
-    bad = bad.rename(bad.with_name(f"checkpoint-00000007-{training.sha256_of(bad)[:16]}.pt"))
+    bad = bad.rename(bad.with_name(f"checkpoint-00000007-{sha256_of(bad)[:16]}.pt"))
     vosr(monkeypatch, photos, half)
     said = capsys.readouterr()
     assert f"{bad}: skipped, damaged" in said.err and "at step 6" in said.out
@@ -288,7 +290,7 @@ def be_trainer(name, words, folder, slow_photos, slow_disk, ignored, terminal):
     sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")
     if terminal:        # the first one that a session opens to read and write is its own
         sys.stderr = os.fdopen(os.open(terminal, os.O_RDWR), "w")
-    patch, read, write = pytest.MonkeyPatch(), Photos.__getitem__, training.write
+    patch, read, write = pytest.MonkeyPatch(), Photos.__getitem__, saving.write
     runs.watch_less(patch), torch.set_num_threads(1)
 
     def read_slowly(photos, i):
@@ -300,7 +302,7 @@ def be_trainer(name, words, folder, slow_photos, slow_disk, ignored, terminal):
         time.sleep(slow_disk)
         write(path, state)
 
-    patch.setattr(Photos, "__getitem__", read_slowly), patch.setattr(training, "write", write_slowly)
+    patch.setattr(Photos, "__getitem__", read_slowly), patch.setattr(saving, "write", write_slowly)
     found, small, _ = SMALL_TRAINERS[name]
     patch.setattr(models.tiny, found, lambda: small)
     sys.argv = [f"train_{name}.py", *map(str, words)]
@@ -482,7 +484,7 @@ def change(out, part, function):
     state = torch.load(path, weights_only=True)
     state[part] = function(state[part])
     path.unlink()
-    training.save_checkpoint(out, state.pop("step"), 2, **{k: v for k, v in state.items() if k != "cwd"})
+    saving.save_checkpoint(out, state.pop("step"), 2, **{k: v for k, v in state.items() if k != "cwd"})
 
 
 def renamed(tensors):

@@ -20,6 +20,7 @@ import train_vosr
 import training
 from models.dit import DiTConfig
 from models.flow import loss_flow
+from models.support import saving
 from models.support.photos import DataError
 from models.tiny import TinyVAEConfig, TinyVOSR, TinyVOSRConfig
 from models.vit import ViTConfig
@@ -277,7 +278,7 @@ def test_errors_of_users_are_one_line_those_of_code_show_where(capsys):
 def test_unfinished_or_over(monkeypatch, photos, autoencoder, tmp_path, capsys):
     """--init says whether its training is over: by its last step, early, or not; damaged checkpoints are passed over."""
     def said(init):
-        training.warn_of_unfinished(init)
+        saving.warn_of_unfinished(init)
         return capsys.readouterr().err
 
     capsys.readouterr()
@@ -288,9 +289,9 @@ def test_unfinished_or_over(monkeypatch, photos, autoencoder, tmp_path, capsys):
     (tmp_path / "half" / "checkpoint-00000003-0000.pt").write_bytes(b"damaged")
     torch.save([7], tmp_path / "half" / "checkpoint-00000004-0000.pt")
     assert "that training stopped at step 2 of 4" in said(tmp_path / "half")
-    training.save_checkpoint(tmp_path / "early", 2, 2, steps=4, over=True)
+    saving.save_checkpoint(tmp_path / "early", 2, 2, steps=4, over=True)
     assert not said(tmp_path / "early")
-    training.save_checkpoint(tmp_path / "old", 2, 2, steps=4)
+    saving.save_checkpoint(tmp_path / "old", 2, 2, steps=4)
     assert "step 2 of 4" in said(tmp_path / "old"), "earlier versions do not say whether it is over"
 
 

@@ -23,6 +23,7 @@ from degrade import RECIPES
 from models.discriminator import Discriminator
 from models.lpips import LPIPS, NETS
 from models.s3diff import S3Diff, S3DiffConfig, is_in_release
+from models.support import saving
 from models.tiny import TinyS3Diff, TinyS3DiffConfig, TinyVAEConfig, is_prior
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
@@ -313,7 +314,7 @@ def test_checkpoints_of_earlier_versions(monkeypatch, photos, tmp_path):  # noqa
         training.checkpoints(out)[0].unlink()
         change(state := torch.load(path, weights_only=True))
         path.unlink()
-        training.save_checkpoint(out, state.pop("step"), 2, **state)
+        saving.save_checkpoint(out, state.pop("step"), 2, **state)
 
     for stage, change in (("adapters", lambda state: state["model"].pop("modulation.w")),
                           ("prior", lambda state: state.update(D={}, D_optimizer={}))):

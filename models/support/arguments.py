@@ -180,6 +180,10 @@ class Stop:
             self.shielded = False
 
 
+class UserError(Exception):
+    """Something that the user can mend, said in one line."""
+
+
 @contextmanager
 def as_script(said="stopped"):
     """In here a script does its work: no print ends it; Ctrl-C and SIGTERM end it with line `said` and status 130."""

@@ -12,7 +12,6 @@ import math
 import platform
 import subprocess
 import sys
-from collections import defaultdict
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from models.support.download import sha256_of
 from models.support.files import PictureError, find_pictures, printable, whole_file, writing
 from models.support.imaging import read_picture
 from models.support.metrics import load_niqe, niqe, psnr_y, ssim_y
+from models.support.pairs import find_partners
 from models.support.weights import cache_folder, locate
 
 NIQE_FILE = "niqe_pris_params.npz"
@@ -45,14 +45,7 @@ def find_references(names, ref, scale=4):
     """
     if ref is None or ref.is_file():
         return [(ref,) if ref else ()] * len(names)
-    exact, by_stem = {}, defaultdict(tuple)
-    for path, name in find_pictures(ref, print, results=True).items():
-        exact[name] = path,
-        by_stem[name.with_suffix("")] += path,
-    found = []
-    for name in names:
-        div2k = name.with_name(name.stem.removesuffix(f"x{scale:g}") or name.stem)      # 0801x4.png -> 0801
-        found.append(exact.get(name) or by_stem[name.with_suffix("")] or by_stem[div2k])
+    found = find_partners(names, find_pictures(ref, print, results=True), scale)
     if found and not any(found):
         raise PictureError(f"{ref}: has no reference for any of {len(found)} images; one of {next(iter(names))} "
                            "would have the same name")

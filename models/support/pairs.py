@@ -1,7 +1,8 @@
-"""A folder of images -> a folder of pairs, lq/ and hq/ with equal names: the loop of degrade.py's command."""
+"""Pairs of images by equal names: which belong together, and the loop of degrade.py's command, which makes them."""
 
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,6 +10,23 @@ from tqdm import tqdm
 from models.support.arguments import Stop
 from models.support.files import PictureError, claim, disk_full_or_read_only, output_paths, printable
 from models.support.imaging import write_picture
+
+
+def find_partners(names, others, scale=4):
+    """Find for each name the file of the same name, maybe of another suffix, or without DIV2K's x4.
+
+    names: paths relative to their folder; others: {path: its name, relative to another folder}; scale: after that x
+    -> list of tuples of the others' paths: one if all is well, none, several
+    """
+    exact, by_stem = {}, defaultdict(tuple)
+    for path, name in others.items():
+        exact[name] = path,
+        by_stem[name.with_suffix("")] += path,
+    found = []
+    for name in names:
+        div2k = name.with_name(name.stem.removesuffix(f"x{scale:g}") or name.stem)      # 0801x4.png -> 0801
+        found.append(exact.get(name) or by_stem[name.with_suffix("")] or by_stem[div2k])
+    return found
 
 
 def write_pairs(command, names, out_dir, skip_existing, pair):

@@ -7,18 +7,22 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from models.support import imaging
 from models.support.arguments import SIGNALS
 from models.support.files import SUFFIXES, PictureError, find_pictures, is_picture, printable
+from models.support.pairs import find_partners
 
 KINDS = " ".join(sorted(SUFFIXES))
+SCALE = 4       # of own pairs, as of degrade.py's
 
 
 class DataError(ValueError):
@@ -78,8 +82,9 @@ class Photos(torch.utils.data.Dataset):
         for file in dict.fromkeys(self.files):      # headers only; damage further in shows when a file's turn comes
             try:
                 with imaging.open_image(file) as img:
-                    if 2 * min(img.size) < crop:
-                        self.skip(file, f"{file}: its {img.width} x {img.height} pixels are less than half of {crop}")
+                    self.check_size(file, img.size)
+            except DataError:
+                raise
             except Exception:
                 self.pixels(file)   # says what is wrong
         if all(file in self.skipped for file in self.files):
@@ -88,47 +93,150 @@ class Photos(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files)
 
+    def check_size(self, file, size):
+        """Skip a file that is too small.  size: (width, height)"""
+        width, height = size
+        if 2 * min(size) < self.crop:
+            self.skip(file, f"{file}: its {width} x {height} pixels are less than half of {self.crop}")
+
     def skip(self, file, reason):
         self.skipped[file] = str(reason)
         print(f"{printable(reason)}; skipped ({len(self.skipped)} of {len(self)} files so far)", file=sys.stderr)
 
     def pixels(self, file):
-        """Decoded image, (H, W, 3) uint8 with both sides >= crop, or None if the file is no good."""
+        """What `read` makes of a file, kept where there is room, or None if the file is no good."""
         if file in self.skipped or file in self.cache:
             return self.cache.get(file)
         try:
-            x, _ = imaging.read_picture(file)
+            pixels = self.read(file)
         except PictureError as error:
             return self.skip(file, error)
+        if pixels.nbytes <= self.cache_left:
+            self.cache[file], self.cache_left = pixels, self.cache_left - pixels.nbytes
+        return pixels
+
+    def read(self, file):
+        """Decode an image.  -> (H, W, 3) uint8 with both sides >= crop. Raises PictureError."""
+        x, _ = imaging.read_picture(file)
         factor = self.crop / min(x.shape[2:])
         if factor > 1 or self.shrink:    # official: VOSR enlarges however small an image is
             x = imaging.resize(x, [round(side * factor) for side in x.shape[2:]])
-        array = imaging.to_uint8(x[0])
-        if array.nbytes <= self.cache_left:
-            self.cache[file], self.cache_left = array, self.cache_left - array.nbytes
-        return array
+        return imaging.to_uint8(x[0])
 
     def __getitem__(self, i):
         epoch, n = i // len(self), len(self)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(n)
         turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))
-        array = next((array for array in turn if array is not None), None)
-        if array is None:
+        pixels = next((pixels for pixels in turn if pixels is not None), None)
+        if pixels is None:
             raise DataError(f"{self.files[0]}: neither this nor the other {n - 1} images can be read; see above")
-        rng = np.random.default_rng((self.seed, 1, i))
+        return self.cut(pixels, np.random.default_rng((self.seed, 1, i)))
+
+    def cut(self, array, rng):
+        """Cut out a crop at a random place, maybe mirrored.  array: of `read` -> (3, crop, crop) in [0, 1]"""
         y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
-        array = array[y : y + self.crop, x : x + self.crop]
-        return imaging.from_uint8(array[:, ::-1] if self.flip and rng.random() < 0.5 else array)[0]
+        return self.as_tensor(array[y : y + self.crop, x : x + self.crop], self.flip and rng.random() < 0.5)
+
+    def as_tensor(self, array, mirrored):
+        """-> (3, h, w) in [0, 1] of an array (h, w, 3) uint8"""
+        return imaging.from_uint8(array[:, ::-1] if mirrored else array)[0]
 
 
-def photos_for(data, crop, seed, names=None, **options):
+class Pair(NamedTuple):
+    """Decoded images of a pair."""
+
+    hq: np.ndarray      # (H, W, 3) uint8
+    lq: np.ndarray      # (H/4, W/4, 3) uint8
+
+    @property
+    def nbytes(self):
+        return self.hq.nbytes + self.lq.nbytes
+
+
+class PhotoPairs(Photos):
+    """Random crops of own pairs, both at the same place -> hq (3, crop, crop), lq (3, crop/4, crop/4) in [0, 1].
+
+    partners: {HQ file: its LQ file}, a quarter as large a side. A pair of another proportion is a DataError; one that
+    is smaller than the crop is skipped.
+    """
+
+    def __init__(self, source, crop, partners, **options):
+        self.partners = partners
+        super().__init__(source, crop, **options)
+
+    def check_size(self, file, size):
+        """Skip a pair that is too small or has lost its LQ image. Raises DataError where it is not one to four."""
+        if file not in self.partners:
+            return self.skip(file, f"{file}: its LQ image is gone")
+        with imaging.open_image(self.partners[file]) as img:
+            self.check_proportion(file, size, img.size)
+        if min(size) < self.crop:
+            self.skip(file, f"{file}: its {size[0]} x {size[1]} pixels are less than the crop of {self.crop}")
+
+    def check_proportion(self, file, hq, lq):
+        """Raise DataError unless HQ is as large as LQ times SCALE.  hq, lq: (width, height)"""
+        if (lq[0] * SCALE, lq[1] * SCALE) != tuple(hq):
+            raise DataError(f"{self.partners[file]}: its {lq[0]} x {lq[1]} pixels are not a quarter a side of the "
+                            f"{hq[0]} x {hq[1]} of {file}; pairs are to be x{SCALE}")
+
+    def read(self, file):
+        """Decode a pair.  -> Pair. Raises PictureError, DataError."""
+        if file not in self.partners:
+            raise PictureError(f"{file}: its LQ image is gone")
+        hq, lq = (imaging.to_uint8(imaging.read_picture(path)[0][0]) for path in (file, self.partners[file]))
+        self.check_proportion(file, hq.shape[1::-1], lq.shape[1::-1])       # again: a header does not know EXIF's turns
+        return Pair(hq, lq)
+
+    def cut(self, pair, rng):
+        """Cut out the same crop of both, maybe mirrored.  -> hq, lq"""
+        hq, lq = pair
+        small = self.crop // SCALE
+        y, x = (rng.integers(side - small + 1) for side in lq.shape[:2])
+        lq = lq[y : y + small, x : x + small]
+        hq = hq[SCALE * y : SCALE * (y + small), SCALE * x : SCALE * (x + small)]
+        mirrored = self.flip and rng.random() < 0.5
+        return self.as_tensor(hq, mirrored), self.as_tensor(lq, mirrored)
+
+
+def find_pairs(data, files, lq):
+    """Find for each photo of a folder the LQ image of its name, or its name and x4, in folder lq.
+
+    Prints what has no partner -> {HQ file: LQ file}. Raises PictureError, DataError.
+    """
+    if not Path(data).is_dir():
+        raise DataError(f"{data}: with --lq it must be a folder, since names below both folders are compared")
+    if not Path(lq).is_dir():
+        raise DataError(f"{lq}: no such folder; check the spelling")
+    root, pairs, alone = Path(data), {}, []
+    lq_names = find_pictures(Path(lq), print)
+    references = find_partners(lq_names.values(), {file: file.relative_to(root) for file in files}, SCALE)
+    for path, found in zip(lq_names, references):
+        if len(found) > 1:
+            raise DataError(f"{path}: {' and '.join(map(str, found))} have its name; keep the one that is meant")
+        if found:
+            pairs[found[0]] = path
+        else:
+            alone.append(path)
+    alone += [file for file in files if file not in pairs]
+    if not pairs:
+        raise DataError(f"{lq}: none of its images has the name of one of {data}, as {files[0].name} would")
+    if alone:
+        print(printable(f"{len(alone)} images of {data} and {lq} have no partner and are left out, such as {alone[0]}"))
+    return pairs
+
+
+def photos_for(data, crop, seed, names=None, lq=None, **options):
     """Photos to train on, and crops (16, 3, crop, crop) in [0, 1] of the good ones that are held out, one of every 30.
 
     names: of the files when the run began, seen from the source, so that a resumed run is the same run and what came
-    later is not seen; None = it begins now -> Photos, crops, names. Raises DataError.
+    later is not seen; None = it begins now; lq: folder of their LQ images, then photos are PhotoPairs, and crops a list
+    of HQ ones and LQ ones -> Photos, crops, names. Raises DataError.
     """
-    root, files = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data)
+    root, files, kind = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data), Photos
+    if lq:
+        partners = find_pairs(data, files, lq)
+        files, kind = [file for file in files if file in partners], partial(PhotoPairs, partners=partners)
     found = {str(f).removeprefix(f"{root}{os.sep}"): f for f in files}
     if names is None:
         names = [str(f).removeprefix(f"{root}{os.sep}") for f in files]
@@ -141,7 +249,7 @@ def photos_for(data, crop, seed, names=None, **options):
             print(f"{data}: {len(new)} photos came after this run began and are left out", file=sys.stderr)
     files = [found.get(name, root / name) for name in names]        # what is gone will be named and skipped
 
-    photos = Photos(data, crop, seed=seed, files=files, **options)
+    photos = kind(data, crop, seed=seed, files=files, **options)
     room = photos.cache_left
     unique, held_out = list(dict.fromkeys(files)), set()            # of photos that a list repeats, all copies
     for i in range(0, len(unique), 30):
@@ -153,10 +261,10 @@ def photos_for(data, crop, seed, names=None, **options):
     photos.cache, photos.cache_left = {}, room
     if photos.skipped.keys() >= set(photos.files):
         raise DataError(f"{data}: one good photo only, if any; every 30th is held out, so at least two are needed")
-    test = Photos(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
+    test = kind(data, crop, shrink=photos.shrink, files=[f for f in unique if f in held_out])
     good = len(set(photos.files) - photos.skipped.keys())
     print(printable(f"{data}: {good} photos to train on, {len(held_out)} held out"))
-    return photos, torch.stack([test[i] for i in range(16)]), names
+    return photos, default_collate([test[i] for i in range(16)]), names
 
 
 def ignore_signals(_):
@@ -173,15 +281,28 @@ def batches(photos, steps, batch_size, rank, share, micro, workers, device):
                       num_workers=4 * cuda if workers is None else workers)
 
 
+def open_loader(run, photos):
+    """Set run.loader: what this process computes of the steps that are left, a micro-batch at a time."""
+    stage = run.stage
+    run.loader = batches(photos, steps=range(stage.before + run.step, stage.before + stage.steps),
+                         batch_size=stage.batch_size, rank=run.rank, share=run.micro_batches * run.micro_batch,
+                         micro=run.micro_batch, workers=run.args.workers, device=run.device)
+
+
 @contextmanager
-def reading(loader):
-    """In here a DataLoader's iterator; its workers end with it, whatever happens.
+def reading(run):
+    """In here run.batches is an iterator of run.loader; its workers end with it, whatever happens."""
+    run.batches = iter(run.loader)
+    try:
+        yield
+    finally:
+        end_workers(run.batches)
+
+
+def end_workers(batches):
+    """End the workers of a DataLoader's iterator, if it has any.
 
     Else Python, at its own end, would send SIGTERM, which they ignore, and wait for them for ever.
     """
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        if loader.num_workers:
-            batches._shutdown_workers()
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
