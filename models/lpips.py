@@ -69,7 +69,8 @@ NETS = {
 
 def imagenet_scaled(x):
     """Normalise images as the trunks were trained.  (B, 3, H, W) in [-1, 1] -> same shape"""
-    return (x - x.new_tensor(SHIFT).view(3, 1, 1)) / x.new_tensor(SCALE).view(3, 1, 1)
+    shift, scale = (torch.tensor(y, dtype=x.dtype, device="cpu").to(x.device, non_blocking=True) for y in (SHIFT, SCALE))
+    return (x - shift.view(3, 1, 1)) / scale.view(3, 1, 1)
 
 
 def unit(f, eps=EPS):
