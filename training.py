@@ -62,7 +62,7 @@ class Stage:
     shrink: bool = False                # shrink the photo first, so that its shorter side has as many pixels
     flip: bool = True                   # mirror an image, or not, at random
     recipes: tuple = ()                 # how images are degraded: of degrade.py, one a step, by turns
-    branches_per: str = "batch"         # draw a recipe's kinds of damage for each "batch", or for each "image"
+    branches_per: str | int = "batch"   # draw a recipe's kinds of damage for each "batch", "image", or so many images
     save_every: int = 500               # steps between checkpoints, each with an evaluation
     micro_batch: int = 0                # images that a process computes at once; 0 = its share of the batch
     checkpointing: bool = False         # keep less for backward, and compute it again there
