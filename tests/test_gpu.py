@@ -9,11 +9,14 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import test_train_s3diff
 import torch
 from bench import S3, Gram, Vosr
 from PIL import Image
+from test_train import photos  # noqa: F401
 
 import sample
+import training
 from models.support import gpu
 from models.support.graphs import Graphs, replay
 from training import choose_dtype
@@ -47,6 +50,24 @@ def test_the_host_never_waits_inside_a_picture(system, lq):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sr.is_cuda and sr.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("words", [["prior"], ["estimator"], ["adapters"]], ids=str)
+def test_the_host_never_waits_inside_a_training_step(monkeypatch, tmp_path, photos, words, dtype):      # noqa: F811
+    step_that_fits = training.step_that_fits
+
+    def watched(run, step):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if run.step == 2 else "default")     # the first ones do what is done once
+        try:
+            step_that_fits(run, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(training, "step_that_fits", watched)
+    test_train_s3diff.shrink(monkeypatch)
+    test_train_s3diff.launch(monkeypatch, photos, tmp_path, "--stage", *words, "--steps", 3, "--device", "cuda", "--dtype", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
