@@ -33,7 +33,6 @@ import random
 import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -485,19 +484,25 @@ def jpeg_tables(device, dtype):
 
 
 def quantise(x, table, factor, dct):
-    """Round the frequencies of each 8 x 8 block to multiples of table * factor: here JPEG loses detail.
+    """Round the frequencies of each block of 8 x 8 pixels to multiples of table * factor: here JPEG loses detail.
 
     x: (B, c, H, W), H and W multiples of 8; table: (8, 8), for quality 50; factor: (B,); dct: (8, 8) -> like x
+
+    The transform of a block X is dct X dct^T, and the way back is dct^T F dct. All blocks are transformed at once:
+    first their columns, for which x is cut into bands of 8 rows, then their rows, for which bands are cut into blocks.
     """
     B, c, H, W = x.shape
-    step = table[:, None] * factor.view(B, 1, 1, 1, 1, 1)       # (B, 1, 1, 8, 1, 8)
-    rows = x.reshape(B, c, H // 8, 8, W)                        # (B, c, blocks down, 8, W)
-    half = dct @ rows                                           # the transform along columns of 8 pixels, same shape
-    blocks = half.view(B, c, H // 8, 8, W // 8, 8)              # (B, c, blocks down, 8, blocks across, 8)
-    frequencies = blocks @ dct.T                                # then along rows of 8 pixels
-    frequencies = (frequencies / step).round() * step
-    half = (frequencies @ dct).view(B, c, H // 8, 8, W)         # the way back, first along rows
-    return (dct.T @ half).view(B, c, H, W)
+    bands = dct @ x.reshape(B, c, H // 8, 8, W)             # columns of 8 pixels -> 8 vertical frequencies
+    blocks = bands.view(B, c, H // 8, 8, W // 8, 8)         # (B, c, band, vertical frequency, block, pixel of a row)
+    frequencies = blocks @ dct.T                            # rows of 8 pixels -> 8 horizontal frequencies
+
+    steps = table * factor.view(B, 1, 1)                    # (B, 8, 8): vertical and horizontal frequency
+    steps = steps.view(B, 1, 1, 8, 1, 8)                    # the same for all channels, bands and blocks
+    frequencies = (frequencies / steps).round() * steps
+
+    blocks = frequencies @ dct                              # the way back: rows,
+    bands = blocks.view(B, c, H // 8, 8, W)
+    return (dct.T @ bands).view(B, c, H, W)                 # then columns
 
 
 def jpeg(x, quality):
@@ -623,16 +628,17 @@ def severity(plan, hq, lq):
 
     The plan is known, so both can be measured: apply it again, with something left out.
     Noise: apply it without noise. The score is the standard deviation of the difference to lq, divided by 0.1.
-    Blur: apply it to a texture, without noise and JPEG, and see how much contrast is left. Shrinking takes some
-    contrast as well, so compare with the texture averaged over scale x scale pixels, which is shrinking without blur.
-    The score is 0 if no contrast is lost against that, and 1 if all is.
+    Blur: apply it to a texture, without noise and JPEG, and measure how much contrast is left. Shrinking alone takes
+    some of it, too, which is no blur. So that counts as all of the contrast which is left if the texture is averaged
+    over scale x scale pixels: shrinking without blur. The score is 0 if no more than that is lost, and 1 if all is.
     """
     B, scale = len(hq), hq.shape[2] // lq.shape[2]
     quiet = change_both_stages(plan, noise_strength=[0.0] * B)
     quiet_lq, _ = apply(quiet, hq, scale)
     noise_score = (lq - quiet_lq).std((1, 2, 3)) / 0.1
 
-    # a texture as fine as lq can show: finer, it would alias, which is not blur
+    # Random values of 16 x 16 pixels of lq, enlarged to hq's size: details as fine as lq can show. Finer ones would
+    # alias when they are shrunk, and aliasing is contrast, but no sharpness.
     texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0), device="cpu")
     texture = texture.to(hq, non_blocking=True)
     texture = 0.5 + 0.1 * resize(texture, "bicubic", scale=scale)

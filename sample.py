@@ -20,11 +20,10 @@ import argparse
 import json
 import shlex
 import sys
-import tempfile
 import time
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from inspect import signature
 from os.path import exists, expanduser, realpath
 from pathlib import Path
@@ -34,18 +33,13 @@ import torch
 from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff
-from models.support.arguments import (COUNT, SEED, Stop, between, command, existing, file_or_folder, folder,
-                                      no_memory)
-from models.support.evaluation import (append_row, average, find_metrics, find_references, measure, read_reference,
-                                       hash_of, record_of, row_of, write_metrics, write_text)
-from models.support.evaluation import report as as_text
-from models.support.files import (PictureError, check_writable, claim, disk_full_or_read_only, find_pictures,
-                                  output_paths, printable, writing)
+from models.support.arguments import COUNT, SEED, Stop, between, command, existing, file_or_folder, folder
+from models.support.evaluation import find_metrics, find_references, hash_of
+from models.support.files import PictureError, check_writable, find_pictures, printable
 from models.support.gpu import tune
 from models.support.graphs import replay
-from models.support.imaging import (GREY, as_input, as_output, chroma, contact_sheet, middle, read_made, read_picture,
-                                    resize, round8, save_png, write_picture)
-from models.support.page import figure_of, page_of
+from models.support.imaging import as_input, as_output, contact_sheet, middle, read_made, read_picture, save_png
+from models.support.results import SHEET_ROWS, Failures, Made, Results, plan
 from models.support.strips import limit
 from models.support.weights import EMBEDDED, WeightError, fetch_all, files_read, list_weights, read_system
 from models.tiny import TinyGramSR, TinyS3Diff, TinyVOSR
@@ -75,8 +69,7 @@ KNOBS = {   # of the models: type, meaning. What is not given is a model's own s
 # torch 2.5 has none: it compiles for large images too
 set_stance = getattr(torch.compiler, "set_stance", lambda stance: None)
 COMPILED = "dit", "unet", "vit", "vae.encoder", "vae.decoder", "light_decoder"  # whichever of them a model has
-Job = namedtuple("Job", "path name targets references")     # name: below the given folder; targets: one a model
-SHEET_ROWS, SHEET_CROP, SWEEP_CROP = 8, 512, 256  # the sheet shows the middle of the first images, pixel by pixel
+SWEEP_CROP = 256        # --sweep shows the middle of an image, so many pixels
 GONE = "argument --crisp: grain and drawn edges are gone, they cost fidelity and restored nothing; leave it out"
 
 
@@ -93,8 +86,8 @@ def parse_args(argv):
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes once, then faster")
-    p.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs, which make pictures of a "
-                   "size that comes again faster, and keep the memory that a network's pass needs")
+    p.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs; these make images of "
+                   "a size that comes again faster, and keep the memory of a network's pass")
     p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     for name, (kind, meaning) in KNOBS.items():
@@ -118,11 +111,20 @@ def parse_args(argv):
         args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
     args.model = args.model or "vosr-tiny"
     args.dtype = choose_dtype(args.dtype, args.device, "float16")
-    given = {name: getattr(args, name) for name in (*KNOBS, "paper", "color")}
-    args.knobs = {name: value for name, value in given.items() if value is not None and value is not False}
     if args.tile and args.overlap and args.overlap >= args.tile:
         p.error(f"argument --overlap: {args.overlap} is not less than the tile's {args.tile}")
+    args.flags = dict(vars(args))       # these two for metrics.json
+    args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
     return args
+
+
+def given_knobs(args):
+    """Collect the knobs that were given on the command line.  -> {name: value}"""
+    values = {name: getattr(args, name) for name in (*KNOBS, "paper", "color")}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+# ---- models
 
 
 def find_system(name):
@@ -161,229 +163,169 @@ def load(name="vosr-tiny", device="auto", dtype="auto"):
     return nano
 
 
-def to_compile(model):
-    return [network for name, network in model.named_modules() if name in COMPILED]
-
-
-def knobs_of(model, args):
-    """The given knobs that this model has."""
-    return {k: v for k, v in args.knobs.items() if k in signature(model.upscale).parameters}
-
-
-def settings_of(name, model, files, args):
-    """What a result depends on beside the image, as text that is kept in it.  files: of the model"""
-    settings = {"model": name, "scale": args.scale, "seed": args.seed} | knobs_of(model, args)
-    if exists(name):        # whose model may be another by now
-        settings["weights"] = [hash_of(file)[:16] for file in files]
-    return json.dumps(settings)
-
-
-def kept_result(target, settings, lq, args):
-    """The result of an earlier run with the same settings, where it is to be kept; else None."""
-    if not (args.skip_existing and exists(target)):
-        return None
-    with suppress(PictureError):
-        if read_made(target) == settings:
-            size = tuple(round(side * args.scale) for side in lq.shape[2:])
-            sr, _ = read_picture(target, size=size)
-            if sr.shape[2:] == size:
-                return sr
-    return None
-
-
-def upscale(name, model, path, lq, args):
-    """Upscale one image, with a line on what was estimated.
-
-    lq: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), seconds. Raises PictureError.
-    """
-    start, knobs = time.perf_counter(), knobs_of(model, args)
-    if "blur" in signature(model.upscale).parameters:
-        knobs = dict(zip(("blur", "noise"), model.estimate(lq)[0].tolist())) | knobs
-        print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
-    if args.compile:        # of a map in strips every strip would be compiled anew
-        small = lq.shape[2] * lq.shape[3] * args.scale**2 <= limit(args.device.type == "cuda")
-        set_stance("default" if small else "force_eager")
-    sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
-    if not sr.isfinite().all():
-        bad = next((k for k, x in model.state_dict().items() if not x.isfinite().all()), None)      # takes seconds
-        remedy = f"{name} has none in {bad}, get it again" if bad else "try --dtype float32"
-        raise PictureError(f"{path}: the result is no number; {remedy}")
-    return sr.cpu(), time.perf_counter() - start
-
-
-def finish(job, lq, alpha, results, args, on_sheet):
-    """Write the results of one image, unless they were there, and measure them. Raises PictureError.
-
-    lq: (1, 3, H, W) in [0, 1]; alpha: (1, 1, H, W) or None; results: of `upscale`, of each model
-    on_sheet: whether the sheet shows it -> rows of metrics.csv, [low quality, bicubic, ours ..., reference if any] or
-    None, figure of the page or None, lines to print
-    """
-    size, name, rows, lines = results[0][0].shape[-2:], printable(job.path), [], []
-    bicubic, grey = resize(lq, size), chroma(lq) < GREY
-    alpha = None if alpha is None else resize(alpha, size)
-    files = [round8(sr) for sr, _ in results]       # what they will hold is measured and shown
-    for target, sr, (_, seconds), made in zip(job.targets, files, results, args.settings):
-        if seconds is not None:
-            write_picture(target, sr[:, :1] if grey else sr, alpha, made=made)
-    hq, why = read_reference(job.name, job.references, size) if args.ref else (None, "")
-    found, failed = measure(files, bicubic, hq, args.metrics, why, job.path)
-    for top, target, figures, (_, seconds) in zip(args.folders, job.targets, found, results):
-        made = f"{lq.shape[3]}x{lq.shape[2]} -> {printable(target)}: {size[1]}x{size[0]}"
-        lines.append(f"{name}: {printable(target)} is kept" if seconds is None else f"{name}: {made}, {seconds:.2f} s")
-        lines += [f"{name}: {as_text(figures)}"] * bool(figures)
-        rows.append(row_of(target.relative_to(top).as_posix(), size, seconds, figures, args.absent | failed))
-    shown = [x for x in (bicubic, *files, hq) if x is not None]
-    figure = figure_of(rows, shown, args.names, args.shown) if args.page else None
-    crops = None
-    if on_sheet:        # copies, or the whole images would stay in memory
-        crops = [middle(lq, round(SHEET_CROP / args.scale)).clone(), *(middle(x, SHEET_CROP).clone() for x in shown)]
-    return rows, crops, figure, lines
-
-
-def sweep(model, lq, job, path, args):
-    """The middle of one picture with the model's knobs turned as its SWEEP says, as one sheet."""
-    def show(turned):
-        sr = model.upscale(lq, scale=args.scale, seed=args.seed, **knobs_of(model, args) | turned)
-        return middle(sr.float().cpu(), SWEEP_CROP)
-
-    results = [[show(turned) for turned in row] for row in model.SWEEP]
-    captions = [[", ".join(f"{k} {v:g}" for k, v in turned.items()) for turned in row] for row in model.SWEEP]
-    claim(path, job.path, args.inputs)
-    save_png(contact_sheet(results, captions), path)
-    print(printable(f"{job.path}: turned knobs: {path}"))
-
-
-class Failures(list):
-    """What went wrong, a line each, printed when it happens."""
-
-    no_room = False         # whether the disk is full or read-only, so that other results cannot be written, either
-
-    @contextmanager
-    def at(self, path):
-        """What a user may meet becomes a line, and the next picture's turn comes."""
-        try:
-            yield
-            return
-        except (PictureError, WeightError, OSError) as e:
-            self.append(printable(e))
-            self.no_room = self.no_room or disk_full_or_read_only(e)
-        except RuntimeError as e:
-            if not no_memory(e):
-                raise
-            self.append(printable(f"{path}: not enough memory; try --tile 256"))
-        print(self[-1], file=sys.stderr)
+@dataclass
+class Loaded:
+    """A model, and how this run uses it."""
+    name: str           # as --model says it
+    label: str          # its column on sheet and page
+    system: torch.nn.Module     # VOSR, S3Diff, GramSR, or what SYSTEMS has beside them
+    knobs: dict         # those given on the command line that it has
+    folder: Path        # where its results go
+    settings: str       # what a result depends on beside the image: text that is kept in it
 
 
 def load_models(args):
-    """The models by their names, and in args what they may be measured with. Raises OSError, ValueError."""
+    """Load the models that --model means, as the flags want them.
+
+    -> list of Loaded, files of weights. Raises OSError, ValueError.
+    """
     names = [args.model]
     if args.model == "all":
         names = [name for name, file in EMBEDDED.items() if file.is_file()]
-    files_read.clear(), hash_of.cache_clear()       # of the run before, in a notebook
-    models = {name: find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype) for name in names}
-    files = [*files_read]
-    args.metrics, args.absent, more = find_metrics(args.ref is not None, args.scale, args.niqe, args.device,
-                                                   LPIPS.from_pretrained)
-    args.measuring, args.files = bool(args.ref or args.metrics), [*files, *more]
-    if other := set(args.knobs) - {knob for model in models.values() for knob in knobs_of(model, args)}:
-        raise ValueError(f"--{min(other).replace('_', '-')} is no knob of {args.model}")
-    for model in models.values():
-        if args.sweep and not model.SWEEP:
+    hash_of.cache_clear()       # of the run before, in a notebook
+    models, weights = [], []
+    for name in names:
+        files_read.clear()
+        system = find_system(name).from_pretrained(name, device=args.device, dtype=args.dtype)
+        knobs = knobs_of(system, args)
+        folder = args.out / name if len(names) > 1 else args.out
+        models.append(Loaded(name, Path(realpath(name)).name, system, knobs, folder, settings_of(name, knobs, args)))
+        weights += files_read
+    check_flags(models, args)
+    for model in models:
+        make_fast(model.system, args)
+    settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | given_knobs(args)
+    print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
+    return models, weights
+
+
+def knobs_of(system, args):
+    """Choose from the given knobs those that this system has."""
+    return {k: v for k, v in given_knobs(args).items() if k in signature(system.upscale).parameters}
+
+
+def settings_of(name, knobs, args):
+    """Say what a result depends on beside the image, as text.  knobs: that the model has; its files were just read"""
+    settings = {"model": name, "scale": args.scale, "seed": args.seed} | knobs
+    if exists(name):        # whose model may be another by now
+        settings["weights"] = [hash_of(file)[:16] for file in files_read]
+    return json.dumps(settings)
+
+
+def check_flags(models, args):
+    """Raise ValueError where a flag means nothing to the models."""
+    unknown = given_knobs(args).keys() - {knob for model in models for knob in model.knobs}
+    if unknown:
+        raise ValueError(f"--{min(unknown).replace('_', '-')} is no knob of {args.model}")
+    for model in models:
+        if args.sweep and not model.system.SWEEP:
             raise ValueError(f"--sweep: {args.model} has no knobs to turn")
-        tile = args.tile or getattr(getattr(model, "cfg", None), "tile", 0)
+        tile = args.tile or getattr(getattr(model.system, "cfg", None), "tile", 0)
         if tile and (args.overlap or 0) >= tile:
             raise ValueError(f"--overlap {args.overlap} is not less than the tile's {tile}")
-        if isinstance(model, GramSR) and not (args.sweep or args.knobs.keys() & SETS.keys()):
-            model.merge()
-        if args.device.type == "cuda":
-            tune(model)
-        if args.compile:
-            compile_all(to_compile(model), args.device)
-        if args.device.type == "cuda" and args.graphs:
-            torch.cuda.set_device(args.device)
-            replay(model)
-    args.settings = [settings_of(name, model, files, args) for name, model in models.items()]
-    args.names = ["bicubic", *(Path(realpath(name)).name for name in names), *["reference"] * bool(args.ref)]
-    settings = {name: getattr(args, name) for name in ("device", "dtype", "scale", "seed")} | args.knobs
-    print(printable(", ".join([f"model {args.model}", *(f"{name} {value}" for name, value in settings.items())])))
-    return models
 
 
-class Report:
-    """What stays of finished images: rows of metrics, the crops of the sheet, and on disk the figures of the page."""
-
-    def __init__(self, args, n, failures):
-        self.args, self.n, self.failures, self.failed_before = args, n, failures, len(failures)
-        self.start, self.computed, self.rows, self.crops = time.monotonic(), 0, [], []
-        self.tables = [top for top in args.folders if args.measuring and self.is_ours(top / "metrics.csv")]
-        if args.page:       # beside the results, since it may be as large as they are
-            args.out.mkdir(parents=True, exist_ok=True)
-            self.figures = tempfile.TemporaryFile("w+", encoding="utf-8", dir=args.out)
-
-    def is_ours(self, path):
-        with suppress(PictureError):        # said at the end, in `summarise`
-            claim(path, self.args.out, self.args.inputs)
-            return True
-        return False
-
-    def add(self, rows, crops, figure, lines):
-        """What `finish` returned: its rows go into metrics.csv at once. Raises WriteError."""
-        for top, row in zip(self.args.folders, rows):
-            if top in self.tables:
-                append_row(top, row, first=not self.rows)
-        self.rows.append(rows)
-        if crops:
-            self.crops.append(crops)
-        if figure:
-            with writing(self.args.out / "page.html"):
-                self.figures.write(figure)
-        if any(row["seconds"] is not None for row in rows):
-            self.computed += 1
-        if self.n > 1:
-            lines[-1] += f"  [{self.progress()}]"
-        print(*lines, sep="\n")
-
-    def progress(self):
-        """3 of 300, about 12 min left; what was there counts no time as long as something is computed"""
-        done = len(self.rows) + len(self.failures) - self.failed_before
-        if done == self.n:
-            return f"{done} of {self.n}"
-        left = (time.monotonic() - self.start) / (self.computed or done) * (self.n - done)
-        said = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
-        return f"{done} of {self.n}, about {said} left"
-
-    def page(self):
-        self.figures.seek(0)
-        return self.figures.read()
+def make_fast(system, args):
+    """Merge GramSR's adapters unless their strengths are to change; take a GPU's ways; compile, where that is asked."""
+    if isinstance(system, GramSR) and not (args.sweep or given_knobs(args).keys() & SETS.keys()):
+        system.merge()
+    if args.device.type == "cuda":
+        tune(system)
+    if args.compile:
+        compile_all(to_compile(system), args.device)
+    if args.graphs and args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+        replay(system)
 
 
-def results_of(models, job, args):
-    """One image by all models.  -> lq (1, 3, H, W), alpha or None, for each result, seconds (None = was there)"""
+def to_compile(system):
+    return [network for name, network in system.named_modules() if name in COMPILED]
+
+
+# ---- images
+
+
+def upscale(model, path, lq, args):
+    """Upscale one image, with a line on what was estimated.
+
+    model: Loaded; path: of the image; lq: (1, 3, H, W) in [0, 1] -> Made. Raises PictureError.
+    """
+    start, knobs = time.perf_counter(), model.knobs
+    if "blur" in signature(model.system.upscale).parameters:
+        blur, noise = model.system.estimate(lq)[0].tolist()
+        knobs = {"blur": blur, "noise": noise} | knobs
+        print(f"{printable(path)}: blur {knobs['blur']:.3f}, noise {knobs['noise']:.3f}")
+    if args.compile:        # of a map in strips every strip would be compiled anew
+        is_small = lq.shape[2] * lq.shape[3] * args.scale**2 <= limit(args.device.type == "cuda")
+        set_stance("default" if is_small else "force_eager")
+    sr = model.system.upscale(lq, scale=args.scale, seed=args.seed, **knobs)
+    if not sr.isfinite().all():
+        raise PictureError(f"{path}: the result is no number; {remedy_for_nan(model)}")
+    return Made(sr.cpu(), time.perf_counter() - start)
+
+
+def remedy_for_nan(model):
+    """Say what a user can do about it; whether it is the file takes seconds to find out."""
+    for name, tensor in model.system.state_dict().items():
+        if not tensor.isfinite().all():
+            return f"{model.name} has none in {name}, get it again"
+    return "try --dtype float32"
+
+
+def kept_result(model, target, lq, args):
+    """Read the result of an earlier run with the same settings.  -> Made, or None where there is no such result"""
+    if not exists(target):
+        return None
+    size = tuple(round(side * args.scale) for side in lq.shape[2:])
+    with suppress(PictureError):
+        if read_made(target) == model.settings:
+            sr, _ = read_picture(target, size=size)
+            if sr.shape[2:] == size:
+                return Made(sr, seconds=None)
+    return None
+
+
+def upscale_by_each(models, job, results, args):
+    """Upscale one image by all models.  -> lq (1, 3, H, W), alpha (1, 1, H, W) or None, list of Made"""
     lq, alpha = read_picture(job.path, note=print)
-    results = []
-    for top, target, settings, (name, model) in zip(args.folders, job.targets, args.settings, models.items()):
-        kept = kept_result(target, settings, lq, args)
-        if kept is not None:
-            results.append((kept, None))
-            continue
-        results.append(upscale(name, model, job.path, lq, args))
-        if args.sweep:
-            sweep(model, lq, job, top / "sweep" / target.relative_to(top), args)
-    return lq, alpha, results
+    made = []
+    for model, target in zip(models, job.targets):
+        kept = kept_result(model, target, lq, args) if args.skip_existing else None
+        made.append(kept or upscale(model, job.path, lq, args))
+        if args.sweep and not kept:
+            path = model.folder / "sweep" / target.relative_to(model.folder)
+            results.claim(path, job.path)
+            save_png(sweep(model, lq, args), path)
+            print(printable(f"{job.path}: turned knobs: {path}"))
+    return lq, alpha, made
 
 
-def upscale_all(models, jobs, report, args, failures, stop):
+def sweep(model, lq, args):
+    """Show the middle of an image with the model's knobs turned, as its SWEEP says.  -> Pillow image"""
+    rows, captions = [], []
+    for row in model.system.SWEEP:
+        images = []
+        for turned in row:
+            sr = model.system.upscale(lq, scale=args.scale, seed=args.seed, **model.knobs | turned)
+            images.append(middle(sr.float().cpu(), SWEEP_CROP))
+        rows.append(images)
+        captions.append([", ".join(f"{knob} {value:g}" for knob, value in turned.items()) for turned in row])
+    return contact_sheet(rows, captions)
+
+
+def upscale_all(models, jobs, results, args, stop):
     """Upscale one image after the other; each is written and measured while the next is computed.
 
     Ends early if the disk is full -> was it stopped by Ctrl-C?
     """
-    stopped, waiting = False, []
+    failures, waiting = results.failures, []
 
     def collect():
         path, finished = waiting.pop(0)
         with failures.at(path):
-            report.add(*finished.result())
+            results.add(*finished.result())
 
+    stopped = False
     with ThreadPoolExecutor(1) as writer:
         for job in jobs:
             try:
@@ -391,11 +333,11 @@ def upscale_all(models, jobs, report, args, failures, stop):
                     raise KeyboardInterrupt
                 with failures.at(job.path):
                     for target in job.targets:
-                        claim(target, job.path, args.inputs)
+                        results.claim(target, job.path)
                     with stop.droppable():
-                        lq, alpha, results = results_of(models, job, args)
-                    on_sheet = len(report.rows) + len(waiting) < SHEET_ROWS
-                    waiting.append((job.path, writer.submit(finish, job, lq, alpha, results, args, on_sheet)))
+                        lq, alpha, made = upscale_by_each(models, job, results, args)
+                    on_sheet = len(results.rows) + len(waiting) < SHEET_ROWS
+                    waiting.append((job.path, writer.submit(results.finish, job, lq, alpha, made, on_sheet)))
             except KeyboardInterrupt:       # the image at hand is dropped
                 stopped = True
                 break
@@ -408,36 +350,6 @@ def upscale_all(models, jobs, report, args, failures, stop):
     return stopped
 
 
-def summarise(report, args, failures):
-    """Write the sheet, the metrics and the page; print averages and how they were measured."""
-    with failures.at(path := args.out / "sheet.png"):
-        claim(path, args.out, args.inputs)
-        captions = []
-        for of_models in report.rows[: len(report.crops)]:
-            seconds = ["" if row["seconds"] is None else f", {row['seconds']:.1f} s" for row in of_models]
-            captions.append(["low quality", "bicubic", *(n + s for n, s in zip(args.names[1:], seconds)), "original"])
-        save_png(contact_sheet(report.crops, captions), path)
-        print(printable(f"before and after: {path}"))
-    if not args.measuring and not args.page:
-        return
-    records = [record_of(list(rows), args.command, args.flags, args.absent, args.files) for rows in zip(*report.rows)]
-    for name, top, record in zip(args.names[1:], args.folders, records):
-        with failures.at(top):
-            if args.measuring:
-                said = f"{name}  " if len(records) > 1 else ""
-                print(f"average  {said}{as_text(average(record['pictures'])) or 'of nothing'}")
-                for file in ("metrics.csv", "metrics.json"):
-                    claim(top / file, args.out, args.inputs)
-                write_metrics(record, top)
-    if args.measuring:
-        print(f"protocol: {records[0]['protocol']}")
-    with failures.at(path := args.out / "page.html"):
-        if args.page:
-            claim(path, args.out, args.inputs)
-            write_text(path, page_of(report.page(), len(report.rows), args.names, records))
-            print(printable(f"to look at: {path}"))
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.list_weights:
@@ -447,8 +359,7 @@ def main(argv=None):
             return fetch_all(args.model, args.dtype)
         except WeightError as e:
             sys.exit(f"sample.py: {printable(e)}")
-    args.flags = {name: value for name, value in vars(args).items() if name != "knobs"}
-    args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
+
     failures, names = Failures(), {}
     for top in args.pictures:
         with failures.at(top):
@@ -456,25 +367,24 @@ def main(argv=None):
     try:
         check_writable(args.out)
         references = find_references(names.values(), args.ref, args.scale)
-        models = load_models(args)
+        models, weights = load_models(args)
+        metrics = find_metrics(args.ref is not None, args.scale, args.niqe, args.device, LPIPS.from_pretrained)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
-    taken = ["sheet", *(f"sweep/{name.with_suffix('')}".lower() for name in names.values() if args.sweep)]
-    args.folders = [args.out / name for name in models] if len(models) > 1 else [args.out]
-    targets = zip(*(output_paths(names, top, taken) for top in args.folders))
-    jobs = [Job(*job) for job in zip(names, names.values(), targets, references)]
-    args.inputs = set(map(realpath, [*names, *sum(references, ())]))     # Path.resolve fails at loops of links
-    args.shown = len(jobs) * len(args.names)
-    report = Report(args, len(jobs), failures)
+
+    jobs = plan(names, references, models, args.sweep)
+    results = Results(args, models, weights, metrics, jobs, failures)
     with Stop() as stop:
-        stopped = upscale_all(models, jobs, report, args, failures, stop)
-        if report.rows and not failures.no_room:
-            summarise(report, args, failures)
+        stopped = upscale_all(models, jobs, results, args, stop)
+        if results.rows and not failures.no_room:
+            results.summarise()
     if failures:
-        print(f"done {len(report.rows)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
+        print(f"done {len(results.rows)}, failed {len(failures)}:", *failures, sep="\n  ", file=sys.stderr)
     if stopped or failures.no_room:
-        print(f"stopped after {len(report.rows)} of {len(jobs)}; add --skip-existing to go on", file=sys.stderr)
-    return 130 if stopped else 1 if failures else 0
+        print(f"stopped after {len(results.rows)} of {len(jobs)}; add --skip-existing to go on", file=sys.stderr)
+    if stopped:
+        return 130
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

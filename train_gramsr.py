@@ -39,7 +39,8 @@ from models.support.evaluation import find_niqe
 from models.support.imaging import round8
 from models.support.metrics import BLOCK, niqe
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from models.tiny import RandomLPIPS, TinyGramSR, TinyGramSRConfig, load_prior
+from models.tiny import TinyGramSR, TinyGramSRConfig, load_prior
+from models.tiny_losses import RandomLPIPS
 from models.vit import PRESETS as VITS, DINOv3
 
 NIQE_CROP = 2 * BLOCK       # pixels a side: four blocks, since NIQE compares blocks and is nan of a single one

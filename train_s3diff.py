@@ -38,8 +38,8 @@ from models.lpips import LPIPS
 from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.support.arguments import between, path_argument
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from models.tiny import (PatchDiscriminator, RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder,
-                         load_prior)
+from models.tiny import TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder, load_prior
+from models.tiny_losses import PatchDiscriminator, RandomLPIPS
 from models.unet import alphas_cumprod
 from models.vit import PRESETS as VITS, ViT
 
@@ -172,7 +172,7 @@ def build(args, cfg):
         model.cfg.t = cfg.t
         return model, f"from {args.init}"
     model = S3Diff.with_prior(cfg)
-    model.adapt()       # anew: until now what learns was on the meta device, without numbers
+    model.new_adapters()
     return model, "SD-Turbo with new adapters"
 
 

@@ -97,8 +97,7 @@ class Tokenizer:
     def __init__(self, vocab, merges, length=77):
         self.length = length
         self.bytes = byte_symbols()
-        single = [*self.bytes, *(symbol + "</w>" for symbol in self.bytes), START, END]
-        self.ids, self.ranks = read_vocabulary(Path(vocab), Path(merges), single)
+        self.ids, self.ranks = read_vocabulary(Path(vocab), Path(merges))
 
     def encode_word(self, word):
         """Encode one word.  -> ids"""

@@ -191,7 +191,8 @@ class Discriminator(nn.Module):
     def draw(self, x, x_src, generator):
         """Draw the plan of `forward`.  x: (B, 3, H, W)
 
-        x_src: not used. tiny.PatchDiscriminator, which train_s3diff.py calls in the same way, compares x with it.
+        x_src: not used. PatchDiscriminator (tiny_losses.py), which train_s3diff.py calls in the same way, compares x
+        with it.
         """
         return draw_augment(x, generator)
 

@@ -67,9 +67,11 @@ def rope_table(rows, cols, head_dim):
     """
     d = head_dim // 2
     freqs = 10000 ** (-torch.arange(0, d, 2, device=rows.device).float() / d)  # (d/2,)
-    row, col = ((pos[:, None] * freqs).repeat_interleave(2, dim=1) for pos in (rows, cols))
+    row_angle = (rows[:, None] * freqs).repeat_interleave(2, dim=1)  # (h, d)
+    col_angle = (cols[:, None] * freqs).repeat_interleave(2, dim=1)  # (w, d)
     h, w = len(rows), len(cols)
-    angle = torch.cat([row[:, None].expand(h, w, d), col[None].expand(h, w, d)], dim=-1).flatten(0, 1)
+    angle = torch.cat([row_angle[:, None].expand(h, w, d), col_angle[None].expand(h, w, d)], dim=-1)
+    angle = angle.flatten(0, 1)  # (h*w, head_dim)
     return angle.cos(), angle.sin()
 
 

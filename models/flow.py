@@ -46,7 +46,8 @@ def guided(dit, z_t, z_lq, feat, t, r, guidance=1.0, weak=0.15, interval=(0.0, 1
     """
     if not interval[0] <= t <= interval[1]:
         guidance = 1
-    t, r = (torch.full((len(z_t),), float(time), device=z_t.device) for time in (t, r))
+    t = torch.full((len(z_t),), float(t), device=z_t.device)
+    r = torch.full((len(z_t),), float(r), device=z_t.device)
     if guidance == 1:
         return dit(z_t, z_lq, feat, t, r)
     v_cond, v_weak = two_branches(dit, z_t, z_lq, weak * z_lq, feat, t, r)
@@ -152,7 +153,8 @@ def loss_flow(dit, z_hq, z_lq, feat, generator, cfg_ratio=0.1, strength=(5.0, 1.
 @torch.no_grad()
 def teach(teacher, z_t, noised, z_weak, feat, t, omega, interval=(0.0, 1.0)):
     """The frozen multi-step teacher's guided velocity; outside the interval of t: (B,) omega is 1 -> like z_t"""
-    v_cond, v_weak = (v.float() for v in two_branches(teacher, z_t, noised, z_weak, feat, t))
+    v_cond, v_weak = two_branches(teacher, z_t, noised, z_weak, feat, t)
+    v_cond, v_weak = v_cond.float(), v_weak.float()
     inside = (interval[0] <= t) & (t <= interval[1])
     omega = column(torch.where(inside, omega, 1.0))
     return v_weak + omega * (v_cond - v_weak)  # Eq. teacher

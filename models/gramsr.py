@@ -73,20 +73,24 @@ def token_adapter(D, inner, context_dim):
 
 
 class GramSR(nn.Module):
+    """The system: `vae`, `unet` with the LoRA sets, vision transformer `vit`, and `adapter`, which fits its tokens.
+
+    The LoRA sets and `adapter` are trained, all else is frozen.
+    """
+
     Config = GramSRConfig
     SWEEP = [[{name: x / 2} for x in range(5)] for name in ALL]     # knobs of each image on sample.py's sheet, in rows
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = replace(cfg, ranks={})       # `add_set` fills ranks
+        self.cfg = cfg
         self.unet, self.vae, self.vit = self.networks(cfg)
         self.adapter = token_adapter(cfg.vit.embed_dim, cfg.unet.context_dim, cfg.unet.context_dim)
         halved = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)
         # what the sides of x must be a multiple of: the UNet halves its maps, and DINO takes whole patches
         self.multiple = lcm(halved, cfg.vit.patch_size)
-        for name in ALL:
-            if name in cfg.ranks:
-                self.add_set(name, cfg.ranks[name])
+        for name, r in cfg.ranks.items():
+            self.add_adapters(name, r)
 
     def networks(self, cfg):
         """Make UNet, VAE and DINOv3."""
@@ -94,13 +98,17 @@ class GramSR(nn.Module):
 
     # ---- LoRA sets
 
-    def add_set(self, name, r=4):
-        """Add a new LoRA set, which changes nothing yet.  name: pixel, semantic or texture; r: rank"""
-        # trap: a scale alpha / r of 8 / r, which is 2 at rank 4, for two sets, but of 1 for the third
+    def add_adapters(self, name, r):
+        """Add new adapters for a LoRA set, which change nothing yet.  name: pixel, semantic or texture; r: rank"""
+        # trap: the scale alpha / r is 8 / r, at rank 4 that is 2, for two of the sets, but 1 for the third
         alpha = r if name == "texture" else ALPHA
         for adapter, layers in SETS[name].items():
             add_lora(self.unet, layers, adapter, r, alpha)
-        self.cfg.ranks[name] = r
+
+    def add_set(self, name, r=4):
+        """Add a new LoRA set, to the UNet and to the config; a training begins with it.  name, r: of `add_adapters`"""
+        self.add_adapters(name, r)
+        self.cfg = replace(self.cfg, ranks=self.cfg.ranks | {name: r})
 
     def parameters_of(self, *sets):
         """Collect the parameters of LoRA sets.  -> {name in the UNet: parameter}"""
@@ -108,7 +116,7 @@ class GramSR(nn.Module):
         return {k: p for k, p in self.unet.named_parameters() if k.endswith(ends)}
 
     def adapters_of(self, *sets):
-        """Say, as the UNet's `adapters` (lora.py), that these LoRA sets are on and all others off."""
+        """Make the UNet's argument `adapters` (lora.py) by which these LoRA sets are on and all others off."""
         return {adapter: 1 for name in sets for adapter in SETS[name]}
 
     # ---- one step
@@ -122,7 +130,7 @@ class GramSR(nn.Module):
         return self.adapter(self.vit(normalised(x).to(dtype)))      # Eq. GramSR (1)
 
     def residual(self, z, context, *sets):
-        """Find what these LoRA sets would take away from z: e.  z: (B, 4, h, w); context: (B, N, D) -> like z"""
+        """Compute e, what these LoRA sets would take away from z.  z: (B, 4, h, w); context: (B, N, D) -> like z"""
         return self.unet(z, self.cfg.t, context, self.adapters_of(*sets))
 
     def clean(self, z, e):
@@ -164,6 +172,7 @@ class GramSR(nn.Module):
         z: (B, 4, h, w); context: (B, N, D); scales: l1, l2, l3, of pixel, semantic, texture -> like z
         """
         l1, l2, l3 = scales
+        # in training there are fewer sets at first
         if "semantic" not in self.cfg.ranks:    # then e_ps is e_p, and l2 has nothing to scale
             l2 = l1
         if "texture" not in self.cfg.ranks:     # then e_all is e_ps
@@ -180,7 +189,7 @@ class GramSR(nn.Module):
         Trap: it cannot be undone. The model has no sets any more, so nothing is left to scale or to save.
         """
         fast_lora.merge(self.unet)
-        self.cfg.ranks.clear()
+        self.cfg = replace(self.cfg, ranks={})
 
     def restore(self, z, x, scales, tile, overlap):
         """Make the clean latent of an LQ latent, in tiles where it is larger than one; each tile has its own tokens.
@@ -191,7 +200,8 @@ class GramSR(nn.Module):
             return self.clean(z, self.predict(z, self.tokens(x), scales))
 
         f = self.vae.factor
-        side = (tile // self.multiple) * self.multiple // f     # cells; `multiple` holds for tiles, too
+        pixels = tile // self.multiple * self.multiple      # of a tile's side
+        side = pixels // f      # cells
         boxes = tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
         return tiled(restored, boxes, z, x)
 
@@ -234,12 +244,12 @@ class GramSR(nn.Module):
 
         Raises FileNotFoundError or ValueError, one line.
         """
-        path = Path(name)
+        path, ours = Path(name), find_ours(name)
         files = {part: last_step(path, file) for part, file in RELEASE.items()}
         if name == "gramsr":
             model = cls.from_release({part: fetch(file) for part, file in RELEASE.items()})
-        elif weights := find_ours(name):
-            model = load_ours(cls, cls.Config, weights)
+        elif ours:
+            model = load_ours(cls, cls.Config, ours)
         elif files["model"]:
             model = cls.from_release(files, path)
         else:
@@ -258,40 +268,49 @@ class GramSR(nn.Module):
 
         files: {key of RELEASE: path, or None where there is no such file}. Raises WeightError.
         """
-        path, file = files["model"], read_tensors(files["model"])
+        path, texture_path, adapter_path = files["model"], files["texture"], files["adapter"]
+        file = read_tensors(path)
         with laid_out_as(RELEASE["model"], path):
-            ranks, early_tensors = read_gramsr(file)
-        texture_tensors, needed = {}, ["adapter"]
-        if "texture" in ranks:
-            needed.append("texture")
+            ranks, pixel_semantic = read_gramsr(file)       # the tensors of two sets, and whether there is a third
+
+        needed = ["adapter", "texture"] if "texture" in ranks else ["adapter"]
         for part in needed:
             if not files[part]:
                 raise WeightError(f"{path}: needs {RELEASE[part]}, or the one of another step, in its folder; "
                                   "put it there")
         if "texture" in ranks:
-            ranks["texture"], texture_tensors = read_gramsr_texture(read_tensors(files["texture"]), TEXTURE)
+            ranks["texture"], texture = read_gramsr_texture(read_tensors(texture_path), TEXTURE)
 
         model = cls.with_prior(GramSRConfig(ranks=ranks), folder, path)
-        early, texture = model.parameters_of("pixel", "semantic"), model.parameters_of("texture")
-        early_tensors = {k: v for k, v in early_tensors.items() if k in early}      # others are ignored officially
-        for part, mine, tensors in (("model", early, early_tensors), ("texture", texture, texture_tensors)):
-            others = [name for name in model.unet.state_dict() if name not in mine]
-            load_strictly(model.unet, tensors, files[part], may_miss=others)
-        load_strictly(model.adapter, read_tensors(files["adapter"]), files["adapter"])
+        wanted = model.parameters_of("pixel", "semantic")
+        pixel_semantic = {k: v for k, v in pixel_semantic.items() if k in wanted}       # others are ignored officially
+        model.load_sets(pixel_semantic, path, "pixel", "semantic")
+        if "texture" in ranks:
+            model.load_sets(texture, texture_path, "texture")
+        load_strictly(model.adapter, read_tensors(adapter_path), adapter_path)
         return model
+
+    def load_sets(self, tensors, path, *sets):
+        """Load LoRA sets.  tensors: {name in the UNet: tensor}, of file path. Raises WeightError."""
+        wanted = self.parameters_of(*sets)
+        others = [name for name in self.unet.state_dict() if name not in wanted]
+        load_strictly(self.unet, tensors, path, may_miss=others)
 
     def release(self):
         """Lay out what is trained as the authors' files.  -> {key of RELEASE: dict}"""
         def stored(named):
             return {k: v.detach().cpu().contiguous() for k, v in named.items()}
 
+        # pixel and semantic go into one file, which also lists the layers that each of their adapters is in
         early = [name for name in self.cfg.ranks if name != "texture"]
         layers = {}     # {set: {place: names of layers}}
         for name in early:
-            layers[name] = {place: adapted_layers(self.unet, adapter) for place, adapter in zip(PLACES, SETS[name])}
+            layers_of_places = [adapted_layers(self.unet, adapter) for adapter in SETS[name]]
+            layers[name] = dict(zip(PLACES, layers_of_places))
+        model = gramsr_layout(self.cfg.ranks, stored(self.parameters_of(*early)), layers)
+        # texture has a file of its own, which leaves the adapter's name out
         texture = {k.replace(f".{TEXTURE}", ""): v for k, v in stored(self.parameters_of("texture")).items()}
-        return {"model": gramsr_layout(self.cfg.ranks, stored(self.parameters_of(*early)), layers),
-                "texture": texture, "adapter": stored(self.adapter.state_dict())}
+        return {"model": model, "texture": texture, "adapter": stored(self.adapter.state_dict())}
 
     def save_release(self, folder, step):
         """Write the files of `release`, with step in their names.  -> names of files"""

@@ -12,7 +12,8 @@ what stands between their A and B, a matrix C or the number 1, which is the iden
     adapters of a layer      {name: C (B or 1, r, r), or 1}
     adapters of a network    {name: C (B or 1, blocks, r, r), or 1}; each block takes its own by `of_block`
 
-An adapter that is not named is off. In shapes B is the batch size; in equations it is LoRA's second matrix.
+An adapter that is not named is off. In equations vectors are columns: W x, C h. In shapes B is the batch size; in
+equations it is LoRA's second matrix.
 """
 
 import math
@@ -82,14 +83,16 @@ class LoRA:
 
         x: (B, ...) as the base layer takes it; adapters: of a layer, see above -> (B, ...) as the base layer
         """
-        if fast_lora.folding_pays(self, x, adapters):  # the same with fewer products: (W + s B C A) x
+        # Fast: (W + s B C A) x, with the matrices multiplied first, is the same; in use it often takes fewer products.
+        if fast_lora.folding_pays(self, x, adapters):
             return self.base(x, fast_lora.fold(self, adapters))
+
         y = self.base(x, self.weight)
         for name in self.active(adapters):
             A, B, s, C = self.lora_A[name], self.lora_B[name], self.s[name], adapters[name]
             if torch.is_tensor(C):
                 y = y + s * B(self.apply_C(C, A(x)))  # Eq. S3Diff (3)
-            else:
+            else:  # 1, the identity
                 y = y + s * B(A(x))  # Eq. S3Diff (1)
         return y
 
@@ -107,7 +110,8 @@ class Linear(LoRA, nn.Linear):
 
     def apply_C(self, C, h):
         """Multiply each token by C.  C: (B or 1, r, r); h: (B, N, r) -> like h"""
-        return h @ C.mT.to(h)  # C h for tokens that are rows
+        # Tokens are the rows of h, while C multiplies columns. As (C h)^T = h^T C^T, rows are multiplied by C^T.
+        return h @ C.mT.to(h)
 
 
 class Conv2d(LoRA, nn.Conv2d):
@@ -124,7 +128,8 @@ class Conv2d(LoRA, nn.Conv2d):
 
     def apply_C(self, C, h):
         """Multiply each pixel by C.  C: (B or 1, r, r); h: (B, r, H', W') -> like h"""
-        return (C.to(h) @ h.flatten(2)).view_as(h)  # C h for pixels that are columns
+        pixels = h.flatten(2)  # (B, r, H'*W'): each is a column
+        return (C.to(h) @ pixels).view_as(h)
 
 
 class ExactConv2d(Exact, Conv2d):
@@ -132,7 +137,7 @@ class ExactConv2d(Exact, Conv2d):
 
 
 def add_lora(network, targets, name, r, alpha=ALPHA):
-    """Give a new adapter to those layers of network that peft would choose -> names of these layers.
+    """Give a new adapter to those layers of network that peft would choose.
 
     targets: a regular expression for whole names, or a list of last parts of names
     """
@@ -142,10 +147,9 @@ def add_lora(network, targets, name, r, alpha=ALPHA):
         # the dots keep parts whole: "conv" chooses "conv" and "down.conv", but not "my_conv"
         return any(f".{layer}".endswith(f".{target}") for target in targets)
 
-    chosen = [layer for layer, m in network.named_modules() if isinstance(m, LoRA) and is_chosen(layer)]
-    for layer in chosen:
-        network.get_submodule(layer).add_adapter(name, r, alpha)
-    return chosen
+    for layer, module in list(network.named_modules()):     # a list, as new modules are added on the way
+        if isinstance(module, LoRA) and is_chosen(layer):
+            module.add_adapter(name, r, alpha)
 
 
 def adapted_layers(network, name):
@@ -176,31 +180,32 @@ class Modulation(nn.Module):
 
     vae_blocks: four levels, the middle, both ends; unet_blocks: four down, the middle, four up, the last layer
     fourier: F, frequencies of `w`; D: width of a block's vector
+
+    Each of the two networks has layers of its own, in attributes with the public names vae_de_mlp, unet_de_mlp, ...
     """
 
     def __init__(self, r_vae=16, r_unet=32, vae_blocks=6, unet_blocks=10, fourier=64, D=64):
         super().__init__()
         self.w = nn.Parameter(torch.randn(fourier), requires_grad=False)  # drawn once, kept in the file
-        self.r = {"vae": r_vae, "unet": r_unet}
-
-        def parts(r, blocks):
-            """Make the MLPs of scores and of block ids, the layer that joins them, and a vector for each id."""
-            F4 = 4 * fourier  # a sine and a cosine of each frequency, for each of two scores
-            de_mlp = nn.Sequential(almost_zero(F4, F4), nn.ReLU())
-            block_mlp = nn.Sequential(almost_zero(D, D), nn.ReLU())
-            return de_mlp, block_mlp, almost_zero(F4 + D, r * r), nn.Embedding(blocks, D)
-
-        self.vae_de_mlp, self.vae_block_mlp, self.vae_fuse_mlp, self.vae_block = parts(r_vae, vae_blocks)
-        self.unet_de_mlp, self.unet_block_mlp, self.unet_fuse_mlp, self.unet_block = parts(r_unet, unet_blocks)
+        F4 = 4 * fourier  # a sine and a cosine of each frequency, for each of two scores
+        for network, r, blocks in (("vae", r_vae, vae_blocks), ("unet", r_unet, unet_blocks)):
+            layers = {
+                "de_mlp": nn.Sequential(almost_zero(F4, F4), nn.ReLU()),    # of the scores
+                "block_mlp": nn.Sequential(almost_zero(D, D), nn.ReLU()),   # of a block's vector
+                "fuse_mlp": almost_zero(F4 + D, r * r),                     # joins both
+                "block": nn.Embedding(blocks, D),                           # the vectors
+            }
+            for name, layer in layers.items():
+                self.add_module(f"{network}_{name}", layer)
 
     def matrices(self, network, scores):
         """Make the matrix C_i of every block i.
 
         network: vae or unet; scores: (B, 2) in [0, 1] -> (B, blocks, r, r)
         """
-        names = [f"{network}_{part}" for part in ("de_mlp", "block_mlp", "fuse_mlp", "block")]
-        de_mlp, block_mlp, fuse_mlp, block = map(self.get_submodule, names)
-        B, blocks, r = len(scores), len(block.weight), self.r[network]
+        names = ("de_mlp", "block_mlp", "fuse_mlp", "block")
+        de_mlp, block_mlp, fuse_mlp, block = [getattr(self, f"{network}_{name}") for name in names]
+        B, blocks = len(scores), len(block.weight)
 
         angle = 2 * math.pi * scores[:, :, None] * self.w  # (B, 2, F)
         fourier = torch.cat([angle.sin(), angle.cos()], dim=-1)  # Eq. S3Diff (2)
@@ -208,6 +213,8 @@ class Modulation(nn.Module):
         d = de_mlp(fourier.flatten(1))  # (B, 4F)
         e = block_mlp(block.weight)  # (blocks, D)
         d, e = d[:, None].expand(B, blocks, -1), e.expand(B, blocks, -1)
-        entries = fuse_mlp(torch.cat([d, e], dim=-1))  # (B, blocks, r*r)
-        # trap: the public matrix multiplies rows, h M; for columns, C h, that is C = M transposed
-        return entries.unflatten(-1, (r, r)).mT  # Eq. S3Diff (4)
+        entries = fuse_mlp(torch.cat([d, e], dim=-1))  # Eq. S3Diff (4)
+        r = math.isqrt(entries.shape[-1])
+        # trap: the public weights are for vectors that are rows, h M. For columns, C h, the matrix is C = M^T.
+        M = entries.unflatten(-1, (r, r))
+        return M.mT

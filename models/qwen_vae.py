@@ -121,7 +121,7 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     """(B, C, H, W) -> (B, C, H/2, W/2)"""
 
-    rate = 0.5  # rows out per row in
+    rate = 0.5  # rows of the result per row of x; support/strips.py asks for it
 
     def __init__(self, channels):
         super().__init__()
@@ -135,7 +135,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C/2, 2H, 2W)"""
 
-    rate = 2
+    rate = 2    # as Downsample's
 
     def __init__(self, channels):
         super().__init__()
@@ -198,7 +198,7 @@ class Decoder(strips.InStrips, nn.Module):
         for level in self.up_blocks:
             for layer in chain(*level.values()):
                 x = self.run(layer, x)
-        if strips.needed(x):    # fast, as self.run, for the last norm and convolution on the largest map
+        if strips.needed(x):    # fast, as self.run: both layers at once, as in vae.py
             return strips.norm_silu_conv(self.norm_out, self.conv_out, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -228,24 +228,24 @@ def take_first_frame(module, state_dict, prefix, *_):
 class QwenVAE(nn.Module):
     """Qwen-Image's autoencoder, with the interface of vae.VAE; latents are (B, 16, H/8, W/8)."""
 
-    def __init__(self, config=QwenVAEConfig()):
+    def __init__(self, cfg=QwenVAEConfig()):
         super().__init__()
-        self.config = c = config
-        if not c.z_dim == len(c.latents_mean) == len(c.latents_std):
-            means, deviations = len(c.latents_mean), len(c.latents_std)
-            raise ValueError(f"{c.z_dim} latent channels, but {means} means and {deviations} deviations")
-        widths = [c.base_dim * m for m in c.dim_mult]
+        self.cfg = cfg
+        c, means, deviations = cfg.z_dim, len(cfg.latents_mean), len(cfg.latents_std)
+        if not c == means == deviations:
+            raise ValueError(f"{c} latent channels, but {means} means and {deviations} deviations")
+        widths = [cfg.base_dim * m for m in cfg.dim_mult]
         self.factor = 2 ** (len(widths) - 1)  # pixels per latent cell side
-        self.encoder = Encoder(2 * c.z_dim, widths, c.num_res_blocks)
-        self.decoder = Decoder(c.z_dim, widths, c.num_res_blocks)
-        self.quant_conv = ExactConv(2 * c.z_dim, 2 * c.z_dim, 1)
-        self.post_quant_conv = ExactConv(c.z_dim, c.z_dim, 1)
+        self.encoder = Encoder(2 * c, widths, cfg.num_res_blocks)   # 2: mean and log variance
+        self.decoder = Decoder(c, widths, cfg.num_res_blocks)
+        self.quant_conv = ExactConv(2 * c, 2 * c, 1)
+        self.post_quant_conv = ExactConv(c, c, 1)
         self.register_load_state_dict_pre_hook(take_first_frame)
 
     def channel_statistics(self, z):
-        """Mean and standard deviation of the latent channels -> two of (C, 1, 1), like z"""
-        of_channels = self.config.latents_mean, self.config.latents_std
-        return [torch.tensor(x, device="cpu").to(z, non_blocking=True).view(-1, 1, 1) for x in of_channels]
+        """Mean and standard deviation of the latent channels -> (2, C, 1, 1), dtype and device of z"""
+        of_channels = torch.tensor([self.cfg.latents_mean, self.cfg.latents_std], device="cpu")
+        return of_channels.to(z, non_blocking=True)[:, :, None, None]
 
     def moments(self, x):
         """Mean and standard deviation of q(z | x).  x: (B, 3, H, W) -> two of (B, 16, h, w), not normalised"""

@@ -26,8 +26,7 @@ from models.support.authors import read_s3diff, s3diff_layout
 from models.support.imaging import check_image, color_fix, pad_to_multiple
 from models.support.precision import in_half
 from models.support.tiles import tile_boxes, tiled
-from models.support.weights import (WeightError, fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly,
-                                    read_tensors)
+from models.support.weights import fetch, find_ours, laid_out_as, load_ours, load_public, load_strictly, read_tensors
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
 
@@ -39,7 +38,8 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "c
                 "proj_out", "ff.net.2", "ff.net.0.proj")
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"
 ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names of the adapters in s3diff.pkl
-SD_TURBO = {network: f"sd-turbo/{network}/diffusion_pytorch_model.safetensors" for network in ADAPTER}
+SD_TURBO = {"unet": "sd-turbo/unet/diffusion_pytorch_model.safetensors",
+            "vae": "sd-turbo/vae/diffusion_pytorch_model.safetensors"}
 
 
 def is_in_release(name):
@@ -69,6 +69,11 @@ class S3DiffConfig:
 
 
 class S3Diff(nn.Module):
+    """The system: `vae` and `unet` with adapters, `modulation`, which makes their C of `denet`'s scores, `prompts`.
+
+    Adapters, modulation and the UNet's conv_in are trained, all else is frozen.
+    """
+
     Config = S3DiffConfig
     # knobs of each image on sample.py's sheet, row by row
     SWEEP = [[{"noise": n / 4, "blur": b / 4} for b in range(5)] for n in range(5)]
@@ -81,20 +86,21 @@ class S3Diff(nn.Module):
         self.unet, self.denet, self.vae = self.networks(cfg)
         # what the sides of x must be a multiple of: the VAE halves its maps, then the UNet halves its own
         self.multiple = self.vae.factor * 2 ** (len(cfg.unet.widths) - 1)
-        self.adapt()
+        self.new_adapters()
         self.register_buffer("prompts", torch.zeros(2, 77, cfg.unet.context_dim))   # features: positive, negative
 
     def networks(self, cfg):
         """Make UNet, degradation estimator and VAE."""
         return UNet(cfg.unet), DegradationEstimator(), VAE(cfg.vae)
 
-    def adapt(self):
-        """Add new adapters and their modulation, which change nothing yet.
+    def new_adapters(self):
+        """Make adapters and their modulation anew; they change nothing yet.
 
-        It is called again where a training starts: a model from public files (`with_prior`) was made on the meta
-        device, where tensors have no values, and only the public networks got some since.
+        A training calls it once more, for a model of `with_prior`: that was made on the meta device, where tensors have
+        no values, and then got those of the public networks only.
         """
-        cfg, self.modulation = self.cfg, None
+        cfg = self.cfg
+        self.modulation = None
         if cfg.modulation == "blocks":
             self.modulation = Modulation(cfg.r_vae, cfg.r_unet, self.vae.blocks, len(self.unet.blocks))
         elif cfg.modulation == "shared":
@@ -191,11 +197,11 @@ class S3Diff(nn.Module):
         def guided_tiles(tiles):
             return self.guided(tiles, t, prompts, adapters, guidance)
 
-        multiples = max(tile // self.multiple, 1)           # the UNet halves its maps
-        side = min(multiples * self.multiple // f, h, w)    # cells
+        pixels = max(tile // self.multiple, 1) * self.multiple      # of a tile's side: the UNet halves its maps
+        side = min(pixels // f, h, w)       # cells
         boxes = tile_boxes(h, w, side, min(overlap // f, side - 1))
-        # official: the window's centre lies half a cell too low; here too
-        return tiled(guided_tiles, boxes, z_t, down=0.5)
+        # official: the window by which tiles are blended has its centre half a cell below a tile's centre; here too
+        return tiled(guided_tiles, boxes, z_t, window_down=0.5)
 
     @torch.no_grad()
     def estimate(self, lq):
@@ -284,12 +290,12 @@ class S3Diff(nn.Module):
 
         Raises FileNotFoundError or ValueError, one line.
         """
-        path = Path(name)
+        path, ours = Path(name), find_ours(name)
         pkl = path / "s3diff.pkl" if path.is_dir() else path
         if name == "s3diff":
             model = cls.from_release(fetch("s3diff.pkl"), dtype=dtype)
-        elif weights := find_ours(name):
-            model = load_ours(cls, cls.Config, weights)
+        elif ours:
+            model = load_ours(cls, cls.Config, ours)
         elif pkl.is_file():
             model = cls.from_release(pkl, pkl.parent, dtype)
         else:
@@ -302,7 +308,11 @@ class S3Diff(nn.Module):
 
     @classmethod
     def with_prior(cls, cfg, folder=None, source="S3DiffConfig", dtype=torch.float32):
-        """Load SD-Turbo and the estimator into a new model.  cfg: from file source. Raises WeightError."""
+        """Load SD-Turbo and the estimator into a new model, whose adapters have no values yet: see `new_adapters`.
+
+        cfg: from file source; folder: where the public files lie, None = the cache; dtype: float16 may fetch files in
+        float16. Raises WeightError.
+        """
         model = load_public(cls, cfg, SD_TURBO | {"denet": "de_net.pth"}, folder, source, dtype)
         model.folder, model.dtype = folder, dtype
         model.prompts = text_features([POSITIVE, NEGATIVE], folder, dtype)
@@ -310,19 +320,17 @@ class S3Diff(nn.Module):
 
     @classmethod
     def from_release(cls, pkl, folder=None, dtype=torch.float32):
-        """Load the authors' file or ours; public networks from folder or fetched (dtype: see `load_public`).
-
-        Raises WeightError.
-        """
+        """Load the authors' file or ours, pkl, into a model of `with_prior`, which see. Raises WeightError."""
         file = read_tensors(pkl)
         with laid_out_as("s3diff.pkl", pkl):
             settings, trained = read_s3diff(file)
             cfg = S3DiffConfig(**settings)
         model = cls.with_prior(cfg, folder, pkl, dtype)
-        public = {k: v for k, v in model.state_dict().items() if not is_in_release(k)}
-        load_strictly(model, public | trained, pkl)
+        already_loaded = [name for name in model.state_dict() if not is_in_release(name)]
+        load_strictly(model, trained, pkl, may_miss=already_loaded)
         return model
 
     def release(self):
         """Lay out what is trained as s3diff.pkl."""
-        return s3diff_layout(self.cfg, {k: v.detach().cpu() for k, v in self.state_dict().items() if is_in_release(k)})
+        trained = {k: v.detach().cpu() for k, v in self.state_dict().items() if is_in_release(k)}
+        return s3diff_layout(self.cfg, trained)

@@ -1,63 +1,39 @@
-"""Ours, and no paper's: parts small enough that the three systems can be trained on a laptop.
+"""Ours, and no paper's: the three systems with parts small enough to be trained on a laptop.
 
 Weights: vosr_tiny, s3diff_tiny, gramsr_tiny, prior_tiny.safetensors beside this file, trained by the three scripts.
 
 Each system is the paper's (vosr.py, s3diff.py, gramsr.py) with other parts:
 
-    ours                          in place of                      because
-    TinyVAE                       Stable Diffusion's autoencoder   49 thousand parameters do, not 84 million
-    Finish                        nothing                          TinyVAE's decoder shows a transformer's errors
-    TinyDiT                       VOSR's DiT                       it starts from the best linear estimate
-    ConvSwiGLU (optional)         the MLP of a DiT's block         six layers learn slowly what is local
-    PatchDiscriminator            heads on DINO                    DINO is a download of 343 MB
-    RandomLPIPS                   LPIPS on VGG16                   VGG16 is a download of 553 MB
-    two learned prompts           a text encoder                   a tiny prior never saw a text
-    TinyVOSR, TinyS3Diff, TinyGramSR and their configs             the three systems with these parts
+    ours                     in place of                      because
+    TinyVAE                  Stable Diffusion's autoencoder   49 thousand parameters do, not 84 million
+    Finish                   nothing                          TinyVAE's decoder shows a transformer's errors
+    TinyDiT                  VOSR's DiT                       it starts from the best linear estimate
+    ConvSwiGLU (optional)    the MLP of a DiT's block         six layers learn slowly what is local
+    two learned prompts      a text encoder                   a tiny prior never saw a text
+
+Below, the autoencoder comes first, which all three have, then VOSR, then S3Diff and GramSR with the UNet that both are
+built on. What they learn from instead of DINO and VGG16 is in tiny_losses.py.
 
 How each is trained stands in the scripts, TINY in train_vosr.py, train_s3diff.py, train_gramsr.py. What was tried
 beside them is in tests/RESULTS.md.
 """
 
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import spectral_norm
 
-from models.discriminator import multilevel_loss
 from models.denet import DegradationEstimator
 from models.dit import DiT, DiTConfig, SwiGLU
 from models.gramsr import GramSR, GramSRConfig
 from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, of_block
-from models.lpips import imagenet_scaled, unit
 from models.s3diff import S3Diff, S3DiffConfig
 from models.support.weights import EMBEDDED, PRIOR, WeightError, load_strictly, read_foundation, read_tensors
 from models.unet import UNet, UNetConfig
 from models.vit import DINOv3, DINOv3Config, ViT, ViTConfig
 from models.vosr import VOSR, VOSRConfig
-
-
-# ---- files of earlier versions: what they hold beyond today's is left out
-
-OLD_FIELDS = ("crisp", "precondition", "torch_bicubic", "stablesr", "start_noise")
-
-
-def without_old_fields(config):
-    """A file's config, a dict of values and dicts, without fields that are gone."""
-    kept = {}
-    for name, value in config.items():
-        if name not in OLD_FIELDS:
-            kept[name] = without_old_fields(value) if isinstance(value, dict) else value
-    return kept
-
-
-def drop_old_tensors(module, state_dict, prefix, *_):
-    """Load hook of TinyVAE: `crisp` was a network that drew edges."""
-    for name in [name for name in state_dict if name.startswith(f"{prefix}crisp.")]:
-        del state_dict[name]
 
 
 # ---- the autoencoder: a linear transform, and a residual network behind its decoder
@@ -113,6 +89,12 @@ class Finish(nn.Module):
         for block in self.fine:
             h = block(h, adapters)
         return F.pixel_shuffle(self.conv_out(h), 2)
+
+
+def drop_old_tensors(module, state_dict, prefix, *_):
+    """Load hook of TinyVAE: files of earlier versions hold `crisp`, a network that drew edges."""
+    for name in [name for name in state_dict if name.startswith(f"{prefix}crisp.")]:
+        del state_dict[name]
 
 
 class TinyVAE(nn.Module):
@@ -190,7 +172,7 @@ class TinyVAE(nn.Module):
         return F.mse_loss(self.synthesis(y), x), F.mse_loss(self.synthesis(y * first), x)
 
 
-# ---- VOSR's transformer
+# ---- VOSR: the transformer, the config, the system
 
 class ConvSwiGLU(SwiGLU):
     """SwiGLU whose values also see their eight neighbours: value + dw(value), a depthwise 3x3 convolution.
@@ -205,7 +187,7 @@ class ConvSwiGLU(SwiGLU):
         self.dw = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         nn.init.zeros_(self.dw.weight)
         nn.init.zeros_(self.dw.bias)
-        self.grid = None    # (rows, columns) of the tokens that come next; `TinyDiT.forward` says
+        self.grid = None    # (rows, columns) of the tokens that come next; `TinyDiT.forward` sets it
 
     def forward(self, x):
         """x: (B, rows * columns, D) -> same shape"""
@@ -223,10 +205,14 @@ class TinyDiT(DiT):
         d = z_t - (1 - t) z_lq is normal around 0 with variance s^2 = (1 - t)^2 + t^2,
         E[z_hq | z_t] = z_lq + (1 - t) / s^2 d,    E[eps | z_t] = t / s^2 d,
         so E[v | z_t] = ((2 t - 1) z_t - t z_lq) / s^2, and v lies around it with variance 1 / s^2.
-    The network sees gain d, with gain = (1 - t) / s^2: what z_t tells of z_hq beyond z_lq. Its output is
-    (E[v | z_t] - v) s, at every t of deviation 1. The minus sign: v = eps - z_hq, so what is missing in z_hq has the
-    other sign in v, and the network adds to the image. Untrained it says 0, and one step gives the LQ latent. Without
-    all this, one step after 600 training steps was 2.8 dB below bicubic.
+
+    Output: the network gives (E[v | z_t] - v) s, at every t of deviation 1. The minus sign: v = eps - z_hq, so what is
+    missing in z_hq has the other sign in v, and the network adds to the image. Untrained it gives 0, and one step makes
+    the LQ latent. Without this, one step after 600 training steps was 2.8 dB below bicubic.
+
+    Input: the network gets d times a gain. (1 - t) / s^2 d is what z_t tells of z_hq beyond z_lq. Near t = 1 that gain
+    would fall to 0, and with it the noise that a single step starts from; all seeds would give one image. Hence it is
+    0.1 at least. Whatever the gain, what is said of the output holds.
 
     A second time r goes to the network only; the linear estimate is that of v at t, for the average velocity, too.
     local: whether MLPs are ConvSwiGLU
@@ -249,93 +235,11 @@ class TinyDiT(DiT):
         time = t[:, None, None, None]
         s2 = (1 - time) ** 2 + time**2
         d = z_t - (1 - time) * z_lq
-        gain = (1 - time) / s2
-        gain = gain.clamp(min=0.1)      # or at t = 1 no noise came in, and in one step all seeds gave one image
-        mean_v = ((2 * time - 1) * z_t - time * z_lq) / s2
+        gain = ((1 - time) / s2).clamp(min=0.1)
         output = super().forward(gain * d, z_lq, feat, t, r)
+        mean_v = ((2 * time - 1) * z_t - time * z_lq) / s2
         return mean_v - output / s2.sqrt()
 
-
-# ---- S3Diff's discriminator
-
-class PatchDiscriminator(nn.Module):
-    """Tells results from photographs, patch by patch, each beside the enlarged LQ image that it belongs to.
-
-    Four convolutions; the last three have a head each, which gives every place a logit: patches of three sizes.
-
-    Trap: three strides of 2 leave a lattice of 8 pixels in a discriminator's gradient. The autoencoder's cells are as
-    large, and a generator wove the lattice into every image: there its spectrum was up to 31 times that around it. So
-    images are rolled, by new offsets each time, and kernels are 4x4, which meet every pixel equally often.
-    """
-
-    def __init__(self, width=32):
-        super().__init__()
-        widths = (6, width, 2 * width, 4 * width)   # 6: RGB of both images
-        self.layers = nn.ModuleList()
-        for c_in, c_out in pairwise(widths):
-            self.layers.append(spectral_norm(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)))
-        self.layers.append(spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)))
-        # of all layers but the first; not normalised: logits may be large
-        self.heads = nn.ModuleList([nn.Conv2d(c, 1, 1) for c in (*widths[2:], widths[-1])])
-
-    def draw(self, x, x_src, generator):
-        """What `forward` gets beside x: the enlarged LQ images x_src (B, 3, H, W), and offsets to roll both by."""
-        offsets = torch.randint(8, (len(x_src), 2), generator=generator, device=generator.device)
-        return x_src, offsets.tolist()
-
-    def forward(self, x, target, plan):
-        """Loss of x: (B, 3, H, W) in [-1, 1]; target: see `Discriminator.forward`; plan: of `draw` -> (B, 1)"""
-        x_src, offsets = plan
-        both = torch.cat([x, x_src], dim=1)
-        h = torch.stack([image.roll(offset, (1, 2)) for image, offset in zip(both, offsets)])
-        features = []
-        for layer in self.layers:
-            h = F.leaky_relu(layer(h), 0.2)
-            features.append(h)      # (B, C, H/2, W/2), H/4, H/8, H/8
-        logits = [head(h) for head, h in zip(self.heads, features[1:])]
-        return multilevel_loss(logits, target)
-
-
-# ---- a perceptual distance without a classifier
-
-FAINT = 0.3     # added to the length that a feature vector is divided by, so vectors shorter than this count less
-
-
-class RandomLPIPS(nn.Module):
-    """LPIPS's formula on features of random filters, all weighted alike; 2103.10571 found that they train as well.
-
-    Three convolutions, each at half the size of the one before, of 16, 32, 64 filters, the same for everybody. Filters
-    start orthogonal; then their means are taken out, so each sums to zero, and brightness is not seen: L2 beside it
-    answers for that.
-    """
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.convs = nn.ModuleList()
-        for c_in, c_out in ((3, 16), (16, 32), (32, 64)):
-            conv = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode="reflect", bias=False, device="cpu")
-            nn.init.orthogonal_(conv.weight, gain=2**0.5, generator=generator)
-            conv.weight.data -= conv.weight.data.mean((2, 3), keepdim=True)
-            self.convs.append(conv)
-
-    def unit_features(self, x):
-        """(B, 3, H, W) in [-1, 1] -> (B, 16, H, W), (B, 32, H/2, W/2), (B, 64, H/4, W/4), of length one or below"""
-        x = imagenet_scaled(x)
-        for conv in self.convs:
-            if conv is not self.convs[0]:
-                x = F.avg_pool2d(x, 2)
-            x = F.leaky_relu(conv(x), 0.2)
-            yield unit(x, FAINT)
-
-    def forward(self, x, y):
-        """x, y: (B, 3, H, W) in [-1, 1], sides of at least 8 pixels -> (B,), larger is worse"""
-        pairs = zip(self.unit_features(x), self.unit_features(y))
-        distances = [(f - g).square().mean((2, 3)).sum(1) for f, g in pairs]
-        return torch.stack(distances, dim=1).sum(1)
-
-
-# ---- VOSR
 
 @dataclass
 class TinyVOSRConfig(VOSRConfig):
@@ -357,9 +261,8 @@ class TinyVOSRConfig(VOSRConfig):
 
     @classmethod
     def from_dict(cls, d):
-        d = without_old_fields(d)
         parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": TinyVAEConfig(**d["vae"])}
-        return cls(**d | parts)
+        return cls(**(d | parts))
 
 
 class TinyVOSR(VOSR):
@@ -413,8 +316,8 @@ class TinyS3DiffConfig(S3DiffConfig):
 
     @classmethod
     def from_dict(cls, d):
-        d = without_old_fields(d)
-        return cls(**d | {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"])})
+        parts = {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"])}
+        return cls(**(d | parts))
 
 
 class TinyS3Diff(S3Diff):
@@ -475,9 +378,8 @@ class TinyGramSRConfig(GramSRConfig):
 
     @classmethod
     def from_dict(cls, d):
-        d = without_old_fields(d)
         parts = {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])}
-        return cls(**d | parts)
+        return cls(**(d | parts))
 
 
 class TinyGramSR(GramSR):

@@ -8,8 +8,9 @@ Left out: training losses, LDM's own key names.
     z -> Decoder: attention; 3 resnets a level, doubled three times -> image
 
 All layers have an argument `adapters`: which of theirs are on, {name: matrix or 1}, see lora.py.
-`self.run(layer, x, adapters)` is layer(x, adapters); for large images it computes the same in less memory, see
-support/strips.py.
+
+`self.run(layer, x, adapters)` is layer(x, adapters). For large images it computes the same in less memory, see
+support/strips.py. Maps of a latent's size are never so large, so layers there are called directly.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,6 @@ SD_VAE_SCALE = 0.18215  # 1 / standard deviation of SD's latents; diffusion happ
 
 @dataclass
 class VAEConfig:
-    in_channels: int = 3
-    out_channels: int = 3
     latent_channels: int = 4
     widths: tuple = (128, 256, 512, 512)  # channels of each level; n levels make a factor of 2^(n-1)
     layers_per_block: int = 2
@@ -110,7 +109,7 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     """(B, c, H, W) -> (B, c, H/2, W/2)"""
 
-    rate = 0.5  # rows out per row in
+    rate = 0.5  # rows of the result per row of x; support/strips.py asks for it
 
     def __init__(self, channels):
         super().__init__()
@@ -123,7 +122,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """(B, c, H, W) -> (B, c, 2H, 2W)"""
 
-    rate = 2
+    rate = 2    # as Downsample's
 
     def __init__(self, channels):
         super().__init__()
@@ -162,10 +161,13 @@ class Encoder(strips.InStrips, nn.Module):
         self.conv_out = ExactConv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x, adapters=NO_ADAPTERS):
-        *of_levels, of_mid, of_ends = [of_block(adapters, i) for i in range(len(self.down_blocks) + 2)]
+        levels = len(self.down_blocks)
+        of_levels = [of_block(adapters, i) for i in range(levels)]
+        of_mid, of_ends = of_block(adapters, levels), of_block(adapters, levels + 1)
+
         x = self.run(self.conv_in, x, of_ends)
         for level, of_level in zip(self.down_blocks, of_levels):
-            for layer in chain(*level.values()):
+            for layer in chain(*level.values()):    # its resnets, then its downsampler
                 x = self.run(layer, x, of_level)
         x = self.mid_block(x, of_mid)
         return self.conv_out(F.silu(self.conv_norm_out(x)), of_ends)
@@ -196,9 +198,9 @@ class Decoder(strips.InStrips, nn.Module):
     def forward(self, z, adapters=NO_ADAPTERS):
         x = self.mid_block(self.conv_in(z, adapters), adapters)
         for level in self.up_blocks:
-            for layer in chain(*level.values()):
+            for layer in chain(*level.values()):    # its resnets, then its upsampler
                 x = self.run(layer, x, adapters)
-        if strips.needed(x):    # fast, as self.run, for the last norm and convolution on the largest map
+        if strips.needed(x):    # fast, as self.run: two layers at once, since the norm needs the statistics of all of x
             return strips.norm_silu_conv(self.conv_norm_out, self.conv_out, x, adapters)
         return self.conv_out(F.silu(self.conv_norm_out(x)), adapters)
 
@@ -225,15 +227,16 @@ def mode_or_sample(mean, std, generator=None):
 class VAE(nn.Module):
     """Images are (B, 3, H, W) in [-1, 1], sides multiples of 8; latents (B, 4, H/8, W/8), of about unit variance."""
 
-    def __init__(self, config=VAEConfig()):
+    def __init__(self, cfg=VAEConfig()):
         super().__init__()
-        self.config = c = config
-        self.factor = 2 ** (len(c.widths) - 1)  # pixels per latent cell side
-        self.blocks = len(c.widths) + 2  # of the encoder, each with a C of its own
-        self.encoder = Encoder(c.in_channels, 2 * c.latent_channels, c.widths, c.layers_per_block, c.norm_groups)
-        self.decoder = Decoder(c.latent_channels, c.out_channels, c.widths, c.layers_per_block, c.norm_groups)
-        self.quant_conv = ExactConv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.post_quant_conv = ExactConv2d(c.latent_channels, c.latent_channels, 1)
+        self.cfg = cfg
+        self.factor = 2 ** (len(cfg.widths) - 1)  # pixels per latent cell side
+        self.blocks = len(cfg.widths) + 2  # of the encoder, each with a C of its own
+        c, layers, groups = cfg.latent_channels, cfg.layers_per_block, cfg.norm_groups
+        self.encoder = Encoder(3, 2 * c, cfg.widths, layers, groups)  # 2: mean and log variance
+        self.decoder = Decoder(c, 3, cfg.widths, layers, groups)
+        self.quant_conv = ExactConv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = ExactConv2d(c, c, 1)
 
     def moments(self, x, adapters=NO_ADAPTERS):
         """Mean and standard deviation of q(z | x).  (B, 3, H, W) -> two of (B, 4, h, w), unscaled"""
@@ -242,11 +245,11 @@ class VAE(nn.Module):
     def encode(self, x, generator=None, adapters=NO_ADAPTERS):
         """q's mode, or a sample of it if there is a generator.  (B, 3, H, W) -> (B, 4, h, w) scaled latent"""
         mean, std = self.moments(x, adapters)
-        return mode_or_sample(mean, std, generator) * self.config.scaling_factor
+        return mode_or_sample(mean, std, generator) * self.cfg.scaling_factor
 
     def decode(self, z, adapters=NO_ADAPTERS):
         """(B, 4, h, w) scaled latent -> (B, 3, 8h, 8w) in about [-1, 1], not clamped; adapters: of Decoder"""
-        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor), adapters)
+        return self.decoder(self.post_quant_conv(z / self.cfg.scaling_factor), adapters)
 
 
 class LightDecoder(Decoder):

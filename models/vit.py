@@ -198,10 +198,12 @@ def rope_table(h, w, head_dim, device=None):
     Not dit.py's rope_table and rotate, which have other pairs, frequencies and positions: DINOv3's span (-1, 1) at any
     size, VOSR's count tokens.
     """
-    row, col = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in (h, w))
+    row = (2 * torch.arange(h, dtype=torch.float32, device=device) + 1) / h - 1  # (h,) centres
+    col = (2 * torch.arange(w, dtype=torch.float32, device=device) + 1) / w - 1
     frequency = 100 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)  # (hd/4,)
-    centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1).view(h * w, 2, 1)
-    angle = (2 * math.pi * centre * frequency).flatten(1)
+    centre = torch.stack(torch.meshgrid(row, col, indexing="ij"), dim=-1)  # (h, w, 2)
+    angle = 2 * math.pi * centre.view(h * w, 2, 1) * frequency  # (h*w, 2, hd/4)
+    angle = angle.flatten(1)  # (h*w, hd/2)
     return angle.cos(), angle.sin()
 
 

@@ -9,7 +9,8 @@ Low-quality image -> latent z_lq (VAE) and visual tokens feat (ViT); a flow from
 Left out: several layers of visual tokens at once, which the official code collects and does not use.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,16 +19,16 @@ import torch.nn.functional as F
 
 from models.dit import DiT, DiTConfig
 from models.flow import guided, sample
+from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.support.authors import read_light_decoder, release_config
 from models.support.imaging import check_image, color_fix, pad_to_multiple, resize
 from models.support.precision import in_half
 from models.support.tiles import crop, tile_boxes, tiled
 from models.support.tokens import FixedTokens
-from models.qwen_vae import QwenVAE, QwenVAEConfig
-from models.vae import VAE, LightDecoder, VAEConfig
-from models.vit import ViT, ViTConfig, standardised
 from models.support.weights import (EMBEDDED, WeightError, checked, fetch, find_args, find_or_fetch, find_weights,
                                     load_ours, load_strictly, on_meta_device, read_config, read_tensors)
+from models.vae import VAE, LightDecoder, VAEConfig
+from models.vit import ViT, ViTConfig, standardised
 
 AUTOENCODERS = {VAEConfig: VAE, QwenVAEConfig: QwenVAE}
 FROZEN = {      # public files of the autoencoder and of the vision encoder that goes with it
@@ -54,18 +55,12 @@ class VOSRConfig:
     tile: int = 0                   # pixels a side of the output, 0 = the whole image at once
     overlap: int = 0                # pixels that neighbouring tiles share; it is 1/8 of the side at least
 
-    def __post_init__(self):
-        if self.color not in ("adain", "wavelet", "none"):
-            raise ValueError(f"color is {self.color!r:.60}")
-
     @classmethod
     def from_dict(cls, d):
-        """The config of a file: a dict of values, with dicts for dit, vit and vae. Raises TypeError, ValueError."""
-        # which autoencoder it is a file does not say: the one whose config has fields of these names
-        names = set(d["vae"])
-        has_names = [kind for kind in AUTOENCODERS if names <= {f.name for f in fields(kind)}]
-        vae = (has_names[0] if has_names else QwenVAEConfig)(**d["vae"])
-        return cls(**{**d, "dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae})
+        """Make a config of what a file holds, a dict with dicts for dit, vit and vae. Raises TypeError, ValueError."""
+        vae_config = QwenVAEConfig if "z_dim" in d["vae"] else VAEConfig    # a file does not say which it has
+        parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": vae_config(**d["vae"])}
+        return cls(**(d | parts))
 
 
 SIZES = {   # published: the transformer and what is around it
@@ -82,6 +77,8 @@ PUBLIC = {      # name: size, folder of the release
 
 
 class VOSR(nn.Module):
+    """The system: autoencoder `vae`, maybe with a `light_decoder`, and vision encoder `vit`, all frozen; `dit`."""
+
     Config = VOSRConfig
     stablesr = False    # whether colours come back as in StableSR, see `color_fix`
     # what sample.py --sweep shows: a list of rows, each a list of arguments of `upscale`
@@ -90,7 +87,7 @@ class VOSR(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        # VOSR 2.0: one step without second time; it has its guidance distilled in and no weak branch
+        # VOSR 2.0, which has its guidance distilled in: the only model of a single step that has no second time
         self.unguided = cfg.steps == 1 and not cfg.dit.auxiliary_time_cond
         if self.unguided:
             self.SWEEP = [[{"temperature": T / 4} for T in range(5)]]
@@ -101,22 +98,22 @@ class VOSR(nn.Module):
             del self.vae.decoder, self.vae.post_quant_conv  # never used beside it: neither loaded nor saved
 
     def networks(self, cfg):
-        """Autoencoder, vision encoder, transformer; the tiny model (tiny.py) has others."""
+        """Make autoencoder, vision encoder, transformer; the tiny model (tiny.py) makes others."""
         return AUTOENCODERS[type(cfg.vae)](cfg.vae), ViT(cfg.vit), DiT(cfg.dit)
 
     def decode(self, z):
-        """(B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]"""
+        """Decode.  (B, C, h, w) scaled latent -> (B, 3, H, W) in about [-1, 1]"""
         return (self.light_decoder or self.vae).decode(z)
 
     def tokens(self, x):
-        """Visual tokens of x: (B, 3, H, W) in [-1, 1], enlarged LQ -> (B, M, z_dims)."""
+        """Make visual tokens.  x: (B, 3, H, W) enlarged LQ in [-1, 1] -> (B, M, z_dims)"""
         side = (self.cfg.vit_input, self.cfg.vit_input)  # official: whatever the aspect, the image is squeezed
         x = F.interpolate(0.5 * x + 0.5, size=side, mode="bicubic").clamp(0, 1)
         return self.vit(standardised(x).to(self.vit.pos_embed.dtype), self.cfg.vit_layer)
 
     @torch.no_grad()
     def restore(self, z_lq, x, eps, steps, guidance, weak, tile=0, overlap=0):
-        """Sample the clean latent: `sample` of `guided`, whose velocities are those of tiles where it is large.
+        """Sample the clean latent, from noise in Euler's steps; the velocity of a large one is computed in tiles.
 
         z_lq, eps: (B, C, h, w); x: (B, 3, H, W) enlarged LQ in [-1, 1]; tile, overlap: pixels, tile 0 = the whole
         -> like z_lq
@@ -124,43 +121,46 @@ class VOSR(nn.Module):
         boxes = self.boxes(z_lq, tile, overlap)
         feat = torch.cat([self.tokens(crop(x, box, self.vae.factor)) for box in boxes])  # every tile has its own
 
-        # Fast: tokens stay the same in all steps, so their keys and values are computed once; see support/tokens.py.
-        # They are kept for one batch of tiles only, as they take 235 MB a tile (0.5B, float32): if there are more
-        # batches, they are computed anew in every step.
-        fixed_tokens = FixedTokens(self.dit) if steps > 1 or guidance != 1 else None
+        # Fast: the tokens of a tile are the same in all steps, so their keys and values are computed only once, see
+        # support/tokens.py. A single pass computes them once anyway.
+        fixed_tokens = None
+        if steps > 1 or guidance != 1:
+            fixed_tokens = FixedTokens(self.dit)
+
+        def velocity_of_tiles(z, z_lq, feat, t, r):
+            dit = self.dit
+            if fixed_tokens:
+                dit = fixed_tokens.dit_with(feat)  # the same function of z_t, z_lq, feat, t, r
+            return guided(dit, z, z_lq, feat, t, r, guidance, weak)
 
         def velocity(z, t, r):
-            def of_tiles(z_tiles, z_lq_tiles, feat_tiles):
-                if fixed_tokens is None:
-                    return guided(self.dit, z_tiles, z_lq_tiles, feat_tiles, t, r, guidance, weak)
-                with fixed_tokens.using(feat_tiles) as no_tokens:
-                    return guided(self.dit, z_tiles, z_lq_tiles, no_tokens, t, r, guidance, weak)
-            return tiled(of_tiles, boxes, z, z_lq, feat)
+            return tiled(partial(velocity_of_tiles, t=t, r=r), boxes, z, z_lq, feat)
 
         return sample(velocity, eps, steps)
 
     def boxes(self, z, tile, overlap):
-        """Tiles of a latent, whole tokens of the transformer.
+        """List the tiles of a latent; their sides are whole tokens of the transformer.
 
         tile, overlap: pixels; tile 0 = one tile, the whole; overlap: an eighth of the tile at least -> as `tile_boxes`
         """
-        f, p = self.vae.factor, self.cfg.dit.patch_size
-        side = tile // f // p * p  # latent cells
-        return tile_boxes(*z.shape[-2:], side, max(overlap // f, side // 8))
+        cell, p = self.vae.factor, self.cfg.dit.patch_size  # pixels a cell, cells a token
+        tokens = tile // (cell * p)
+        side = tokens * p  # latent cells
+        return tile_boxes(*z.shape[-2:], side, max(overlap // cell, side // 8))
 
     def enlarge(self, lq, size):
-        """lq: (B, 3, H, W) in [0, 1] -> the same of size (height, width); by Pillow, as the official scripts."""
+        """Enlarge by Pillow, as the official scripts.  lq: (B, 3, H, W) in [0, 1]; size: (height, width) -> like lq"""
         return resize(lq, size)
 
     def noise(self, z, seed):
-        """Starting noise: a seed gives the same for each image, whatever came before, and on all devices -> like z"""
+        """Draw the starting noise; a seed gives the same whatever came before, and on all devices.  -> like z"""
         eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), device="cpu")
         return eps.to(z, non_blocking=True)
 
     @torch.no_grad()
     def upscale(self, lq, scale=4, seed=0, steps=None, guidance=None, weak=None, temperature=None, tile=0,
                 overlap=0, color=None):
-        """Super-resolution.
+        """Enlarge images of one size and restore them.
 
         lq: (B, 3, H, W) in [0, 1]; scale: 1 to 8; color: adain, wavelet or none; tile, overlap: pixels of the output
         None, and 0 of tile and overlap: as the checkpoint has it
@@ -170,9 +170,9 @@ class VOSR(nn.Module):
         if self.unguided and (guidance, weak) != (None, None):
             raise WeightError("--guidance and --weak have no effect on VOSR 2.0, which has its guidance distilled in; "
                               "leave them out")
-        given = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, color=color,
+        knobs = dict(steps=steps, guidance=guidance, weak=weak, temperature=temperature, color=color,
                      tile=tile or None, overlap=overlap or None)
-        cfg = replace(self.cfg, **{k: v for k, v in given.items() if v is not None})
+        cfg = replace(self.cfg, **{name: value for name, value in knobs.items() if value is not None})
 
         # 1. enlarge the image, and pad it to whole tokens
         H, W = (round(side * scale) for side in lq.shape[-2:])
@@ -193,7 +193,7 @@ class VOSR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name="vosr-0.5b-1step", device="cpu", dtype=torch.float32):
-        """A model by its name (of PUBLIC, whose files are fetched), or from a file or folder.
+        """Load a model: one of PUBLIC by its name, whose files are fetched, or from a file or folder.
 
         A folder is the --out of train_vosr.py or has the authors' layout. Raises FileNotFoundError or ValueError.
         """
@@ -215,7 +215,7 @@ class VOSR(nn.Module):
 
     @classmethod
     def from_release(cls, weights, args, size=None):
-        """The authors' transformer in file weights, with the public networks around it.
+        """Load the authors' transformer, in file weights, and the public networks around it.
 
         args: path of their args.json, or None; size: key of SIZES, None = what the tensors say. Raises ValueError.
         """
@@ -232,16 +232,17 @@ class VOSR(nn.Module):
 
     @classmethod
     def with_frozen(cls, cfg, release=None):
-        """Autoencoder and ViT from their public files, in folder release or fetched; the DiT on the meta device.
+        """Load autoencoder and ViT, from folder release or fetched, into a new model, whose DiT has no values yet.
 
         Raises WeightError.
         """
-        vae_file, vit_file = (find_or_fetch(file, release) for file in FROZEN[type(cfg.vae)])
+        vae_file, vit_file = [find_or_fetch(file, release) for file in FROZEN[type(cfg.vae)]]
         vae = read_tensors(vae_file)
-        if cfg.light_decoder is not None:       # in place of the autoencoder's own
+        if cfg.light_decoder is not None:
+            # in place of the autoencoder's own decoder, which is left out
+            vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
             settings, light, light_file = read_light_decoder(LightDecoder, release)
             cfg = replace(cfg, light_decoder=settings)
-            vae = {k: v for k, v in vae.items() if not k.startswith(("decoder.", "post_quant_conv."))}
         with torch.device("meta"):
             model = cls(cfg)
         load_strictly(model.vae, vae, vae_file)

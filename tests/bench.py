@@ -225,8 +225,7 @@ class Vosr:
             fixed, zero = FixedTokens(dit), torch.zeros_like(feat)
 
             def ours():
-                with fixed.using(feat) as tokens:
-                    return guided(dit, z, tile, tokens, 1.0, 0.0, 0.5)
+                return guided(fixed.dit_with(feat), z, tile, feat, 1.0, 0.0, 0.5)
 
             def long():
                 good, weak = dit(torch.cat([z, z]), torch.cat([tile, 0.15 * tile]), torch.cat([feat, zero]), t.repeat(2)).chunk(2)

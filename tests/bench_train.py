@@ -32,7 +32,8 @@ from models.gramsr import SETS, GramSR
 from models.lpips import LPIPS
 from models.s3diff import S3Diff, is_in_release
 from models.support.precision import in_half
-from models.tiny import PatchDiscriminator, RandomLPIPS, TinyGramSR, TinyS3Diff, TinyVOSR
+from models.tiny import TinyGramSR, TinyS3Diff, TinyVOSR
+from models.tiny_losses import PatchDiscriminator, RandomLPIPS
 from models.vit import PRESETS as VITS
 from models.vit import DINOv3, ViT
 from models.vosr import VOSR

@@ -57,7 +57,7 @@ def vae(case, get):
     image, latent = tensors(get, "image", "latent")
     return {"moments": model.quant_conv(model.encoder(image)), "mode": model.moments(image)[0],
             "mode_scaled": model.encode(image),
-            "decoded": model.decode(latent * model.config.scaling_factor),
+            "decoded": model.decode(latent * model.cfg.scaling_factor),
             "mode_of_faint_image": model.moments(0.003 * image)[0]}
 
 
@@ -294,7 +294,7 @@ def vae_tiled(case, get):
     C = model.matrices("vae", scores)
     mean = in_tiles(partial(vae.encoder, adapters=C), image, get("encoder_tile"), 32, 1 / vae.factor)
     return {"mode_untiled": vae.moments(image, C)[0],
-            "decoded_untiled": vae.decode(latent * vae.config.scaling_factor),
+            "decoded_untiled": vae.decode(latent * vae.cfg.scaling_factor),
             "mode_tiled": vae.quant_conv(mean).chunk(2, dim=1)[0],
             "decoded_tiled": in_tiles(vae.decoder, vae.post_quant_conv(latent), get("decoder_tile"), 11, vae.factor)}
 

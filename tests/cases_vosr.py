@@ -9,10 +9,11 @@ from dataclasses import fields
 import fill
 import numpy as np
 import torch
+from PIL import Image
 
 from models.dit import DiT, DiTConfig, rope_table
 from models.flow import Draws, column, conditions, correction_rcgm, guided, loss_distill, loss_flow, sample, teach
-from models.support.imaging import adain, from_uint8, resize, wavelet
+from models.support.imaging import adain, from_uint8, resize, to_pil, wavelet
 from models.support.tiles import tile_starts, tile_weight
 from models.qwen_vae import QwenVAE, QwenVAEConfig
 from models.vae import LightDecoder, VAEConfig
@@ -46,10 +47,11 @@ def color(case, get):
         return np.floor(rows(x * 255))
 
     target, source, small = picture("target"), picture("source"), picture("source_small")
+    resized = from_uint8(to_pil(small[0]).resize(target.shape[:1:-1], Image.Resampling.LANCZOS))
     return {"adain_float": rows(adain(target, source)),
             "adain": truncated(adain(target, source)),
             "wavelet": truncated(wavelet(target, source)),
-            "wavelet_source_resized": truncated(wavelet(target, small))}
+            "wavelet_source_resized": truncated(wavelet(target, resized))}
 
 
 def starts(case, get):
@@ -188,7 +190,7 @@ def make_vosr(c, salt):
     vae, light = c["vae"], c["light_decoder"]
     cfg = VOSRConfig(
         dit=known(DiTConfig, c["dit"]), vit=known(ViTConfig, c["dinov2"]),
-        vae=VAEConfig(vae["in_channels"], vae["out_channels"], vae["latent_channels"], tuple(vae["block_out_channels"]),
+        vae=VAEConfig(vae["latent_channels"], tuple(vae["block_out_channels"]),
                       vae["layers_per_block"], vae["norm_num_groups"], vae["scaling_factor"]),
         light_decoder=light, vit_input=c["dinov2"]["input"], vit_layer=c["dinov2"]["layer"],
     )

@@ -25,7 +25,8 @@ from models.gram import gram as gram_matrix  # noqa: E402
 from models.gram import features, loss_csd, loss_gram  # noqa: E402
 from models.support.imaging import read_picture, resize, round8, to_pil  # noqa: E402
 from models.support.metrics import psnr_y  # noqa: E402
-from models.tiny import RandomLPIPS, TinyGramSR, TinyS3Diff, TinyVOSR  # noqa: E402
+from models.tiny import TinyGramSR, TinyS3Diff, TinyVOSR  # noqa: E402
+from models.tiny_losses import RandomLPIPS  # noqa: E402
 from models.unet import alphas_cumprod  # noqa: E402
 from models.support.weights import EMBEDDED  # noqa: E402
 from sample import find_system  # noqa: E402

@@ -34,7 +34,7 @@ from models.support.charts import loss_curves  # noqa: E402
 from models.support.evaluation import METRICS, find_metrics  # noqa: E402
 from models.support.files import find_pictures  # noqa: E402
 from models.support.imaging import contact_sheet, read_picture, resize, save_png  # noqa: E402
-from models.tiny import RandomLPIPS  # noqa: E402
+from models.tiny_losses import RandomLPIPS  # noqa: E402
 from sample import find_system  # noqa: E402
 from training import choose_device, choose_dtype, generator, photos_for  # noqa: E402
 

@@ -34,7 +34,8 @@ from models.lora import NO_ADAPTERS, add_lora  # noqa: E402
 from models.s3diff import ADAPTER, UNET_TARGETS  # noqa: E402
 from models.support.arguments import path_argument  # noqa: E402
 from models.support.weights import save_model  # noqa: E402
-from models.tiny import RandomLPIPS, TinyS3Diff, TinyS3DiffConfig, TinyVAE, load_prior  # noqa: E402
+from models.tiny import TinyS3Diff, TinyS3DiffConfig, TinyVAE, load_prior  # noqa: E402
+from models.tiny_losses import RandomLPIPS  # noqa: E402
 from models.unet import UNet, alphas_cumprod  # noqa: E402
 
 FROZEN, GENERATOR, REGULARISER = NO_ADAPTERS, {ADAPTER["unet"]: 1}, {"regulariser": 1}      # roles of the UNet: its adapters

@@ -235,13 +235,8 @@ def test_a_vocabulary_of_two_merges(tmp_path):
 @pytest.mark.parametrize("files, named, words", [
     ({"vocab": "{"}, "vocab.json", "cannot be read as JSON"),
     ({"vocab": "[1, 2]"}, "vocab.json", "holds a list"),
-    ({"vocab": '{"!": 0}'}, "vocab.json", "has 1 symbols, not the 516"),
-    ({"vocab": '{"!": "zero"}'}, "vocab.json", "has 1 symbols, not the 516"),
     ({"merges": b"\xff\xfe\x00"}, "merges.txt", "cannot be read as pairs"),
-    ({"merges": ""}, "vocab.json", "not the 514 that"),
     ({"merges": "#version: 0.2\na r\nart</w>\n"}, "merges.txt", "cannot be read as pairs"),
-    ({"merges": "#version: 0.2\na r\n"}, "vocab.json", "has 516 symbols, not the 515 that"),
-    ({"merges": "#version: 0.2\na r\nar t</w>\nx y\n"}, "vocab.json", "has 516 symbols, not the 517 that"),
 ])
 def test_broken_files_are_named_in_one_line(tmp_path, files, named, words):
     with pytest.raises(WeightError) as e:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases_vosr import fill_module
 
 from models.discriminator import AugmentPlan, Blur, Discriminator, augment, draw_augment, multilevel_loss
-from models.tiny import PatchDiscriminator
+from models.tiny_losses import PatchDiscriminator
 from models.vit import PRESETS, ViT, ViTConfig
 from models.support.weights import load_strictly
 

@@ -30,8 +30,7 @@ def fixed_tokens():
     plain = [guided(dit, z_t, z_lq, feat, t, 0, g) for t, g in zip(times, strengths)]
     fast = []
     for t, g in zip(times, strengths):
-        with fixed.using(feat) as tokens:
-            fast.append(guided(dit, z_t, z_lq, tokens, t, 0, g))
+        fast.append(guided(fixed.dit_with(feat), z_t, z_lq, feat, t, 0, g))
     return torch.stack(plain), torch.stack(fast)
 
 
@@ -42,15 +41,13 @@ def fixed_tokens_of_others():
     plain = [guided(dit, z_t[n], z_lq[n], feat[n], 0.7, 0, 0.3) for n in parts]
     fast = []
     for n in parts:
-        with fixed.using(feat[n]) as tokens:
-            fast.append(guided(dit, z_t[n], z_lq[n], tokens, 0.7, 0, 0.3))
+        fast.append(guided(fixed.dit_with(feat[n]), z_t[n], z_lq[n], feat[n], 0.7, 0, 0.3))
     return torch.cat(plain), torch.cat(fast)
 
 
 def fixed_tokens_of_a_preconditioned_transformer():
     (z_t, z_lq, feat), dit = inputs(), make().dit
-    with FixedTokens(dit).using(feat) as tokens:
-        fast = guided(dit, z_t, z_lq, tokens, 0.4, 0, 0.5)
+    fast = guided(FixedTokens(dit).dit_with(feat), z_t, z_lq, feat, 0.4, 0, 0.5)
     return guided(dit, z_t, z_lq, feat, 0.4, 0, 0.5), fast
 
 
@@ -127,11 +124,10 @@ def test_fixed_tokens_are_looked_up_once_and_leave_no_trace():
         block.cross_attn.k_linear.register_forward_hook(lambda *_: looked_up.append(1))
     names, fixed = list(dit.state_dict()), FixedTokens(dit)
     for t in (1.0, 0.5, 0.2):
-        with fixed.using(feat) as tokens:
-            guided(dit, z_t, z_lq, tokens, t, 0, 0.5)
+        guided(fixed.dit_with(feat), z_t, z_lq, feat, t, 0, 0.5)
     assert len(looked_up) == len(dit.blocks) and list(dit.state_dict()) == names
-    with pytest.raises(ValueError), fixed.using(feat):
-        raise ValueError("also after an error")
+    with pytest.raises(RuntimeError):
+        fixed.dit_with(feat)(z_t, z_lq[..., 1:], feat, torch.ones(2))   # another size: also after an error
     assert list(dit.state_dict()) == names
 
 

@@ -100,8 +100,7 @@ def test_fixed_tokens_are_told_apart(tapes):
     for n in (4, 2) * 4:
         feat = torch.randn(4, 4, 16)
         feat[n:] = 0
-        with FixedTokens(dit).using(feat[:n]):
-            v = dit(z_t, z_lq, feat[:, :0], t)
+        v = FixedTokens(dit).dit_with(feat[:n])(z_t, z_lq, feat, t)
         torch.testing.assert_close(v, dit._call_impl(z_t, z_lq, feat, t))
     assert len(tapes) == 2
 

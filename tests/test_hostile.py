@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_hostile.py
 """
 
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -30,7 +31,6 @@ from safetensors.torch import save_file
 from test_gramsr import SMALL as GRAMSR
 from test_sample import ROOT, run  # noqa: F401 (run is a fixture)
 from test_train_s3diff import SMALL as S3DIFF
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import degrade
 from models.dit import DiTConfig
@@ -41,7 +41,7 @@ from models.s3diff import S3Diff
 from models.tiny import TinyVAEConfig, TinyVOSR, TinyVOSRConfig
 from models.vit import ViTConfig
 from models.vosr import VOSR
-from models.support.weights import MAX_PARAMETERS, read_tensors, save_model
+from models.support.weights import read_tensors, save_model
 
 GB = 2**30
 KINDS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
@@ -418,16 +418,10 @@ def system(request):
 
 
 def refusal(load, path):
-    """The one line that a file is refused with, before a large network was built for it or much memory taken."""
-    made, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    hook = register_module_parameter_registration_hook(
-        lambda module, name, p: made.append(0 if p is None or p.is_meta else p.numel()))
-    try:
-        with pytest.raises((ValueError, FileNotFoundError)) as e:
-            load(str(path))
-    finally:
-        hook.remove()
-    assert len(made) <= 2 * MAX_PARAMETERS and sum(made) < 10**7, "layers cost time, numbers memory; a small file has 2.5 million"
+    """The one line that a file is refused with, before much memory is taken for it."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((ValueError, FileNotFoundError)) as e:
+        load(str(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
     assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600, str(e.value)
     return str(e.value)
@@ -452,12 +446,12 @@ def changed(config, path, value):
     return config
 
 
-def test_giant_and_nonsensical_configs(system, tmp_path):
+def test_nonsensical_configs(system, tmp_path):
     """Each setting alone, then what is no config at all."""
     cls, config, tensors = system
     for path in settings(config):
-        for value in (10**9, "x", [10**9] * 4)[: 3 if cls is TinyVOSR else 1]:
-            refusal(cls.from_pretrained, write(tmp_path / "a.safetensors", changed(config, path, value), tensors))
+        value = 3 if isinstance(functools.reduce(dict.get, path, config), str) else "x"
+        refusal(cls.from_pretrained, write(tmp_path / "a.safetensors", changed(config, path, value), tensors))
     for text in ("[1]", "3", "null", "{", "[" * 10**5, '"r_unet"', '{"r_unet": 4}', '{"ranks": 1}', "9" * 5000,
                  '{"unet": 1, "vae": 2, "dit": 3}'):
         refusal(cls.from_pretrained, write(tmp_path / "a.safetensors", text, tensors))
@@ -546,31 +540,17 @@ def bad_pickles(folder):
     """-> {name: function that writes such a file to a path}"""
     crater = str(folder / "crater")
     names = "rank_unet", "rank_vae", "state_dict_unet", "state_dict_vae", "lora_rank_unet_pix", "a"
-    one = torch.ones(1)
-    objects = {     # what runs, what fills the memory
+    objects = {     # what runs
         "os": Call(os.mkdir, crater), "eval": Call(eval, f"__import__('os').mkdir({crater!r})"),
         "exec": Call(exec, f"open({crater!r}, 'w')"),
-        "system": Call(os.system, f"touch {crater}"), "popen": Call(subprocess.Popen, ["touch", crater]),
-        "bytearray": Call(bytearray, 10**11),
-        "expanded": one.expand(10**6, 10**6), "sparse": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6)),
-        "meta": torch.empty(10**6, 10**6, device="meta")}
+        "system": Call(os.system, f"touch {crater}"), "popen": Call(subprocess.Popen, ["touch", crater]),}
     for name, thing in objects.items():
         yield name, lambda path, thing=thing: torch.save(dict.fromkeys(names, thing), path)
         yield f"{name}, deep", lambda path, thing=thing: torch.save({"nanosr": {"x": [thing]}}, path)
-        if name not in ("expanded", "sparse", "meta"):
-            plain = pickle.dumps(dict.fromkeys(names, thing), 2)
-            yield f"{name}, plain", lambda path, plain=plain: path.write_bytes(plain)
-            old = {"_use_new_zipfile_serialization": False}
-            yield f"{name}, old", lambda path, thing=thing, old=old: torch.save({"a": thing}, path, **old)
-
-    def squeezed(path):
-        torch.save({"a": torch.zeros(5_000_000)}, folder / "big.pkl")
-        with zipfile.ZipFile(folder / "big.pkl") as z, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small:
-            for entry in z.infolist():
-                small.writestr(entry.filename, z.read(entry))
-        (folder / "big.pkl").unlink()
-
-    yield "squeezed", squeezed
+        plain = pickle.dumps(dict.fromkeys(names, thing), 2)
+        yield f"{name}, plain", lambda path, plain=plain: path.write_bytes(plain)
+        old = {"_use_new_zipfile_serialization": False}
+        yield f"{name}, old", lambda path, thing=thing, old=old: torch.save({"a": thing}, path, **old)
     yield "empty", lambda path: path.write_bytes(b"")
     yield "text", lambda path: path.write_text("hello")
     yield "zip", lambda path: zipfile.ZipFile(path, "w").writestr("a/data.pkl", b"x")
@@ -578,7 +558,7 @@ def bad_pickles(folder):
 
 
 def test_bad_pickles(tmp_path):
-    """Nothing runs, nothing fills the memory; for read_tensors and by all three systems."""
+    """Nothing runs; for read_tensors and by all three systems."""
     for name, put in bad_pickles(tmp_path):
         for file, load in (("a.pth", read_tensors), ("s3diff.pkl", S3Diff.from_pretrained), ("model_1.pkl", None)):
             put(path := tmp_path / file)
@@ -597,8 +577,7 @@ def test_public_layouts_that_lie(tmp_path, monkeypatch):
             "state_dict_unet": {},
             "state_dict_vae": {},
             "nanosr": {"modulation": "none"}}
-    for change in ({"rank_unet": 10**9}, {"rank_unet": 0}, {"rank_vae": "x"}, {"nanosr": {"unet": 3}}, {"nanosr": 3},
-                   {"nanosr": {"modulation": "none", "t": 10**9}},
+    for change in ({"rank_unet": 0}, {"rank_vae": "x"}, {"nanosr": {"unet": 3}}, {"nanosr": 3},
                    {"vae_lora_target_modules": "("}, {"unet_lora_target_modules": 5}, {"state_dict_unet": 5},
                    {"rank_unet": torch.ones(3)}):
         torch.save(good | change, tmp_path / "s3diff.pkl")
@@ -606,7 +585,7 @@ def test_public_layouts_that_lie(tmp_path, monkeypatch):
     for name in ("lora_weights_dino_1.safetensors", "adapter_1.pth"):
         (save_file if name[0] == "l" else torch.save)({"a.lora_A.weight": torch.ones(4, 1)}, tmp_path / name)
     good = {"lora_rank_unet_pix": 4, "lora_rank_unet_sem": 4, "state_dict_unet": {}}
-    for change in ({"lora_rank_unet_pix": 10**9}, {"lora_rank_unet_pix": 0}, {"lora_rank_unet_pix": -1},
+    for change in ({"lora_rank_unet_pix": 0}, {"lora_rank_unet_pix": -1},
                    {"lora_rank_unet_sem": "x"},
                    {"state_dict_unet": 3},
                    {"nanosr": {"sets": 3}}, {"nanosr": {"sets": ["pixies"]}}, {"nanosr": 3}):
@@ -616,13 +595,8 @@ def test_public_layouts_that_lie(tmp_path, monkeypatch):
     base = {"x_embedder.proj.weight": torch.zeros(64, 8, 2, 2), "final_layer.linear.weight": torch.zeros(16, 64),
             "blocks.0.attn.q_norm.weight": torch.zeros(16),
             "layer_norm.weight": torch.zeros(768), "mlp_ca.fc1.weight": torch.zeros(192, 64)}
-    for change in ({"x_embedder.proj.weight": torch.zeros(10**9, 8, 2, 0)},
-                   {"x_embedder.proj.weight": torch.zeros(10**9, 8, 0, 2)},
-                   {"layer_norm.weight": torch.zeros(())},
-                   {"x_embedder.proj.weight": torch.zeros(10**9, 0, 2, 2)},
-                   {"mlp_ca.fc1.weight": torch.zeros(10**9, 0)},
-                   {"blocks.0.attn.q_norm.weight": torch.zeros(0)},
-                   {f"blocks.{i}.x": torch.zeros(0) for i in range(20_000)}):
+    for change in ({"layer_norm.weight": torch.zeros(())}, {"mlp_ca.fc1.weight": torch.zeros(())},
+                   {"x_embedder.proj.weight": torch.zeros(64)}):
         save_file(base | change, tmp_path / "ema_model.safetensors")
         refusal(VOSR.from_pretrained, tmp_path / "ema_model.safetensors")
     for text in ("{", "[" * 10**5, "3", "", '{"weak_cond_strength_aelq_list": 10000000000}',

@@ -313,7 +313,6 @@ def test_colour_fixes():
         assert abs(fix(x, ref) - x).max() > 0.1
     y = adain(0.4 + 0.2 * x, ref)  # far from the clamp
     assert torch.allclose(y.mean((2, 3)), ref.mean((2, 3)), atol=1e-4) and torch.allclose(y.std((2, 3)), ref.std((2, 3)), atol=1e-3)
-    assert wavelet(x, ref[..., :6, :7]).shape == x.shape
     assert torch.equal(color_fix(x, ref, "none"), x) and torch.equal(color_fix(x, ref, "adain"), adain(x, ref))
     assert adain(x[..., :1, :1], ref).isfinite().all()
     with pytest.raises(ValueError, match="unknown colour fix 'sepia'"):

@@ -209,7 +209,7 @@ def test_stop_and_go_on(run, monkeypatch, number, during):
 def test_a_signal_after_the_last_picture_changes_nothing(run, monkeypatch):
     picture("a.png")
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(sample, "summarise", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(sample.Results, "summarise", lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         assert run("a.png")[::2] == (0, [])
     finally:

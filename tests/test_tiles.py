@@ -18,7 +18,7 @@ def test_tiles_cover_everything():
 def test_window():
     w = tile_weight(6, 8)
     assert w.shape == (1, 1, 6, 8) and torch.equal(w, w.flip(2, 3)) and w.argmax() == 2 * 8 + 3
-    low = tile_weight(6, 8, down=0.5)       # its centre on row 3, between two columns
+    low = tile_weight(6, 8, window_down=0.5)    # its centre on row 3, between two columns
     assert low.argmax() == 3 * 8 + 3 and torch.equal(low, low.flip(3)) and torch.equal(low[0, 0, 2], low[0, 0, 4])
 
 

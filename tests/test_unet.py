@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.lora import LoRA, add_lora
+from models.lora import LoRA, adapted_layers, add_lora
 from models.s3diff import UNET_TARGETS, VAE_TARGETS
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
@@ -122,8 +122,9 @@ def kinds(layers):
 def test_what_s3diff_adapts_in_the_unet():
     with torch.device("meta"):
         model = UNet()
-        layers = add_lora(model, UNET_TARGETS, "default", 32)
-    assert len(layers) == 257 and layers == [name for name, m in model.named_modules() if isinstance(m, LoRA) and m.lora_A]
+        add_lora(model, UNET_TARGETS, "default", 32)
+    layers = adapted_layers(model, "default")
+    assert len(layers) == 257
     assert kinds(layers) == {"to_q": 32, "to_k": 32, "to_v": 32, "to_out": 32, "proj": 16, "net": 16, "proj_in": 16, "proj_out": 16,
                              "conv1": 22, "conv2": 22, "conv_shortcut": 14, "conv": 6, "conv_out": 1}
     assert sum("downsamplers" in name for name in layers) == sum("upsamplers" in name for name in layers) == 3
@@ -135,7 +136,8 @@ def test_what_s3diff_adapts_in_the_unet():
 def test_what_s3diff_adapts_in_the_vae():
     with torch.device("meta"):
         model = VAE()
-        layers = add_lora(model, VAE_TARGETS, "vae_skip", 16)
+        add_lora(model, VAE_TARGETS, "vae_skip", 16)
+    layers = adapted_layers(model, "vae_skip")
     assert len(layers) == 31 and all(name.startswith("encoder.") for name in layers)
     assert kinds(layers) == {"conv_in": 1, "conv1": 10, "conv2": 10, "conv_shortcut": 2, "conv": 3, "to_q": 1, "to_k": 1, "to_v": 1, "to_out": 1,
                              "conv_out": 1}
@@ -160,7 +162,8 @@ def test_every_layer_gets_the_matrix_of_its_block():
     """Seen at the layers, not at the list: a block that passed its neighbour's C on would still run."""
     cfg = UNetConfig(widths=(8, 8, 8, 8), num_heads=(1, 1, 1, 1), context_dim=6, norm_groups=4)
     model, (z, context) = tiny(cfg), inputs(1)
-    layers = add_lora(model, UNET_TARGETS, "default", 2)
+    add_lora(model, UNET_TARGETS, "default", 2)
+    layers = adapted_layers(model, "default")
     C = torch.randn(1, 10, 2, 2)
     got = received(model, lambda: model(z, 1, context, {"default": C}))
     assert len(layers) == 16 * 12 + 44 + 6 + 1 + sum("conv_shortcut" in name for name in layers)
@@ -168,7 +171,8 @@ def test_every_layer_gets_the_matrix_of_its_block():
     assert torch.equal(got["conv_in"]["default"], C[:, 0])
 
     vae = VAE(TINY_VAE).eval()
-    layers = add_lora(vae, VAE_TARGETS, "vae_skip", 2)
+    add_lora(vae, VAE_TARGETS, "vae_skip", 2)
+    layers = adapted_layers(vae, "vae_skip")
     C = torch.randn(1, 6, 2, 2)
     got = received(vae, lambda: vae.encode(torch.rand(1, 3, 16, 16), adapters={"vae_skip": C}))
     for name in layers:
@@ -187,7 +191,8 @@ def test_gradient_checkpointing_changes_nothing():
     """With adapters and their matrices, whose gradients must come through the recomputation too."""
     model, (z, context) = tiny(), inputs(1, 4, 8)
     g = torch.Generator().manual_seed(2)
-    for name in add_lora(model, UNET_TARGETS, "default", 2):
+    add_lora(model, UNET_TARGETS, "default", 2)
+    for name in adapted_layers(model, "default"):
         torch.nn.init.normal_(model.get_submodule(name).lora_B["default"].weight, std=0.1, generator=g)
     C = torch.randn(1, 8, 2, 2, generator=g).requires_grad_()
     grads, calls = [], []

@@ -1,40 +1,32 @@
-"""The authors' files, read and doubted: CLIP's vocabulary, VOSR's sizes and args.json, others' layouts."""
+"""The authors' files: CLIP's vocabulary, VOSR's sizes and args.json, others' layouts."""
 
 from dataclasses import replace
 from inspect import signature
 from statistics import fmean
 
-from models.support.weights import WeightError, find_or_fetch, on_meta_device, read_json, read_tensors
+from models.support.weights import WeightError, find_or_fetch, laid_out_as, on_meta_device, read_json, read_tensors
 
 ONLY = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False,
         "mlp_ratio": 4}         # of args.json: what the transformer of dit.py can be
 
 
-def read_vocabulary(vocab, merges, single):
-    """CLIP's vocab.json and merges.txt -> {symbol: id}, {(left, right): place among the merges}
-
-    single: symbols that no merge makes. Raises WeightError when a file is broken or they do not belong together.
-    """
+def read_vocabulary(vocab, merges):
+    """CLIP's vocab.json and merges.txt -> {symbol: id}, {(left, right): place among the merges}. Raises WeightError."""
     ids = read_json(vocab)
     try:
         lines = merges.read_text(encoding="utf-8").strip().split("\n")[1:]      # the first one is a version
         pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
     except (OSError, ValueError) as e:
         raise WeightError(f"{merges}: cannot be read as pairs of symbols ({e}); get it again") from None
-    # merges that a cut-off file lacks would go unnoticed in most texts, and change the others
-    needed = {*single, *map("".join, pairs)}
-    if ids.keys() != needed or not all(type(n) is int for n in ids.values()):
-        raise WeightError(f"{vocab}: has {len(ids)} symbols, not the {len(needed)} that {merges} makes; get both again")
     return ids, {pair: rank for rank, pair in enumerate(pairs)}
 
 
 def dit_config(cls, tensors, path, settings):
     """The DiTConfig (cls) of a transformer, read off its tensors; settings: of args.json. Raises WeightError."""
-    try:
+    with laid_out_as("ema_model.safetensors", path):
         shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         D, C_in, p, _ = shape["x_embedder.proj.weight"]
-        said = settings.get("resolution")       # where the rotary tables do not say the size
-        side = int(said) // 8 if said in range(16, 4097, 16) else cls.input_size
+        side = settings.get("resolution", 8 * cls.input_size) // 8      # where the rotary tables do not say the size
         tokens = shape.get("feat_rope.freqs_cos", [(side // p) ** 2])[0]
         return cls(
             input_size=round(tokens**0.5) * p, patch_size=p, in_channels=C_in, hidden_size=D,
@@ -44,8 +36,6 @@ def dit_config(cls, tensors, path, settings):
             encdim_ratio=shape["mlp_ca.fc1.weight"][0] // D,
             auxiliary_time_cond="r_embedder.mlp.0.weight" in shape,
         )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise WeightError(f"{path}: is not a transformer of VOSR ({type(e).__name__}: {e}); get it again") from None
 
 
 def release_config(sizes, size, dit_cls, tensors, weights, args):
@@ -54,21 +44,24 @@ def release_config(sizes, size, dit_cls, tensors, weights, args):
     sizes: {size: VOSRConfig}; size: one of them, or None: what the tensors of file weights and args.json say
     dit_cls: DiTConfig; args: path of args.json, or None
     """
-    settings, custom = read_json(args) if args else {}, size is None
-    dit = dit_config(dit_cls, tensors, weights, settings if custom else {})
-    if custom:
-        around = {(cfg.dit.out_channels, cfg.dit.z_dims): size for size, cfg in sizes.items()}
-        size = around.get((dit.out_channels, dit.z_dims))
-    elif dit != replace(sizes[size].dit, auxiliary_time_cond=dit.auxiliary_time_cond):
-        raise WeightError(f"{weights}: is not the public {size} model but {dit}; "
-                          "delete it, then it is downloaded again")
-    if size is None:
-        raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} "
-                          "are no public combination")
-    cfg = replace(sizes[size], dit=dit, weak=weak_of(settings, sizes[size].weak, args))
-    if custom:
+    settings = read_json(args) if args else {}
+    if size:
+        has_second_time = "r_embedder.mlp.0.weight" in tensors
+        cfg = replace(sizes[size], dit=replace(sizes[size].dit, auxiliary_time_cond=has_second_time))
+    else:
+        dit = dit_config(dit_cls, tensors, weights, settings)
+        around = [cfg for cfg in sizes.values()
+                  if (cfg.dit.out_channels, cfg.dit.z_dims) == (dit.out_channels, dit.z_dims)]
+        if not around:
+            raise WeightError(f"{weights}: {dit.out_channels} latent channels with visual tokens of {dit.z_dims} "
+                              "are no public combination")
+        cfg = replace(around[0], dit=dit)
         cfg = replace(cfg, **settings_of_args(cfg, settings, args))
-    if dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time
+    weak = settings.get("weak_cond_strength_aelq_list")
+    if weak:
+        with laid_out_as("args.json", args):
+            cfg = replace(cfg, weak=fmean(weak))
+    if cfg.dit.auxiliary_time_cond or settings.get("distill_type") == "onestep":    # VOSR 2.0 has no second time
         cfg = replace(cfg, steps=1, guidance=1.0)
     return cfg
 
@@ -84,38 +77,23 @@ def read_light_decoder(cls, release):
     return settings, content.get("model_state_dict", content), path
 
 
-def weak_of(settings, otherwise, path):
-    """Mean strength of the weak condition in args.json, file path. Raises WeightError."""
-    weak = settings.get("weak_cond_strength_aelq_list") or [otherwise]
-    try:
-        return fmean(weak)
-    except TypeError:
-        raise WeightError(f"{path}: weak_cond_strength_aelq_list is {weak!r}, not a list of numbers") from None
-
-
 def settings_of_args(cfg, settings, path):
     """What args.json, file path of somebody's own training, says beyond the tensors -> {field of VOSRConfig: value}
 
     Raises WeightError, which names the setting that cannot be followed.
     """
-    def take(name, otherwise, good):
-        value = settings.get(name, otherwise)
-        if not good(value):
-            raise WeightError(f"{path}: {name} is {value!r:.60}, which cannot be followed here; "
-                              "use weights trained otherwise")
-        return value
-
-    def whole(low, high, step=1):
-        return lambda x: type(x) is int and x in range(low, high + 1, step)
-
-    side, last, p = 8 * cfg.dit.input_size, cfg.vit.depth - 1, cfg.vit.patch_size
+    side = 8 * cfg.dit.input_size
     for name, value in (ONLY | {"resolution": side}).items():
-        take(name, value, lambda x: x == value)
-    layers = take("layer_dinov2b_list", [cfg.vit_layer], lambda x: isinstance(x, list) and x and whole(-1, last)(x[0]))
-    return {"vit_input": take("dinov2_size", cfg.vit_input, whole(p, 4096, p)), "tile": side,
-            "vit_layer": None if layers[0] in (-1, last) else layers[0],    # of the last block the normed tokens
-            "steps": take("infer_steps", cfg.steps, whole(1, 1000)),
-            "guidance": take("cfg_scale", cfg.guidance, lambda x: type(x) in (int, float) and -100 <= x <= 100)}
+        if settings.get(name, value) != value:
+            raise WeightError(f"{path}: {name} is {settings[name]!r:.60}, which cannot be followed here; "
+                              "use weights trained otherwise")
+    with laid_out_as("args.json", path):
+        layer = settings.get("layer_dinov2b_list", [cfg.vit_layer])[0]      # of several, only the first one is used
+        if layer in (-1, cfg.vit.depth - 1):
+            layer = None    # of the last block the normed tokens
+        return {"vit_input": int(settings.get("dinov2_size", cfg.vit_input)), "tile": side, "vit_layer": layer,
+                "steps": int(settings.get("infer_steps", cfg.steps)),
+                "guidance": float(settings.get("cfg_scale", cfg.guidance))}
 
 
 # ---- S3Diff's s3diff.pkl

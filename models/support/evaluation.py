@@ -12,6 +12,7 @@ import math
 import platform
 import subprocess
 import sys
+from collections import namedtuple
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,9 @@ METRICS = {"psnr_y": ("PSNR-Y", 2, "higher"), "ssim_y": ("SSIM-Y", 4, "higher"),
            "niqe": ("NIQE", 2, "lower")}
 COLUMNS = [m + end for m in METRICS for end in ("", "_bicubic")]
 NEED_REFERENCE = "psnr_y", "ssim_y", "lpips"
+# functions: {metric: f(x, hq) of images (1, 3, H, W) in [0, 1] -> float}; absent: {metric: why it is not measured};
+# files: that were read for it
+Metrics = namedtuple("Metrics", "functions absent files")
 
 
 def find_references(names, ref, scale=4):
@@ -62,8 +66,7 @@ def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
     """What can be measured with the files that are here.
 
     compare: are there references?; lpips: LPIPS.from_pretrained, whose network is no matter of this file
-    -> {metric: f(x, hq) of images (1, 3, H, W) in [0, 1] -> float}, {metric: why not}, files that are used
-    Raises ValueError at a broken file.
+    -> Metrics. Raises ValueError at a broken file.
     """
     border = round(scale)           # the usual cut of BasicSR's test settings
     metrics, absent, files = {}, {}, []
@@ -83,7 +86,7 @@ def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
     else:
         metrics["niqe"] = lambda x, hq: niqe(x, parameters)
         files.append(niqe_file or locate(NIQE_FILE))
-    return metrics, absent, files
+    return Metrics(metrics, absent, files)
 
 
 def read_reference(path, references, size):

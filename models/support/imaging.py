@@ -235,15 +235,16 @@ def as_output(sr, alpha, image):
 
 # ---- sizes
 
-def resize(x, size_or_scale, resample=Image.Resampling.BICUBIC):
-    """Resize as the official scripts do, with Pillow on 8-bit pictures.
+def resize(x, size_or_scale):
+    """Resize as the official scripts do, with Pillow's bicubic filter on 8-bit pictures.
 
     x: (B, 1 or 3, H, W) in [0, 1]; size_or_scale: (h, w) or a factor -> (B, C, h, w), multiples of 1/255
     """
     if isinstance(size_or_scale, (int, float)):
         size_or_scale = [max(round(side * size_or_scale), 1) for side in x.shape[-2:]]
     h, w = size_or_scale
-    return torch.cat([from_uint8(to_pil(picture).resize((w, h), resample)) for picture in x]).to(x)
+    resized = [to_pil(picture).resize((w, h), Image.Resampling.BICUBIC) for picture in x]
+    return torch.cat([from_uint8(picture) for picture in resized]).to(x)
 
 
 def mirror_pad(x, left, right, top, bottom):
@@ -290,10 +291,8 @@ def blur(x, sigma=5.0, radius=20):
 def wavelet(x, ref):
     """Replace the low frequencies of x by those of ref (called wavelet officially, but it is one Gaussian).
 
-    x: (B, 3, H, W) in [0, 1]; ref: (B, 3, any, any), resized if need be -> like x
+    x, ref: (B, 3, H, W) in [0, 1] -> like x
     """
-    if ref.shape[-2:] != x.shape[-2:]:
-        ref = resize(ref, x.shape[-2:], Image.Resampling.LANCZOS)
     return (x + blur(ref - x)).clamp(0, 1)      # = blur(ref) + (x - blur(x))
 
 
@@ -333,7 +332,7 @@ def color_fix(x, ref, kind, stablesr=False):
         y = x
     else:
         raise ValueError(f"unknown colour fix {kind!r}; choose from adain, wavelet, none")
-    if kind != "none" and ref.shape == x.shape:
+    if kind != "none":
         black, white = (in_blocks(mask.all(1, keepdim=True)) for mask in (ref < 0.5 / 255, ref > 254.5 / 255))
         y = y.masked_fill(black, 0).masked_fill(white, 1)
     return torch.where(chroma(ref) < GREY, y.mean(1, keepdim=True), y)

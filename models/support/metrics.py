@@ -81,18 +81,15 @@ BLOCK = 96  # pixels; half of it at the second scale
 
 def load_niqe(path):
     """niqe_pris_params.npz -> (mean (36,), covariance (36, 36), window (7, 7)), float64. Raises WeightError."""
-    shapes = {"mu_pris_param": (1, 36), "cov_pris_param": (36, 36), "gaussian_window": (7, 7)}
     try:
         with np.load(path) as file:
-            found = [file[key] for key in shapes]
-        if [x.shape for x in found] != [*shapes.values()] or not all(np.isfinite(x).all() for x in found):
-            raise ValueError("another shape, or not finite")
+            found = [file[key] for key in ("mu_pris_param", "cov_pris_param", "gaussian_window")]
+        mean, covariance, window = (torch.from_numpy(x).double() for x in found)
+        return mean.view(36), covariance.view(36, 36), window.view(7, 7)
     except Exception as error:      # numpy raises nearly anything at a wrong file
         reason = " ".join(str(error).split())
         raise WeightError(f"{path}: not NIQE's parameter file ({reason}); "
                           "get niqe_pris_params.npz of BasicSR") from None
-    mean, covariance, window = (torch.from_numpy(x).double() for x in found)
-    return mean[0], covariance, window
 
 
 def normalise(y, window):

@@ -31,16 +31,17 @@ def tile_boxes(height, width, tile, overlap):
     return [(row, col) for row in rows for col in cols]
 
 
-def tile_weight(height, width, down=0.0):
+def tile_weight(height, width, window_down=0.0):
     """Gaussian window that fades a tile towards its edges, largest in the middle.
 
-    down: rows by which the window's centre is lower than the tile's; S3Diff's official code: 0.5, all else 0
-    -> (1, 1, height, width)
+    window_down: rows by which the window's centre is lower than the tile's -> (1, 1, height, width)
     """
-    def window(n, shift=0.0):
-        from_centre = (torch.arange(n, device="cpu") - (n - 1) / 2 - shift) / n
+    def window(n, centre):
+        from_centre = (torch.arange(n, device="cpu") - centre) / n
         return torch.exp(-(from_centre**2) / (2 * SIGMA**2))
-    return (window(height, down)[:, None] * window(width))[None, None]
+
+    rows, columns = window(height, (height - 1) / 2 + window_down), window(width, (width - 1) / 2)
+    return (rows[:, None] * columns)[None, None]
 
 
 def crop(x, box, factor=1):
@@ -52,7 +53,7 @@ def crop(x, box, factor=1):
     return x[..., factor * row.start : factor * row.stop, factor * col.start : factor * col.stop]
 
 
-def tiled(function, boxes, z, *others, down=0.0):
+def tiled(function, boxes, z, *others, window_down=0.0):
     """function(z, *others), a few tiles at a time, blended by `tile_weight` where they overlap.
 
     function: gets tiles (n, C, th, tw) and their parts of others, n at most AT_ONCE -> like the tiles
@@ -60,18 +61,19 @@ def tiled(function, boxes, z, *others, down=0.0):
     z: (B, C, h, w)
     others: each a map (B, any, k h, k w), of which a tile gets the part under it (k = 8: an image over its latent);
     or one entry for each tile, (tiles * B, any, any), the first tile of all images first, of which a tile gets its own
-    down: see `tile_weight` -> like z
+    window_down: see `tile_weight` -> like z
     """
     if len(boxes) == 1:
         return function(z, *others)
     if (B := len(z)) > 1:       # one image after the other
-        images = [tiled(function, boxes, z[b : b + 1], *(x[b::B] for x in others), down=down) for b in range(B)]
+        images = [tiled(function, boxes, z[b : b + 1], *(x[b::B] for x in others), window_down=window_down)
+                  for b in range(B)]
         return torch.cat(images)
 
     # float32: in float16 the window is 0 in the corners, where the image would become 0 / 0
     total = torch.zeros_like(z, dtype=torch.float32)
     weights = torch.zeros_like(z[:, :1], dtype=torch.float32)
-    weight = tile_weight(*crop(z, boxes[0]).shape[-2:], down).to(z.device, non_blocking=True)
+    weight = tile_weight(*crop(z, boxes[0]).shape[-2:], window_down).to(z.device, non_blocking=True)
 
     def part(x, first):
         if x.ndim == 3:

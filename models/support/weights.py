@@ -6,33 +6,27 @@ its size and time, so that gigabytes are hashed once.
 """
 
 import json
-import mmap
 import os
 import re
 import stat
 import sys
 import time
-import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models.support.download import WeightError, address, download, hub_home, sha256_of, without_links
 from models.support.files import whole_file
 
-WRAPPERS = {"module", "_orig_mod", "ema_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-COUNTERS = {"n_averaged", "step_count", "decay", "initted", "step", "num_updates"}
-MAX_PARAMETERS = 5_000      # of a network, in tensors; ours have up to 2,700
-MAX_NUMBER = 1_000_000      # in a config
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}    # in names of wrapped models
 MODELS = Path(__file__).parents[1]
 PRIOR = MODELS / "prior_tiny.safetensors"       # around which the tiny S3Diff and GramSR learn
 OLD_SYSTEMS = {"s3diff": "r_unet", "gramsr": "ranks", "vosr": "dit"}     # and a setting that no other has
+OLD_SETTINGS = ("crisp", "precondition", "torch_bicubic", "stablesr", "start_noise")    # in files of ours, gone since
 EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
 
 
@@ -243,32 +237,16 @@ def read_json(path):
     return settings
 
 
-def is_plain(x):
-    """Whether no tensor in x is expanded from a few values, or sparse."""
-    if isinstance(x, torch.Tensor):
-        dense = x.layout == torch.strided and not x.is_meta
-        return dense and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
-    return all(map(is_plain, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
-
-
-def read_pickle(path):
-    """torch.load, which runs no code of the file, without its ways for a small file to fill the memory."""
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as file:
-        sound = file.find(b"bytearray") < 0     # torch would make one as long as the pickle says; a GB takes a second
-    if zipfile.is_zipfile(path):                # torch.save does not compress
-        sound &= sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) <= os.path.getsize(path)
-    if not sound or not is_plain(content := torch.load(path, map_location="cpu", weights_only=True)):
-        raise ValueError
-    return content
-
-
 def read_file(path):
     """A .safetensors file, or a pickle of torch that would run no code -> dict. Raises WeightError."""
     if not os.path.isfile(path):
         raise WeightError(f"{path}: no such file")
     files_read.append(path)
     try:
-        tensors = load_file(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
+        if Path(path).suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # torch raises nearly anything at a wrong file
         raise WeightError(f"{path}: is broken, or holds more than tensors and may run code ({type(e).__name__}); "
                           "get it again") from None
@@ -278,28 +256,16 @@ def read_file(path):
 
 
 def read_tensors(path):
-    """`read_file` less what DDP, compile and averaging add to the bare model, which a line says."""
-    left_out = set()
-
+    """`read_file`, with the names of the bare model: DDP, compile and averaging put WRAPPERS into them."""
     def unwrapped(tensors):
         found = {}
         for name, x in tensors.items():
-            *parts, last = str(name).split(".")
-            single = isinstance(x, (int, float)) or torch.is_tensor(x) and x.numel() == 1
-            if last in COUNTERS and single or "online_model" in parts:      # of which ema_model is the average
-                left_out.add("online_model." if "online_model" in parts else last)
-                continue
-            left_out.update(f"{part}." for part in WRAPPERS.intersection(parts))
-            bare = ".".join([part for part in parts if part not in WRAPPERS] + [last])
-            if bare in found:
-                raise WeightError(f"{path}: holds {bare:.200} twice, with a prefix and without; leave one of them")
-            found[bare] = unwrapped(x) if isinstance(x, dict) else x
+            parts = [part for part in str(name).split(".") if part not in WRAPPERS]
+            if parts[-1:] != ["n_averaged"]:    # which torch's AveragedModel counts
+                found[".".join(parts)] = unwrapped(x) if isinstance(x, dict) else x
         return found
 
-    tensors = unwrapped(read_file(path))
-    if left_out:
-        print(f"{path}: {', '.join(sorted(left_out))} left out, of how the model was trained and not of the model")
-    return tensors
+    return unwrapped(read_file(path))
 
 
 def find_weights(path):
@@ -368,11 +334,15 @@ def read_metadata(path):
 
 
 def read_config(path):
-    """The config that `save_model` wrote into a file -> dict, {} of any other file"""
+    """The config that `save_model` wrote into a file, without OLD_SETTINGS -> dict, {} of any other file"""
     with suppress(ValueError, RecursionError):
-        config = json.loads(read_metadata(path).get("config", "{}"))
+        config = json.loads(read_metadata(path).get("config", "{}"), object_hook=without_old_settings)
         return config if isinstance(config, dict) else {}
     return {}
+
+
+def without_old_settings(config):
+    return {name: value for name, value in config.items() if name not in OLD_SETTINGS}
 
 
 def read_system(path):
@@ -428,7 +398,9 @@ def laid_out_as(name, path):
     """In here a file's dict is taken apart as the public one of that name. Raises WeightError."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except WeightError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         wrong = f"{type(e).__name__}: {e}"
         raise WeightError(f"{path}: is not laid out as {name} ({wrong}); get it again") from None
 
@@ -445,37 +417,24 @@ class SkipInit(torch.overrides.TorchFunctionMode):
 
 @contextmanager
 def on_meta_device(path, system):
-    """In here networks are built as a file says, without values, of MAX_PARAMETERS tensors at most. Raises WeightError.
-
-    So a layer of 10^9 channels costs nothing, and fits no tensors afterwards; 10^9 layers would take days.
-    """
-    made = count(1)
-
-    def limit(*_):
-        if next(made) > MAX_PARAMETERS:
-            raise ValueError(f"it asks for more than {MAX_PARAMETERS} parameters")
-
-    hook = register_module_parameter_registration_hook(limit)
+    """In here networks are built as a file says, without values. Raises WeightError."""
     try:
         with torch.device("meta"), SkipInit():
             yield
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
         raise WeightError(f"{path}: its config is not one of {system} ({reason}); get it again") from None
-    finally:
-        hook.remove()
 
 
 def checked(cfg):
-    """A config (a dataclass), if its values have their fields' types and sane sizes. Raises ValueError."""
+    """A config (a dataclass), if its values have their fields' types. Raises ValueError."""
+    also_taken = {float: float | int, tuple: tuple | list}      # JSON has no tuples
     for f in fields(cfg):
-        value, kind = getattr(cfg, f.name), {float: float | int, tuple: tuple | list}.get(f.type, f.type)
-        if not isinstance(value, kind) or isinstance(value, (str, list, tuple, dict)) and len(value) > 1000:
+        value = getattr(cfg, f.name)
+        if not isinstance(value, also_taken.get(f.type, f.type)):
             raise ValueError(f"{f.name} is {value!r:.60}")
-        value = checked(value) if is_dataclass(value) else [*value.values()] if isinstance(value, dict) else value
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(x, (int, float)) and not (0 if isinstance(x, int) else -MAX_NUMBER) <= x <= MAX_NUMBER:
-                raise ValueError(f"{f.name} is {x:.6g}")
+        if is_dataclass(value):
+            checked(value)
     return cfg
 
 
