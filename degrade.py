@@ -350,7 +350,8 @@ def blur(x, kernels):
         padded = imaging.mirror_pad(x, margin, margin, margin, margin)
     # one convolution for all images: each channel is a group of its own
     channels = padded.reshape(1, B * c, *padded.shape[2:])
-    weight = kernels.to(x, non_blocking=True).expand(B, -1, -1).repeat_interleave(c, 0)[:, None]       # (B*c, 1, size, size)
+    kernels = kernels.to(x, non_blocking=True).expand(B, -1, -1)
+    weight = kernels.repeat_interleave(c, 0)[:, None]       # (B*c, 1, size, size)
     return F.conv2d(channels, weight, groups=B * c).view(B, c, H, W)
 
 
@@ -399,12 +400,6 @@ class NoiseSource:
         return torch.poisson(rate.to(self.generator.device), generator=self.generator)
 
 
-def on_device(numbers, x):
-    """Send a list to where x is; on a GPU the host does not wait.  -> tensor, bools or of x's type"""
-    dtype = torch.bool if isinstance(numbers[0], bool) else x.dtype
-    return torch.tensor(numbers, dtype=dtype, device="cpu").to(x.device, non_blocking=True)
-
-
 def gaussian_noise(x, gray, source):
     """Make Gaussian noise of sigma 1/255.
 
@@ -423,7 +418,7 @@ def poisson_noise(x, gray, source):
     x: (B, 3, H, W) in [0, 1]; gray: the same in all channels -> like x, if gray (B, 1, H, W)
     """
     if gray:
-        luma = on_device([0.2989, 0.587, 0.114], x).view(3, 1, 1)
+        luma = imaging.like(x, [0.2989, 0.587, 0.114]).view(3, 1, 1)
         x = (x * luma).sum(1, keepdim=True)
     x = imaging.round8(x)
     values = (x * 255).round().long().flatten(1)
@@ -448,7 +443,7 @@ def unit_noise(x, noise_type, gray, source):
         return noise(x, False, source)
     gray_noise = noise(x, True, source)
     colour_noise = noise(x, False, source)
-    is_gray = on_device(gray, x).view(-1, 1, 1, 1)
+    is_gray = imaging.like(x, gray).view(-1, 1, 1, 1)
     return torch.where(is_gray, gray_noise, colour_noise)
 
 
@@ -457,7 +452,7 @@ def add_noise(x, noise_type, strength, gray, source):
 
     x: (B, 3, H, W); noise_type, gray, source: of `unit_noise`; strength: (B,), see StagePlan -> like x, in [0, 1]
     """
-    strength = on_device(strength, x).view(-1, 1, 1, 1)
+    strength = imaging.like(x, strength).view(-1, 1, 1, 1)
     return (x + strength * unit_noise(x, noise_type, gray, source)).clamp(0, 1)
 
 

@@ -382,7 +382,7 @@ def update(run, optimizer):
 
 
 def check_skipped(run):
-    """Read what the steps since the last call left out, and say it; MAX_SKIPPED in a row end the run. Raises UserError."""
+    """Say what was left out since the last call; MAX_SKIPPED steps in a row end the run. Raises UserError."""
     skipped = int(run.skipped)
     if skipped > run.skipped_said:
         print(f"an update was left out, its gradient is not finite ({skipped} so far)", file=sys.stderr)

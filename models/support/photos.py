@@ -132,7 +132,10 @@ class Photos(torch.utils.data.Dataset):
         return self.cut(self.pixels(file), rng)
 
     def choose(self, i, is_good):
-        """Choose the photo of sample i.  is_good: can a file be read? -> file, generator of its crop. Raises DataError."""
+        """Choose the photo of sample i.  is_good: can a file be read? -> file, generator of its crop
+
+        Raises DataError.
+        """
         epoch, n = i // len(self), len(self)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(n)
