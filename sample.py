@@ -86,8 +86,8 @@ def parse_args(argv):
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes once, then faster")
-    p.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs (default): images "
-                   "of a size that comes again are faster, and the memory of a network's pass stays taken")
+    p.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs (default): "
+                   "images of a size that comes again are faster, and the memory of a network's pass stays taken")
     p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     for name, (kind, meaning) in KNOBS.items():
