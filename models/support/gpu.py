@@ -76,6 +76,8 @@ class GroupNorm(nn.GroupNorm):
         scale = self.weight.view(self.num_groups, -1) * (variance + self.eps).rsqrt()       # (B, groups, c / groups)
         shift = torch.addcmul(self.bias.view_as(scale[0]), mean, scale, value=-1)
         scale, shift = (y.view(*x.shape[:2], 1, 1) for y in (scale, shift))
+        if torch.compiler.is_compiling():       # which makes one kernel of it, and of what follows
+            return torch.addcmul(shift, x, scale).to(self.dtype)
         return torch.addcmul(shift, x, scale, out=torch.empty_like(x, dtype=self.dtype))
 
 
