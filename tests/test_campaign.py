@@ -21,7 +21,7 @@ def test_dry_run(tmp_path):
     for i in range(4):
         Image.effect_noise((160, 140), 60).convert("RGB").save(photos / f"{i}.png")
     command = ["bash", ROOT / "tests" / "campaign.sh", tmp_path / "out", photos, "--device", "cpu", "--dry"]
-    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHON": f"{sys.executable} {ROOT / 'tests' / 'shrunk.py'}", "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, env=env, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     said = (tmp_path / "out" / "stages.txt").read_text()
