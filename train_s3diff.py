@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import training
-from degrade import apply, degrade, draw_plan, severity
+from degrade import apply, degrade, plan_for, severity
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
 from models.s3diff import PRIORS, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
@@ -283,8 +283,9 @@ def draw_prior(run, hq, recipe, g):
     is_degraded = torch.rand(len(hq), generator=g, device=g.device) < 0.5
     x = hq.clone()
     if is_degraded.any():
-        x[is_degraded] = degrade(hq[is_degraded], recipe, g)[1]
-    return 2 * x - 1, is_degraded.long()
+        which = is_degraded.nonzero()[:, 0].to(hq.device, non_blocking=True)
+        x[which] = degrade(hq[which], recipe, g)[1]
+    return 2 * x - 1, is_degraded.long().to(hq.device, non_blocking=True)
 
 
 def draw_estimator(run, hq, recipe, g):
@@ -308,19 +309,23 @@ def draw_adapters_and_truth(run, hq, recipe, g):
 def make_pairs(run, hq, lq_up, scores, g):
     """Choose by online negative prompting whose target is the LQ image.  -> Pairs"""
     drawn = torch.rand(len(hq), generator=g, device=g.device)
-    negative = (drawn < run.args.neg_prob).to(hq.device)
+    negative = (drawn < run.args.neg_prob).to(hq.device, non_blocking=True)
     return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative)
 
 
 def degrade_and_score(hq, recipe, g):
-    """Degrade each photo by a plan of its own, and say how badly.  -> lq, lq_up, (B, 2) of `severity`"""
+    """Degrade each photo, or each group of `branches_per`, by a plan, and say how badly.
+
+    -> lq, lq_up, (B, 2) of `severity`
+    """
     lqs, lqs_up, scores = [], [], []
-    for one in hq.split(1):
-        plan = draw_plan(recipe, 1, g)
-        lq, lq_up = apply(plan, one)
+    together = recipe.branches_per if isinstance(recipe.branches_per, int) else 1
+    for some in hq.split(together):
+        plan = plan_for(some, recipe, g)
+        lq, lq_up = apply(plan, some)
         lqs.append(lq)
         lqs_up.append(lq_up)
-        scores.append(severity(plan, one, lq))
+        scores.append(severity(plan, some, lq))
     return torch.cat(lqs), torch.cat(lqs_up), torch.cat(scores)
 
 
@@ -341,7 +346,7 @@ def prior_losses(run, model, x, is_degraded, g):
     t = prior_times(len(z), g)
     eps = torch.randn(z.shape, generator=g, device=g.device).to(z)
     has_prompt = (torch.rand(len(z), 1, 1, generator=g, device=g.device) > 0.1).to(z)        # nine in ten
-    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
+    a = alphas_cumprod().to(t.device, non_blocking=True)[t].view(-1, 1, 1, 1).to(z)
     z_t = a.sqrt() * z + (1 - a).sqrt() * eps
     predicted = model.unet(z_t, t.to(z.device), has_prompt * model.prompts[is_degraded])
     error = (predicted - eps).float().square().mean((1, 2, 3))
@@ -416,13 +421,13 @@ def step_adapters(run):
     # kept for all four parts: each looks at the same images; g goes on from part to part
     batch = []
     for hq, recipe, g in training.micro_batches(run):
-        batch.append((draw(run, hq, recipe, g), g))
+        batch.append((draw(run, hq, recipe, g), g, training.on_device(g, run.device)))
 
     # ---- 1. reconstruct
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, _, noise) in enumerate(batch):
         with training.micro_batch_context(run, run.generate, i):
             context, target = prompts_and_targets(run.model, pairs)
-            sr = run.generate(pairs.lq_up, pairs.scores, context, g)
+            sr = run.generate(pairs.lq_up, pairs.scores, context, noise)
             terms = reconstruct(sr, target, lpips, run.stage)
         training.backward(run, terms)
     run.grad_norm = training.update(run, run.optimizer)
@@ -433,18 +438,21 @@ def step_adapters(run):
 
 
 def compete(run, batch):
-    """Do parts 2 to 4: generator against discriminator.  batch: list of (Pairs, generator), a micro-batch each"""
+    """Do parts 2 to 4: generator against discriminator.
+
+    batch: a micro-batch each, Pairs, generator of plans, generator of noise on the device
+    """
     stage, good = run.stage, run.model.prompts[:1]
 
     # ---- 2. adversary
     # official: D is not frozen here, so what this leaves in its gradients teaches it a little to be deceived
     run.D.requires_grad_(False)
     results = []
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, g, noise) in enumerate(batch):
         with training.micro_batch_context(run, run.generate, i):
             plan = run.D.draw(pairs.lq_up, pairs.lq_up, g)
             # official: all photos, each with the good prompt; the paper: only those that have it in part 1
-            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), g)
+            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), noise)
             # D itself, not its replica: it learns nothing here, so there are no gradients of it to average
             terms = adversary(sr, run.D, stage, plan)
         training.backward(run, terms)
@@ -453,7 +461,7 @@ def compete(run, batch):
     training.update(run, run.optimizer)
 
     # ---- 3. real
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, g, _) in enumerate(batch):
         plan = run.D.draw(pairs.hq, pairs.lq_up, g)
         with training.micro_batch_context(run, run.discriminate, i):
             terms = real(pairs.hq, run.discriminate, stage, plan)
@@ -461,7 +469,7 @@ def compete(run, batch):
     training.update(run, run.optimizer_D)
 
     # ---- 4. fake
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, g, _) in enumerate(batch):
         sr = results[i]
         plan = run.D.draw(sr, pairs.lq_up, g)
         with training.micro_batch_context(run, run.discriminate, i):

@@ -140,8 +140,9 @@ class S3Diff(nn.Module):
         return a**0.5 * z + (1 - a) ** 0.5 * self.noise(z, generator)
 
     def noise(self, z, generator=None):
-        """Draw standard normal noise like z, on the CPU."""
-        return torch.randn(z.shape, generator=generator, device="cpu").to(z, non_blocking=True)
+        """Draw standard normal noise like z, on the generator's device, else on the CPU."""
+        device = generator.device if generator else "cpu"
+        return torch.randn(z.shape, generator=generator, device=device).to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
         """Take the noise out of a latent.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
