@@ -76,7 +76,8 @@ def parser(description, needs):
 def add_arguments(p):
     """Add the flags that all three scripts have."""
     p.add_argument("--data", type=path_argument, required=True,
-                   help="good photos: a folder, searched recursively, or a .txt list")
+                   help="good photos: a folder, searched recursively, or a .txt list; the words digits and letters: "
+                   "drawn ones")
     p.add_argument("--lq", type=path_argument, metavar="FOLDER",
                    help="your own LQ images, a quarter as large a side, with the names of the photos in folder --data, "
                    "or with x4 added: pairs to train on, instead of degraded photos")
@@ -87,6 +88,8 @@ def add_arguments(p):
     p.add_argument("--batch-size", type=COUNT, help="photos per step, of all processes together")
     p.add_argument("--micro-batch", type=COUNT, help="photos that a process computes at once; the gradients of "
                    "a step's parts are added up (default: the preset's, full-size ones 1, tiny its share)")
+    p.add_argument("--branches-per", type=batch_image_or_number, metavar="N",
+                   help="how many images share a recipe's kinds of damage: image, batch, or a number")
     p.add_argument("--lr", type=between(1e-9, 1), help="peak learning rate")
     p.add_argument("--seed", type=SEED, default=0)
     # machine
@@ -101,6 +104,11 @@ def add_arguments(p):
     p.add_argument("--log-every", type=COUNT, default=50, metavar="N", help="steps between rows of log.csv (50)")
     p.add_argument("--save-every", type=COUNT, help="steps between checkpoints, held-out losses and images")
     p.add_argument("--keep", type=COUNT, default=2, metavar="K", help="newest checkpoints that stay (default 2)")
+
+
+def batch_image_or_number(word):
+    """Be a type of argument: of Recipe.branches_per."""
+    return word if word in ("batch", "image") else COUNT(word)
 
 
 def start(run):
