@@ -313,7 +313,7 @@ def test_help_names_memory_hours_and_data(capsys, script):
         script.parse_args(["--help"])
     said = capsys.readouterr().out
     assert not e.value.code and max(map(len, said.splitlines())) <= 120
-    assert all(word in said for word in ("RTX 4090", "H200", "memory", "computed", "LSDIR", "FFHQ", "# photos.txt"))
+    assert all(word in said for word in ("RTX 4090", "H200", "memory", "Computed", "LSDIR", "FFHQ", "# photos.txt"))
     for name, (_, stages) in script.PRESETS.items():
         for stage in stages.values() if name not in OURS else ():
             assert f"{stage.steps:,} x {stage.batch_size:,}" in said, "images, as the presets have them"
