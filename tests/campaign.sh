@@ -36,7 +36,7 @@ rate() {    # of steps a second, by the newest row of a stage's log
 stage() {   # share of 9 minutes, batch on a GPU, learning rate there, script, stage, flags
     local share=$1 batch=$2 lr=$3 script=$4 name=$5 start=$SECONDS steps large=""; shift 5
     [ -e "$out/$name/done" ] && return
-    [ "$device" != cpu ] && large="--batch-size $batch --lr $lr --branches-per 8"
+    [ "$device" != cpu ] && large="--batch-size $batch --lr $lr --branches-per $((batch / 8))"
     if [ ! -e "$out/$name/steps" ]; then
         train "$script" "$name" $first $large "$@" || return
         # what is left of its time, less what such a start takes again
