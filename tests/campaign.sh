@@ -74,12 +74,16 @@ gramsr() {
     stage 0.9 256 1e-3 gramsr texture --init "$out/semantic"
 }
 
-trap 'kill $(jobs -p) 2> /dev/null; wait' INT TERM
+stop() {    # trainings save first
+    for process in $prior $others; do pkill -TERM -P "$process"; done
+}
+trap stop INT TERM
 s3diff & prior=$!
 vosr & others=$!
 gramsr $prior & others="$others $!"
 failed=0
 for process in $prior $others; do wait "$process" || failed=1; done
+wait
 for name in decoder adapters texture; do
     [ -e "$out/$name/done" ] || { failed=1; echo "$name: not done, see $out/*.txt"; continue; }
     $python sample.py assets/example.png --ref assets/example_hq.png --model "$out/$name" --device "$device" --out "$out/results/$name" \
