@@ -156,7 +156,14 @@ CLEAN = Recipe(     # ours: half of the images are only shrunk, the others weakl
     sinc_probability=0.0, final_sinc_probability=0.0, branches_per="image",
     exact_resize=True, antialias=True, only_shrink_probability=0.5)
 
-RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE, "clean": CLEAN}
+LETTERS = replace(   # ours: S3Diff's for images of 32 pixels, of which it would leave too little to read
+    S3DIFF,
+    first=replace(S3DIFF.first, scale=(0.5, 1.5)),
+    second=replace(S3DIFF.second, blur_probability=0.2, up_probability=0.1, down_probability=0.2, keep_probability=0.7,
+                   scale=(0.8, 1.2)),
+    final_sinc_probability=0.65, keep_hq_probability=0.0, exact_resize=True)
+
+RECIPES = {"vosr": VOSR, "s3diff": S3DIFF, "gramsr": GRAMSR, "wide": WIDE, "clean": CLEAN, "letters": LETTERS}
 
 
 # ---- plans: what does happen

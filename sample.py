@@ -99,6 +99,8 @@ def parse_args(argv):
     # measuring and looking
     p.add_argument("--page", action="store_true", help="also OUT/page.html: before and after with a divider")
     p.add_argument("--ref", type=existing, metavar="DIR", help="references: a folder with the same names, or a picture")
+    p.add_argument("--border", type=between(0, 64, whole=True), metavar="PX",
+                   help="cut off before PSNR and SSIM (default: the scale, as BasicSR; the papers' tables: 0)")
     p.add_argument("--niqe", type=existing, metavar="FILE", help="niqe_pris_params.npz (default: in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     p.add_argument("--fetch", action="store_true", help="fetch and check all public files that --model needs, and end; "
@@ -110,6 +112,7 @@ def parse_args(argv):
         args.pictures, args.model = [EXAMPLE], args.model or "all"
         args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
     args.model = args.model or "vosr-tiny"
+    args.border = round(args.scale) if args.border is None else args.border
     args.dtype = choose_dtype(args.dtype, args.device, "float16")
     if args.tile and args.overlap and args.overlap >= args.tile:
         p.error(f"argument --overlap: {args.overlap} is not less than the tile's {args.tile}")
@@ -368,7 +371,7 @@ def main(argv=None):
         check_writable(args.out)
         references = find_references(names.values(), args.ref, args.scale)
         models, weights = load_models(args)
-        metrics = find_metrics(args.ref is not None, args.scale, args.niqe, args.device, LPIPS.from_pretrained)
+        metrics = find_metrics(args.ref is not None, args.border, args.niqe, args.device, LPIPS.from_pretrained)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
 

@@ -22,6 +22,7 @@ the best so far, not the last.
 
 import argparse
 import copy
+import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +40,7 @@ from models.support.evaluation import find_niqe
 from models.support.imaging import round8
 from models.support.metrics import BLOCK, niqe
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from models.tiny import TinyGramSR, TinyGramSRConfig, load_prior
+from models.tiny import LETTERS_GRAMSR, TinyGramSR, TinyGramSRConfig, load_prior
 from models.tiny_losses import RandomLPIPS
 from models.vit import PRESETS as VITS, DINOv3
 
@@ -128,9 +129,22 @@ TINY = {    # ours, for a laptop; two steps in three by the first recipe, the th
         crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16,
         lambda_lpips=0.015, lambda_csd=0.003, lambda_gram=0.4, guidance=3.0),
 }
+LETTERS = {     # ours, for --data digits and --data letters: minutes each; an image is 2 x 2 cells
+    "pixel": Stage(
+        steps=700, batch_size=16, lr=1e-3, schedule="cosine", warmup=50,
+        crop=64, recipes=("letters",), branches_per="image", rank=16, learn_vit=True),
+    "semantic": Stage(
+        steps=200, before=700, batch_size=16, lr=5e-4, schedule="cosine",
+        crop=64, recipes=("letters",), branches_per="image", rank=16,
+        lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0),
+    "texture": Stage(
+        steps=200, before=900, batch_size=16, lr=5e-4, schedule="cosine",
+        crop=64, recipes=("letters",), branches_per="image", rank=16,
+        lambda_lpips=0.015, lambda_csd=0.003, lambda_gram=0.4, guidance=3.0),
+}
 PRESETS = {     # name: config of the model, its stages
     "sd-2.1": (GramSRConfig(ranks={}), PAPER),
-    "tiny": (TinyGramSRConfig(), TINY),
+    "letters": (LETTERS_GRAMSR, LETTERS), "tiny": (TinyGramSRConfig(), TINY),
 }
 ORDER = list(SETS)      # of the stages, each with a LoRA set of its name
 SETTINGS = ("stage", "preset", "data", "lq", "init", "seed", "gram", "rank")    # flags that stay when it is resumed
@@ -155,11 +169,13 @@ def parse_args(argv=None):
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
-    args.tiny = args.preset == "tiny"
+    args.tiny = args.preset in ("letters", "tiny")
     if args.stage == "pixel" and args.init and not args.tiny:
         p.error("--stage pixel comes first: --init is for the later ones")
     if args.stage != "pixel" and not args.init:
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
+    if args.preset == "letters" and not args.init:
+        p.error("--stage pixel of --preset letters needs --init, the --out of train_s3diff.py --stage prior")
     if args.gram and args.stage != "texture":
         p.error(f"--gram is not read by --stage {args.stage}")
     args.gram = args.gram or "patches"
@@ -212,15 +228,8 @@ def check_init(args, cfg, model, earlier):
 
 
 def as_stored(cfg):
-    """Turn a config into what a file holds of it, where tuples have become lists.  -> nested dicts"""
-    def plain(value):
-        if isinstance(value, dict):
-            return {name: plain(x) for name, x in value.items()}
-        if isinstance(value, tuple):
-            return list(value)
-        return value
-
-    return plain(asdict(cfg))
+    """Turn a config into what a model's file gives back of it: JSON has lists for tuples.  -> nested dicts"""
+    return json.loads(json.dumps(asdict(cfg)))
 
 
 def build_judges(args, stage, model):

@@ -35,10 +35,10 @@ import training
 from degrade import apply, degrade, plan_for, severity
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
-from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
+from models.s3diff import PRIORS, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.support.arguments import between, path_argument
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
-from models.tiny import TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder, load_prior
+from models.tiny import LETTERS_S3DIFF, TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder, load_prior
 from models.tiny_losses import PatchDiscriminator, RandomLPIPS
 from models.unet import alphas_cumprod
 from models.vit import PRESETS as VITS, ViT
@@ -97,9 +97,18 @@ TINY = {        # ours, for a laptop; recipes go by turns: two steps in three as
         crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image",
         lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.75),
 }
+LETTERS = {     # ours, for --data digits and --data letters: minutes each; an image is 2 x 2 cells
+    "prior": Stage(
+        steps=800, batch_size=16, lr=1e-3, schedule="cosine", warmup=50, ema=0.998, crop=64, recipes=("letters",)),
+    "estimator": Stage(
+        steps=300, batch_size=4, lr=1e-3, schedule="cosine", warmup=30, ema=0.98, crop=128, recipes=("letters",)),
+    "adapters": Stage(
+        steps=600, batch_size=16, lr=1e-3, schedule="cosine", warmup=50, ema=0.99, crop=64, recipes=("letters",),
+        branches_per="image", lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.5),
+}
 PRESETS = {     # name: config of the model, its stages
     "sd-turbo": (S3DiffConfig(), PAPER),
-    "tiny": (TinyS3DiffConfig(), TINY),
+    "letters": (LETTERS_S3DIFF, LETTERS), "tiny": (TinyS3DiffConfig(), TINY),
 }
 PLACES = {      # of adapters, for --lora: names of the VAE's layers, "" = none of them; the UNet always has some
     "unet": "",
@@ -110,13 +119,14 @@ PLACES = {      # of adapters, for --lora: names of the VAE's layers, "" = none 
 TINY_PLACES = {     # of the tiny VAE's layers
     "unet": "",
     "unet+encoder": "encoder",
-    "unet+decoder": r"finish\..*",
-    "unet+encoder+decoder": r"encoder|finish\..*",
+    "unet+decoder": r"decoder|finish\..*",
+    "unet+encoder+decoder": r"encoder|decoder|finish\..*",
 }
+# flags of stage adapters alone, and their defaults; None: the preset's
 ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
-             "start_step": None}        # flags of stage adapters alone, and their defaults; None: the preset's
-SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "lq",
-            "init", "seed")     # flags that stay when a run is resumed
+             "start_step": None, "prior": None}
+SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "prior", "data",
+            "lq", "init", "seed")     # flags that stay when a run is resumed
 
 
 def parse_args(argv=None):
@@ -137,20 +147,25 @@ def parse_args(argv=None):
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
                    help="t of the one step (Table 8; default 999, tiny 250); below 999 with its noise, but tiny")
+    p.add_argument("--prior", choices=PRIORS, help="what is adapted (Figure 9; default sd-turbo)")
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
-    args.tiny = args.preset == "tiny"
+    args.tiny = args.preset in ("letters", "tiny")
     if args.stage not in stages:
         p.error(f"--stage {args.stage} is for --preset tiny; {args.preset} has public weights")
+    if args.preset == "letters" and args.stage != "prior" and not args.init:
+        p.error(f"--stage {args.stage} of --preset letters needs --init, the --out folder of the stage before it")
     if args.lq and args.stage != "adapters":
         p.error(f"--lq is not read by --stage {args.stage}")
     given = [name for name in ABLATIONS if getattr(args, name) is not None]
     if given and args.stage != "adapters":
         p.error(f"--{given[0].replace('_', '-')} is not read by --stage {args.stage}")
-    changes_adapters = {"lora", "modulation", "rank_unet", "rank_vae"} & set(given)
+    if args.prior and args.tiny:
+        p.error("--prior is for --preset sd-turbo; tiny has one of its own")
+    changes_adapters = {"lora", "modulation", "rank_unet", "rank_vae", "prior"} & set(given)
     if args.init and changes_adapters and not args.tiny:
-        p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
+        p.error("--init brings its own --lora, --modulation, --rank-unet, --rank-vae and --prior")
     for name, default in ABLATIONS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -164,7 +179,8 @@ def build(args, cfg):
     """Build the networks.  -> S3Diff to train, a line on its origin. What loads --init refuses other networks."""
     places = TINY_PLACES if args.tiny else PLACES
     cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
-                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t)
+                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t,
+                  prior=args.prior or cfg.prior)
     if args.tiny:
         return build_tiny(args, cfg)
     if args.init:
@@ -173,7 +189,7 @@ def build(args, cfg):
         return model, f"from {args.init}"
     model = S3Diff.with_prior(cfg)
     model.new_adapters()
-    return model, "SD-Turbo with new adapters"
+    return model, f"{cfg.prior} with new adapters"
 
 
 def build_tiny(args, cfg):
@@ -185,8 +201,9 @@ def build_tiny(args, cfg):
     # Stable Diffusion's text encoder makes its prompts; here stage prior learns them
     model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))
     make_blind_for_brightness(model.denet)
-    # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
-    load_autoencoder(model)
+    if args.preset == "tiny":
+        # with its residual network: on the linear decoder alone, an adversary's textures become a weave of its cells
+        load_autoencoder(model)
     if args.init == "none" or args.stage == "prior" and not args.init:
         return model, origin
     everything = args.stage != "estimator"      # which begins anew

@@ -34,7 +34,7 @@ from models.dit import DiT
 from models.flow import guided, loss_distill, loss_flow, sample
 from models.support.arguments import path_argument
 from models.support.weights import save_model, save_release
-from models.tiny import SMALL, TinyDiT, TinyVOSR, TinyVOSRConfig
+from models.tiny import LETTERS_VOSR, SMALL, TinyDiT, TinyVOSR, TinyVOSRConfig
 from models.vosr import SIZES, VOSR
 
 WEAK_FLOW = (0.05, 0.25)    # the weak condition's strength in a flow: drawn from this range, one for a batch
@@ -97,6 +97,15 @@ TINY = {        # ours, for a laptop
         steps=1500, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, betas=(0.9, 0.99), weight_decay=0.0, ema=0.99,
         crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image"),
 }
+LETTERS = {     # ours, for --data digits and --data letters: minutes, no autoencoder to train
+    # lognorm: which character it is is decided near noise
+    "flow": Stage(
+        steps=700, batch_size=64, lr=2e-3, schedule="cosine", warmup=50, ema=0.99,
+        crop=32, recipes=("letters",), strength=(7.0, 1.0), lognorm=(0.8, 1.2)),
+    "distill": Stage(
+        steps=160, batch_size=32, lr=1e-3, schedule="cosine", warmup=10, ema=0.97,
+        crop=32, recipes=("letters",), strength=(7.0, 1.0), omega=1.0),
+}
 SMALL_STAGES = {    # ours, for two hours of a card of 24 GB
     # computed, not measured: a crop of the flow takes 404 GFLOP and, in bfloat16, keeps 0.7 GB for backward, beside
     # 1.2 GB for parameters, moments and the average
@@ -108,6 +117,7 @@ SMALL_STAGES = {    # ours, for two hours of a card of 24 GB
     "decoder": replace(TINY["decoder"], batch_size=32, crop=256, branches_per=8),
 }
 PRESETS = {     # name: config of the model, its stages
+    "letters": (LETTERS_VOSR, LETTERS),
     "tiny": (TinyVOSRConfig(), TINY),
     "small": (SMALL, SMALL_STAGES),
     "0.5b": (SIZES["0.5b"], AUTHORS), "0.5b-paper": (SIZES["0.5b"], PAPER),
@@ -143,18 +153,19 @@ def parse_args(argv=None):
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
-    args.tiny = args.preset in ("tiny", "small")    # of the networks in tiny.py
+    args.tiny = args.preset in ("letters", "tiny", "small")     # of the networks in tiny.py
     if args.stage not in stages:
         p.error(f"--stage {args.stage} is not of --preset {args.preset}, which has {', '.join(stages)}")
     if args.distill and args.stage != "distill":
         p.error(f"--distill is not read by --stage {args.stage}")
     if args.ablate and not (args.stage == "flow" and args.tiny):
-        p.error("--ablate is for --stage flow of --preset tiny; later stages go on with what they find")
-    if args.init and args.stage == "autoencoder":
-        p.error("--init is not read by --stage autoencoder")
+        p.error("--ablate is for --stage flow of --preset tiny or letters; later stages go on with what they find")
+    if args.init and (args.stage == "autoencoder" or args.preset == "letters" and args.stage == "flow"):
+        p.error(f"--init is not read by --stage {args.stage} of --preset {args.preset}")
     if args.lq and args.stage == "autoencoder":
         p.error(f"--lq is not read by --stage {args.stage}")
-    if not args.init and (args.stage == "distill" or args.tiny and args.stage != "autoencoder"):
+    first = next(iter(stages))      # ours begin with nothing, others with public weights or nothing
+    if not args.init and (args.stage == "distill" or args.tiny and args.stage != first):
         p.error(f"--stage {args.stage} needs --init, the --out folder of the stage before it")
     return args
 
@@ -166,6 +177,8 @@ def build(args, cfg):
     """Build the networks.  -> VOSR to train, its frozen teacher (DiT) or None, a line on their origin"""
     if args.stage == "autoencoder":
         return TinyVOSR(cfg), None, "FROM SCRATCH"
+    if args.preset == "letters" and args.stage == "flow":
+        return new_transformers(cfg, args.ablate), None, "FROM SCRATCH"
     if not args.init:
         model = VOSR.with_frozen(cfg)
         model.dit = DiT(cfg.dit)        # until now without numbers
@@ -174,7 +187,8 @@ def build(args, cfg):
     system = TinyVOSR if args.tiny else VOSR
     model = system.from_pretrained(args.init).train()
     if args.stage == "flow" and args.tiny:
-        model = new_transformers(model.vae, cfg, args.ablate)
+        vae, model = model.vae, new_transformers(cfg, args.ablate)
+        model.vae.load_state_dict(vae.state_dict(), strict=False)       # all but the convolutions after the decoder
         return model, None, f"autoencoder from {args.init}, transformers FROM SCRATCH"
     check_init(args, cfg, model)
     teacher = None
@@ -196,12 +210,10 @@ def check_init(args, cfg, model):
                                  f"from which stage {args.stage} starts; give the --out folder of the stage before it")
 
 
-def new_transformers(vae, cfg, ablation):
-    """Make the tiny model around an autoencoder that is trained already."""
+def new_transformers(cfg, ablation):
+    """Make the tiny model of many steps."""
     cfg = replace(cfg, temperature=1.0)     # many steps need all of the noise they were trained on
-    model = TinyVOSR(replace(cfg, **ABLATIONS.get(ablation, {})))
-    model.vae.load_state_dict(vae.state_dict(), strict=False)       # all but the convolutions after the decoder
-    return model
+    return TinyVOSR(replace(cfg, **ABLATIONS.get(ablation, {})))
 
 
 def new_student(teacher):

@@ -269,12 +269,13 @@ def open_photos(run):
     photos, crops, run.photos = photos_for(args.data, stage.crop, args.seed, run.photos, lq=args.lq, flip=stage.flip,
                                            shrink=stage.shrink)
     hq, lq = hq_and_lq(run, crops)
-    found = len(set(run.photos))
-    held_out = found - len(set(photos.files))
-    print(f"{found} photos found in {args.data}, {held_out} of them held out")
-    if found < FEW_PHOTOS:
-        print(f"these are few: the {len(hq)} crops that are evaluated come from the {held_out} held out; "
-              "figures of more photos say more")
+    if photos.files:        # not of --data digits or letters
+        found = len(set(run.photos))
+        held_out = found - len(set(photos.files))
+        print(f"{found} photos found in {args.data}, {held_out} of them held out")
+        if found < FEW_PHOTOS:
+            print(f"these are few: the {len(hq)} crops that are evaluated come from the {held_out} held out; "
+                  "figures of more photos say more")
     open_loader(run, photos)
     run.recipes = [replace(RECIPES[name], branches_per=stage.branches_per) for name in stage.recipes]
     return hq, lq

@@ -7,6 +7,7 @@ Each system is the paper's (vosr.py, s3diff.py, gramsr.py) with other parts:
     ours                     in place of                      because
     TinyVAE                  Stable Diffusion's autoencoder   49 thousand parameters do, not 84 million
     Finish                   nothing                          TinyVAE's decoder shows a transformer's errors
+    PixelVAE (digits)        the autoencoder                  on cells of 32 pixels none is needed
     TinyDiT                  VOSR's DiT                       it starts from the best linear estimate
     ConvSwiGLU (optional)    the MLP of a DiT's block         six layers learn slowly what is local
     two learned prompts      a text encoder                   a tiny prior never saw a text
@@ -30,6 +31,7 @@ from models.dit import DiT, DiTConfig, SwiGLU
 from models.gramsr import GramSR, GramSRConfig
 from models.lora import NO_ADAPTERS, Conv2d, ExactConv2d, of_block
 from models.s3diff import S3Diff, S3DiffConfig
+from models.support.tiles import tile_boxes
 from models.support.weights import EMBEDDED, PRIOR, WeightError, load_strictly, read_foundation, read_tensors
 from models.unet import UNet, UNetConfig
 from models.vit import DINOv3, DINOv3Config, ViT, ViTConfig
@@ -172,6 +174,52 @@ class TinyVAE(nn.Module):
         return F.mse_loss(self.synthesis(y), x), F.mse_loss(self.synthesis(y * first), x)
 
 
+@dataclass
+class PixelVAEConfig:
+    cell: int = 4           # pixels a side that become one latent cell
+    brightness: float = 0.75        # what pixels in [-1, 1] are multiplied by; see TinyVAEConfig.scale
+
+    def __post_init__(self):
+        if self.cell not in (1, 2, 4, 8, 16) or self.brightness <= 0:
+            raise ValueError(f"cell is {self.cell}, brightness {self.brightness}")
+
+
+class PixelVAE(nn.Module):
+    """No autoencoder at all: a latent cell's channels are its pixels, so there is nothing to train or to lose.
+
+    Of digits and letters. Encoder and decoder are convolutions that change nothing, for adapters to stand beside.
+    """
+
+    blocks = 1      # that adapters tell apart
+
+    def __init__(self, cfg=PixelVAEConfig()):
+        super().__init__()
+        self.cfg, self.factor = cfg, cfg.cell
+        channels = 3 * cfg.cell**2
+        self.encoder = ExactConv2d(channels, channels, 3, padding=1, bias=False)
+        self.decoder = ExactConv2d(channels, channels, 3, padding=1, bias=False)
+        nn.init.dirac_(self.encoder.weight)
+        nn.init.dirac_(self.decoder.weight)
+
+    def encode(self, x, generator=None, adapters=NO_ADAPTERS):
+        """(B, 3, H, W) in [-1, 1] -> (B, 3 cell^2, H/cell, W/cell); nothing is random"""
+        z = self.cfg.brightness * F.pixel_unshuffle(x, self.cfg.cell)
+        return self.encoder(z, of_block(adapters, 0))
+
+    def decode(self, z, adapters=NO_ADAPTERS):
+        """(B, 3 cell^2, h, w) -> (B, 3, H, W), about [-1, 1]"""
+        return F.pixel_shuffle(self.decoder(z, of_block(adapters, 0)) / self.cfg.brightness, self.cfg.cell)
+
+
+AUTOENCODERS = {TinyVAEConfig: TinyVAE, PixelVAEConfig: PixelVAE}
+
+
+def autoencoder_config(values):
+    """Make the config whose fields a file holds.  values: dict -> TinyVAEConfig or PixelVAEConfig"""
+    kind = PixelVAEConfig if "cell" in values else TinyVAEConfig
+    return kind(**values)
+
+
 # ---- VOSR: the transformer, the config, the system
 
 class ConvSwiGLU(SwiGLU):
@@ -248,7 +296,7 @@ class TinyVOSRConfig(VOSRConfig):
         input_size=16, patch_size=1, in_channels=128, out_channels=64, hidden_size=256, depth=6, num_heads=4,
         z_dims=128, rope_rescale=False))
     vit: ViTConfig = field(default_factory=lambda: ViTConfig(img_size=112, embed_dim=128, depth=4, num_heads=2))
-    vae: TinyVAEConfig = field(default_factory=TinyVAEConfig)
+    vae: TinyVAEConfig | PixelVAEConfig = field(default_factory=TinyVAEConfig)
     vit_input: int = 112
     vit_layer: int | None = None
     guidance: float = 1.0
@@ -261,7 +309,7 @@ class TinyVOSRConfig(VOSRConfig):
 
     @classmethod
     def from_dict(cls, d):
-        parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": TinyVAEConfig(**d["vae"])}
+        parts = {"dit": DiTConfig(**d["dit"]), "vit": ViTConfig(**d["vit"]), "vae": autoencoder_config(d["vae"])}
         return cls(**(d | parts))
 
 
@@ -281,13 +329,19 @@ class TinyVOSR(VOSR):
     stablesr = True     # its wavelet brings back fewer blotches of JPEG
 
     def networks(self, cfg):
-        return TinyVAE(cfg.vae), ViT(cfg.vit), TinyDiT(cfg.dit, cfg.local)
+        return AUTOENCODERS[type(cfg.vae)](cfg.vae), ViT(cfg.vit), TinyDiT(cfg.dit, cfg.local)
 
     def tokens(self, x):
         """As `VOSR.tokens`; a blind model has one token of zeros."""
         if self.cfg.blind:
             return x.new_zeros(len(x), 1, self.cfg.vit.embed_dim)
         return super().tokens(x)
+
+    def boxes(self, z, tile, overlap):
+        """As `VOSR.boxes`; of digits and letters a tile is a cell, and cells do not overlap."""
+        if isinstance(self.vae, PixelVAE):
+            return tile_boxes(*z.shape[-2:], tile // self.vae.factor, 0)
+        return super().boxes(z, tile, overlap)
 
     def enlarge(self, lq, size):
         """As degrade.py does, so by torch."""
@@ -313,10 +367,11 @@ def is_prior(name):
 @dataclass
 class TinyS3DiffConfig(S3DiffConfig):
     unet: UNetConfig = field(default_factory=lambda: replace(UNET))     # a copy: each config has its own
-    vae: TinyVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
+    vae: TinyVAEConfig | PixelVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
     r_vae: int = 8
     vae_targets: str = "encoder"        # TinyVAE's one convolution
     denet_widths: tuple = (16, 16, 32, 32)
+    prior: str = "tiny"
     t: int = 250                # at 999 errors of eps would count 14.6 times
     guidance: float = 1.1
     enlarge: str = "bicubic"
@@ -325,7 +380,7 @@ class TinyS3DiffConfig(S3DiffConfig):
 
     @classmethod
     def from_dict(cls, d):
-        parts = {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"])}
+        parts = {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"])}
         return cls(**(d | parts))
 
 
@@ -339,7 +394,8 @@ class TinyS3Diff(S3Diff):
         self.register_buffer("prompts", torch.zeros(2, cfg.tokens, cfg.unet.context_dim))   # positive, negative
 
     def networks(self, cfg):
-        return UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths), TinyVAE(cfg.vae)
+        vae = AUTOENCODERS[type(cfg.vae)](cfg.vae)
+        return UNet(cfg.unet), DegradationEstimator(num_feats=cfg.denet_widths), vae
 
     def noise(self, z, generator=None):
         return torch.zeros_like(z)
@@ -379,7 +435,7 @@ def load_autoencoder(model):
 @dataclass
 class TinyGramSRConfig(GramSRConfig):
     unet: UNetConfig = field(default_factory=lambda: replace(UNET))
-    vae: TinyVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
+    vae: TinyVAEConfig | PixelVAEConfig = field(default_factory=lambda: TinyVAEConfig(finish=96))
     vit: DINOv3Config = field(default_factory=lambda: DINOv3Config(embed_dim=96, depth=3, num_heads=3))
     ranks: dict = field(default_factory=dict)
     tile: int = 1024
@@ -387,7 +443,7 @@ class TinyGramSRConfig(GramSRConfig):
 
     @classmethod
     def from_dict(cls, d):
-        parts = {"unet": UNetConfig(**d["unet"]), "vae": TinyVAEConfig(**d["vae"]), "vit": DINOv3Config(**d["vit"])}
+        parts = {"unet": UNetConfig(**d["unet"]), "vae": autoencoder_config(d["vae"]), "vit": DINOv3Config(**d["vit"])}
         return cls(**(d | parts))
 
 
@@ -401,9 +457,24 @@ class TinyGramSR(GramSR):
         self.register_buffer("prompts", torch.zeros(2, cfg.prompt_tokens, cfg.unet.context_dim))    # good, bad
 
     def networks(self, cfg):
-        return UNet(cfg.unet), TinyVAE(cfg.vae), DINOv3(cfg.vit)
+        return UNet(cfg.unet), AUTOENCODERS[type(cfg.vae)](cfg.vae), DINOv3(cfg.vit)
 
     def csd_conditions(self, context):
         """What CSD compares: the prior's good and bad prompt for each image -> two of (B, 8, D)"""
         good, bad = self.prompts
         return good.expand(len(context), -1, -1), bad.expand(len(context), -1, -1)
+
+
+# ---- the preset `letters`: digits and letters, which support/glyphs.py draws, in cells of 32 pixels
+
+# 48 channels: the RGB of 4x4 pixels
+LETTERS_UNET = UNetConfig(48, 48, widths=(64, 96, 128), num_heads=(0, 2, 2), layers_per_block=1, context_dim=64,
+                          norm_groups=16)
+LETTERS_VOSR = TinyVOSRConfig(
+    dit=DiTConfig(input_size=8, patch_size=1, in_channels=96, out_channels=48, hidden_size=128, depth=4, num_heads=4,
+                  z_dims=64, rope_rescale=False),
+    vit=ViTConfig(img_size=56, embed_dim=64, depth=2, num_heads=2), vae=PixelVAEConfig(), vit_input=56, steps=16,
+    temperature=1.0, color="none", tile=32, overlap=0, local=True)
+LETTERS_S3DIFF = TinyS3DiffConfig(unet=LETTERS_UNET, vae=PixelVAEConfig())
+LETTERS_GRAMSR = TinyGramSRConfig(unet=replace(LETTERS_UNET), vae=PixelVAEConfig(),
+                                  vit=DINOv3Config(patch_size=8, embed_dim=64, depth=2, num_heads=2))

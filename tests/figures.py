@@ -1,7 +1,7 @@
 """README's pictures, made anew from real runs: python tests/figures.py [NAME ...] [--out assets]
 
 Without a name all of them. Photographs become JPEG, drawings PNG of few colours. Every run is of the embedded models
-on the example image; `plane` trains its own in a minute. Pillow's own font has only Latin letters, so captions are
+on the example image; `plane` trains its own in a minute, `digits` in about twenty of one core (runs/letters). Pillow's own font has only Latin letters, so captions are
 ASCII.
 """
 
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import letters  # noqa: E402
 import plane as flat  # noqa: E402
 from degrade import RECIPES, apply, draw_plan  # noqa: E402
 from models.flow import guided, sample  # noqa: E402
@@ -522,11 +523,42 @@ def plane_paths(b, x, y, side, w):
            "Blue: the flow in 25 steps. Orange: one step.", 17, DIM, "la")
 
 
+# ---- digits
+
+
+def digits(columns=16):
+    """Held-out cells restored: what regression paints, what one sampled step and sixteen decide for."""
+    folders = letters.trained()
+    hq, lq, cells = letters.held_out(n=500)
+    models = {name: find_system(at).from_pretrained(at) for name, at in folders.items()}
+    results = {"bicubic": resize(lq, 4)}
+    shown_models = {"regression": ("regression", {}), "flow, 16 steps": ("flow", {"steps": 16}),
+                    "distilled, 1 step": ("distill", {})}
+    for words, (name, knobs) in shown_models.items():
+        results[words] = letters.restored(models[name], lq, **knobs)
+    rows = {"LQ": F.interpolate(lq, scale_factor=4)} | results | {"original": hq}
+
+    left, side, gap = 236, 58, 2
+    img = Image.new("RGB", (WIDTH, len(rows) * (side + gap) + gap), PAPER)
+    draw = ImageDraw.Draw(img)
+    for r, (words, x) in enumerate(rows.items()):
+        y = gap + r * (side + gap)
+        caption = words
+        if words in results:
+            share, distance, _ = letters.measure(x, hq, cells)
+            caption += f"\n{share:.0%} read, distance {distance:.2f}"
+        draw.multiline_text((left - 12, y + side // 2), caption, INK, font(16), anchor="rm", align="right")
+        for c in range(columns):
+            cell = to_pil(x[c].clamp(0, 1)).resize((side, side), Image.Resampling.LANCZOS)
+            img.paste(cell, (left + c * (side + gap), y))
+    return img
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
           "scores": scores, "negatives": negatives, "sets": sets}
-DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd, "plane": plane}
+DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd, "plane": plane, "digits": digits}
 
 
 def main():

@@ -44,11 +44,23 @@ def test_verdicts():
 
     assert said("near", "far", "far") == "seen"
     assert said("near", "far", "wide") == "undecided"
-    assert said("far", "far", "near") == "not seen"
+    assert said("far", "far", "near") == "refuted"
     claim.like = [("psnr_y", "a", "c")]
     claim.better = [("psnr_y", "a", "b")]
     same = {"a": figures["near"], "b": figures["far"], "c": figures["near"]}
-    assert lab.verdict(claim, same) == "seen" and lab.verdict(claim, same | {"c": figures["far"]}) == "not seen"
+    assert lab.verdict(claim, same) == "seen" and lab.verdict(claim, same | {"c": figures["far"]}) == "refuted"
+
+
+@pytest.mark.slow
+def test_a_claim_of_digits(tmp_path):
+    words = ["--out", tmp_path, "--only", "digits-distill", "--seeds", "2", "--steps", "1"]
+    words = [sys.executable, ROOT / "tests" / "lab.py", *words]
+    first, again = (subprocess.run(words, capture_output=True, text=True, cwd=tmp_path) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    table = [line for line in first.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 5 and "read | distance" in table[0]
+    assert first.stdout.count("trained ") == 4 and again.stdout.splitlines() == table
+    assert Image.open(tmp_path / "digits-distill-sheet.png").height > 64
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def last_line(error):
 def add_arguments(p):
     """Add the flags that all three scripts have."""
     p.add_argument("--data", type=path_argument, required=True,
-                   help="good photos: a folder, searched recursively, or a .txt list")
+                   help="good photos: a folder, searched recursively, or a .txt list; the words digits and letters: "
+                   "drawn ones")
     p.add_argument("--lq", type=path_argument, metavar="FOLDER",
                    help="your own LQ images, a quarter as large a side, with the names of the photos in folder --data, "
                    "or with x4 added: pairs to train on, instead of degraded photos")

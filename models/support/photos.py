@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from models.support import imaging
+from models.support import glyphs, imaging
 from models.support.arguments import SIGNALS
 from models.support.files import SUFFIXES, PictureError, find_pictures, is_picture, printable
 from models.support.pairs import find_partners
@@ -250,6 +250,8 @@ def photos_for(data, crop, seed, names=None, lq=None, **options):
     later is not seen; None = it begins now; lq: folder of their LQ images, then photos are PhotoPairs, and crops a list
     of HQ ones and LQ ones -> Photos, crops, names. Raises DataError.
     """
+    if str(data) in glyphs.WORLDS:
+        return glyphs_for(str(data), crop, seed, lq)
     root, files, kind = Path(data) if Path(data).is_dir() else Path(data).parent, list_photos(data), Photos
     if lq:
         partners = find_pairs(data, files, lq)
@@ -282,6 +284,17 @@ def photos_for(data, crop, seed, names=None, lq=None, **options):
     good = len(set(photos.files) - photos.skipped.keys())
     print(printable(f"{data}: {good} photos to train on, {len(held_out)} held out"))
     return photos, default_collate([test[i] for i in range(16)]), names
+
+
+def glyphs_for(world, crop, seed, lq):
+    """Drawn cells instead of photos.  -> as `photos_for`. Raises DataError."""
+    if lq:
+        raise DataError(f"--data {world}: is drawn, so there are no LQ images of it; leave out --lq, or give a folder")
+    if crop % glyphs.CELL:
+        raise DataError(f"--data {world}: its cells of {glyphs.CELL} pixels do not fill crops of {crop}; "
+                        "take another --preset, or photos")
+    crops, _ = glyphs.held_out(world, 16, crop)
+    return glyphs.Glyphs(world, crop, seed), crops, [world]
 
 
 def ignore_signals(_):
