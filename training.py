@@ -105,7 +105,8 @@ class Run:
     # by `resume` and `open_data`: what it learns from
     settings: dict = None               # flags that may not change when the run is resumed
     photos: list = None                 # names of the files when the run began
-    loader: Any = None                  # DataLoader of HQ (micro_batch, 3, crop, crop) in [0, 1]; with --lq of [HQ, LQ]
+    loader: Any = None                  # DataLoader or photos.OnDevice, of HQ (micro_batch, 3, crop, crop) in [0, 1];
+                                        # with --lq a DataLoader of [HQ, LQ]
     batches: Any = None                 # its iterator, in `fit`
     recipes: list = None                # degrade.Recipe, one a step, by turns
     held_out_hq: torch.Tensor = None    # (16, 3, crop, crop) in [-1, 1], crops of photos that are held out

@@ -99,7 +99,8 @@ def add_arguments(p):
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                    help="compute blocks again in backward: less memory, more time (default: full-size presets do)")
     p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
-    p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (4 on CUDA)")
+    p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (default on CUDA: "
+                   "none where all photos fit on the card, else 4)")
     # what is written
     p.add_argument("--log-every", type=COUNT, default=50, metavar="N", help="steps between rows of log.csv (50)")
     p.add_argument("--save-every", type=COUNT, help="steps between checkpoints, held-out losses and images")
