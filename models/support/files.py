@@ -73,8 +73,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as e:       # Python's, torch's, safetensors' writers
         number = getattr(e, "errno", None)
-        if found := re.search(r"os error (\d+)", str(e)):
-            number = int(found[1])
+        if found := re.search(r"os error (\d+)|Os { code: (\d+)", str(e)):      # the latter: safetensors 0.4
+            number = int(found[1] or found[2])
         elif number is None and shutil.disk_usage(Path(path).parent).free < 2**20:
             number = errno.ENOSPC       # torch does not say so
         reason = os.strerror(number) if number else str(e).partition("\n")[0]
