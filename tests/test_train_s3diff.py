@@ -217,7 +217,7 @@ def test_overfits_one_picture():
 
 def work(photos, out):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch, lambda_gan=1e-9)
+        shrink(patch, lambda_gan=1e-10)
         launch(patch, photos, out, "--micro-batch", 1)
 
 
@@ -227,7 +227,7 @@ def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
     But for D: two parts in one process are two power iterations of its spectral norm a step, in two processes each
     has one. So the generator hardly hears it here.
     """
-    shrink(monkeypatch, lambda_gan=1e-9)
+    shrink(monkeypatch, lambda_gan=1e-10)
     one = launch(monkeypatch, photos, tmp_path / "one", "--micro-batch", 1)
     runs.together(2, work, photos, tmp_path / "two")
     two = newest(tmp_path / "two")
