@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models.support import imaging
+from models.support import imaging, many_kernels
 from models.support.arguments import SEED, between, command, file_or_folder, folder
 from models.support.files import PictureError, check_writable, find_pictures, printable
 from models.support.pairs import write_pairs
@@ -85,9 +85,10 @@ class Recipe:
     gray_noise_probability: float = 0.4     # to have noise that is the same in red, green and blue
     # A batch of images is degraded at once. Noise strength, gray noise and JPEG quality are always drawn per image.
     # The branches are the other draws: whether to blur, the resizes, which noise, the order at the end. "batch": all
-    # images take the same branches; "image": each is degraded by itself, so everything is drawn per image.
+    # images take the same branches; "image": each is degraded by itself, so everything is drawn per image; a number:
+    # so many images share them, which on a GPU is faster than one by one.
     # Where images share branches, kernels_per says whether each has blur kernels of its own, or the "batch" one.
-    branches_per: str = "batch"
+    branches_per: str | int = "batch"
     kernels_per: str = "image"
     enlarge_modes: tuple = MODES            # for the resize from lq to lq_up
     eight_bit: bool = True                  # lq_up: enlarged, clamped and rounded to 8 bits; else clamped and enlarged
@@ -268,7 +269,7 @@ def draw_stage(rng, recipe, ranges, n):
 def draw_plan(recipe, n, generator):
     """Draw a Plan for n images, by one number of the generator.
 
-    Noise will be drawn on the generator's device; `degrade` sets a GPU instead where the images are on one.
+    Noise will be drawn on the generator's device; `plan_for` sets a GPU instead where the images are on one.
     """
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
     rng = random.Random(seed)
@@ -335,6 +336,8 @@ def sinc(r, cutoff):
 
 def stack_kernels(kernels):
     """Stack weights of Kernels, padded with zeros to the largest.  -> (n, size, size) float32. Raises ValueError."""
+    if len(kernels) > many_kernels.FEW and many_kernels.know(kernels):
+        return many_kernels.stack(kernels)      # fast: the same up to rounding
     size = max(kernel.size for kernel in kernels)
     padded = [F.pad(kernel_weights(kernel), [(size - kernel.size) // 2] * 4) for kernel in kernels]
     return torch.stack(padded).float()
@@ -354,7 +357,8 @@ def blur(x, kernels):
         padded = imaging.mirror_pad(x, margin, margin, margin, margin)
     # one convolution for all images: each channel is a group of its own
     channels = padded.reshape(1, B * c, *padded.shape[2:])
-    weight = kernels.to(x).expand(B, -1, -1).repeat_interleave(c, 0)[:, None]       # (B*c, 1, size, size)
+    kernels = kernels.to(x, non_blocking=True).expand(B, -1, -1)
+    weight = kernels.repeat_interleave(c, 0)[:, None]       # (B*c, 1, size, size)
     return F.conv2d(channels, weight, groups=B * c).view(B, c, H, W)
 
 
@@ -421,7 +425,7 @@ def poisson_noise(x, gray, source):
     x: (B, 3, H, W) in [0, 1]; gray: the same in all channels -> like x, if gray (B, 1, H, W)
     """
     if gray:
-        luma = x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
+        luma = imaging.like(x, [0.2989, 0.587, 0.114]).view(3, 1, 1)
         x = (x * luma).sum(1, keepdim=True)
     x = imaging.round8(x)
     values = (x * 255).round().long().flatten(1)
@@ -446,7 +450,7 @@ def unit_noise(x, noise_type, gray, source):
         return noise(x, False, source)
     gray_noise = noise(x, True, source)
     colour_noise = noise(x, False, source)
-    is_gray = torch.tensor(gray, device=x.device).view(-1, 1, 1, 1)
+    is_gray = imaging.like(x, gray).view(-1, 1, 1, 1)
     return torch.where(is_gray, gray_noise, colour_noise)
 
 
@@ -455,7 +459,7 @@ def add_noise(x, noise_type, strength, gray, source):
 
     x: (B, 3, H, W); noise_type, gray, source: of `unit_noise`; strength: (B,), see StagePlan -> like x, in [0, 1]
     """
-    strength = x.new_tensor(strength).view(-1, 1, 1, 1)
+    strength = imaging.like(x, strength).view(-1, 1, 1, 1)
     return (x + strength * unit_noise(x, noise_type, gray, source)).clamp(0, 1)
 
 
@@ -507,7 +511,7 @@ def jpeg(x, quality):
     """Compress and decompress.  x: (B, 3, H, W) in [0, 1]; quality: (B,), in (0, 100] -> like x, not 8-bit"""
     H, W = x.shape[2:]
     to_ycbcr, to_rgb, luma_table, chroma_table, dct = jpeg_tables(x.device, x.dtype)
-    quality = torch.as_tensor(quality, device=x.device).to(x)
+    quality = torch.as_tensor(quality, device="cpu").to(x, non_blocking=True)
     factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     # official: steps are neither rounded nor held in 1..255; here too. At quality 100 they are officially 0, so that
     # the division fails; here they are tiny.
@@ -600,14 +604,20 @@ def apply(plan, hq, scale=4, noise_source=None, steps=None):
 @torch.no_grad()
 def degrade(hq, recipe, generator, scale=4):
     """Draw a plan and apply it.  hq: (B, 3, H, W) in [0, 1] -> lq (B, 3, H/scale, W/scale), lq_up (B, 3, H, W)"""
-    if recipe.branches_per == "image" and len(hq) > 1:
-        pairs = [degrade(one, recipe, generator, scale) for one in hq.split(1)]
+    together = {"batch": len(hq), "image": 1}.get(recipe.branches_per, recipe.branches_per)
+    if len(hq) > together:
+        pairs = [degrade(some, recipe, generator, scale) for some in hq.split(together)]
         lq, lq_up = zip(*pairs)
         return torch.cat(lq), torch.cat(lq_up)
+    return apply(plan_for(hq, recipe, generator), hq, scale)
+
+
+def plan_for(hq, recipe, generator):
+    """Draw a Plan for images hq: (B, 3, H, W), whose noise is drawn where they are."""
     plan = draw_plan(recipe, len(hq), generator)
     if hq.is_cuda:
         plan.device = hq.device     # to draw noise on the CPU and send it takes longer than a training step
-    return apply(plan, hq, scale)
+    return plan
 
 
 # ---- how severe it was
@@ -631,7 +641,8 @@ def severity(plan, hq, lq):
 
     # Random values of 16 x 16 pixels of lq, enlarged to hq's size: details as fine as lq can show. Finer ones would
     # alias when they are shrunk, and aliasing is contrast, but no sharpness.
-    texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0), device="cpu").to(hq)
+    texture = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(0), device="cpu")
+    texture = texture.to(hq, non_blocking=True)
     texture = 0.5 + 0.1 * resize(texture, "bicubic", scale=scale)
     only_blur = change_both_stages(quiet, jpeg_quality=[100.0] * B)     # whose steps are so small that nothing is lost
     degraded, _ = apply(only_blur, texture, scale)

@@ -23,8 +23,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from ctypes import CDLL
 from dataclasses import dataclass
 from inspect import signature
+from os import environ
 from os.path import exists, expanduser, realpath
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from models.s3diff import S3Diff
 from models.support.arguments import COUNT, SEED, Stop, between, command, existing, file_or_folder, folder
 from models.support.evaluation import find_metrics, find_references, hash_of
 from models.support.files import PictureError, check_writable, find_pictures, printable
+from models.support.gpu import tune
 from models.support.graphs import replay
 from models.support.imaging import as_input, as_output, contact_sheet, middle, read_made, read_picture, save_png
 from models.support.results import SHEET_ROWS, Failures, Made, Results, plan
@@ -84,7 +87,9 @@ def parse_args(argv):
     p.add_argument("--device", type=usable_device, default="auto", help="cpu, cuda, cuda:1, mps; auto: the best here")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "tf32", "bfloat16", "float16"],
                    help="auto: float16 on cuda, else float32; tf32: float32 whose products a GPU rounds")
-    p.add_argument("--compile", action="store_true", help="torch.compile, CUDA graphs: minutes once, then faster")
+    p.add_argument("--compile", action="store_true", help="torch.compile: minutes once, then faster")
+    p.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs (default): "
+                   "images of a size that comes again are faster, and the memory of a network's pass stays taken")
     p.add_argument("--scale", type=between(1, 8), default=4, help="1 to 8 (4, what the models are trained for)")
     p.add_argument("--seed", type=SEED, default=0, help="of the noise; the same for every picture (default 0)")
     for name, (kind, meaning) in KNOBS.items():
@@ -96,6 +101,8 @@ def parse_args(argv):
     # measuring and looking
     p.add_argument("--page", action="store_true", help="also OUT/page.html: before and after with a divider")
     p.add_argument("--ref", type=existing, metavar="DIR", help="references: a folder with the same names, or a picture")
+    p.add_argument("--border", type=between(0, 64, whole=True), metavar="PX",
+                   help="cut off before PSNR and SSIM (default: the scale, as BasicSR; the papers' tables: 0)")
     p.add_argument("--niqe", type=existing, metavar="FILE", help="niqe_pris_params.npz (default: in the weights cache)")
     p.add_argument("--list-weights", action="store_true", help="print the table of public weight files and end")
     p.add_argument("--fetch", action="store_true", help="fetch and check all public files that --model needs, and end; "
@@ -107,6 +114,7 @@ def parse_args(argv):
         args.pictures, args.model = [EXAMPLE], args.model or "all"
         args.ref = args.ref or EXAMPLE.with_name("example_hq.png")
     args.model = args.model or "vosr-tiny"
+    args.border = round(args.scale) if args.border is None else args.border
     args.dtype = choose_dtype(args.dtype, args.device, "float16")
     if args.tile and args.overlap and args.overlap >= args.tile:
         p.error(f"argument --overlap: {args.overlap} is not less than the tile's {args.tile}")
@@ -223,12 +231,14 @@ def check_flags(models, args):
 
 
 def make_fast(system, args):
-    """Merge GramSR's adapters unless their strengths are to change; compile, where that is asked for."""
+    """Merge GramSR's adapters unless their strengths are to change; take a GPU's ways; compile, where that is asked."""
     if isinstance(system, GramSR) and not (args.sweep or given_knobs(args).keys() & SETS.keys()):
         system.merge()
+    if args.device.type == "cuda":
+        tune(system)
     if args.compile:
         compile_all(to_compile(system), args.device)
-    if args.compile and args.device.type == "cuda":
+    if args.graphs and args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         replay(system)
 
@@ -308,6 +318,16 @@ def sweep(model, lq, args):
     return contact_sheet(rows, captions)
 
 
+def return_memory():
+    """Return freed memory to the system. glibc keeps it in pieces, which in a folder of images become more and more.
+
+    Not where the user told glibc what to keep (tests/RESULTS.md), and there is nothing to do in other C libraries.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" not in environ:
+        with suppress(OSError, AttributeError):
+            CDLL("libc.so.6").malloc_trim(0)
+
+
 def upscale_all(models, jobs, results, args, stop):
     """Upscale one image after the other; each is written and measured while the next is computed.
 
@@ -338,6 +358,7 @@ def upscale_all(models, jobs, results, args, stop):
                 break
             if len(waiting) > 1:
                 collect()
+            return_memory()
             if failures.no_room:
                 break
         while waiting:
@@ -363,7 +384,7 @@ def main(argv=None):
         check_writable(args.out)
         references = find_references(names.values(), args.ref, args.scale)
         models, weights = load_models(args)
-        metrics = find_metrics(args.ref is not None, args.scale, args.niqe, args.device, LPIPS.from_pretrained)
+        metrics = find_metrics(args.ref is not None, args.border, args.niqe, args.device, LPIPS.from_pretrained)
     except (OSError, ValueError) as e:
         sys.exit(f"sample.py: {printable(e)}")
 

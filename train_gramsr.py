@@ -20,8 +20,8 @@ checkpoint-*.pt, log.csv, loss.png and sheet.png (LQ | result | HQ of held-out p
 the best so far, not the last.
 """
 
-import argparse
 import copy
+import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -147,10 +147,17 @@ PRESETS = {     # name: config of the model, its stages
 }
 ORDER = list(SETS)      # of the stages, each with a LoRA set of its name
 SETTINGS = ("stage", "preset", "data", "lq", "init", "seed", "gram", "rank")    # flags that stay when it is resumed
+NEEDS = """
+what full size needs, of one card:
+  stage             steps x images     memory      hours, RTX 4090     hours, H200
+  pixel             4,000 x 16         4.1 GB      7                   7
+  semantic          8,501 x 16         4.1 GB      22                  22
+  texture           40,500 x 16        4.4 GB      141, or fewer by --patience, on both
+"""
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = training.parser(__doc__, NEEDS)
     p.add_argument("--stage", required=True, choices=PAPER)
     p.add_argument("--preset", default="sd-2.1", choices=PRESETS,
                    help="sizes and hyper-parameters: sd-2.1 (default); tiny: on S3Diff's prior")
@@ -227,15 +234,8 @@ def check_init(args, cfg, model, earlier):
 
 
 def as_stored(cfg):
-    """Turn a config into what a file holds of it, where tuples have become lists.  -> nested dicts"""
-    def plain(value):
-        if isinstance(value, dict):
-            return {name: plain(x) for name, x in value.items()}
-        if isinstance(value, tuple):
-            return list(value)
-        return value
-
-    return plain(asdict(cfg))
+    """Turn a config into what a model's file gives back of it: JSON has lists for tuples.  -> nested dicts"""
+    return json.loads(json.dumps(asdict(cfg)))
 
 
 def build_judges(args, stage, model):

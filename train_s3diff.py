@@ -22,7 +22,6 @@ out as the public file, for sample.py --model (with --preset tiny: model.safeten
 loss.png and sheet.png (LQ | result | HQ of held-out photos; of a prior noisy | denoised | HQ; of an estimator none).
 """
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,10 +31,10 @@ import torch
 import torch.nn.functional as F
 
 import training
-from degrade import apply, degrade, draw_plan, severity
+from degrade import apply, degrade, plan_for, severity
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
-from models.s3diff import VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
+from models.s3diff import PRIORS, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.support.arguments import between, path_argument
 from models.support.weights import fetch, load_strictly, read_tensors, save_model
 from models.tiny import LETTERS_S3DIFF, TinyS3Diff, TinyS3DiffConfig, is_prior, load_autoencoder, load_prior
@@ -122,14 +121,21 @@ TINY_PLACES = {     # of the tiny VAE's layers
     "unet+decoder": r"decoder|finish\..*",
     "unet+encoder+decoder": r"encoder|decoder|finish\..*",
 }
+# flags of stage adapters alone, and their defaults; None: the preset's
 ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
-             "start_step": None}        # flags of stage adapters alone, and their defaults; None: the preset's
-SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "data", "lq",
-            "init", "seed")     # flags that stay when a run is resumed
+             "start_step": None, "prior": None}
+SETTINGS = ("preset", "stage", "lora", "modulation", "neg_prob", "rank_unet", "rank_vae", "start_step", "prior", "data",
+            "lq", "init", "seed")     # flags that stay when a run is resumed
+NEEDS = """
+what full size needs, of one card:
+  stage             steps x images     memory      hours, RTX 4090     hours, H200
+  adapters          30,000 x 64        5.0 GB      640                 640
+  The author reports 100 minutes for 500 steps on four A100 (400 GPU hours in all), and little gain after 5,000.
+"""
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = training.parser(__doc__, NEEDS)
     p.add_argument("--stage", default="adapters", choices=TINY, help="adapters (default); others: tiny only")
     p.add_argument("--preset", default="sd-turbo", choices=PRESETS,
                    help="sizes and hyper-parameters: sd-turbo (default); tiny: all trained here")
@@ -146,6 +152,7 @@ def parse_args(argv=None):
     p.add_argument("--rank-vae", type=between(1, 1024, whole=True), help="of the VAE's (Table 7; 16, tiny 8)")
     p.add_argument("--start-step", type=between(1, 999, whole=True),
                    help="t of the one step (Table 8; default 999, tiny 250); below 999 with its noise, but tiny")
+    p.add_argument("--prior", choices=PRIORS, help="what is adapted (Figure 9; default sd-turbo)")
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
@@ -159,9 +166,11 @@ def parse_args(argv=None):
     given = [name for name in ABLATIONS if getattr(args, name) is not None]
     if given and args.stage != "adapters":
         p.error(f"--{given[0].replace('_', '-')} is not read by --stage {args.stage}")
-    changes_adapters = {"lora", "modulation", "rank_unet", "rank_vae"} & set(given)
+    if args.prior and args.tiny:
+        p.error("--prior is for --preset sd-turbo; tiny has one of its own")
+    changes_adapters = {"lora", "modulation", "rank_unet", "rank_vae", "prior"} & set(given)
     if args.init and changes_adapters and not args.tiny:
-        p.error("--init brings its own --lora, --modulation, --rank-unet and --rank-vae")
+        p.error("--init brings its own --lora, --modulation, --rank-unet, --rank-vae and --prior")
     for name, default in ABLATIONS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -175,7 +184,8 @@ def build(args, cfg):
     """Build the networks.  -> S3Diff to train, a line on its origin. What loads --init refuses other networks."""
     places = TINY_PLACES if args.tiny else PLACES
     cfg = replace(cfg, r_unet=args.rank_unet or cfg.r_unet, r_vae=args.rank_vae or cfg.r_vae,
-                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t)
+                  vae_targets=places[args.lora], modulation=args.modulation, t=args.start_step or cfg.t,
+                  prior=args.prior or cfg.prior)
     if args.tiny:
         return build_tiny(args, cfg)
     if args.init:
@@ -184,7 +194,7 @@ def build(args, cfg):
         return model, f"from {args.init}"
     model = S3Diff.with_prior(cfg)
     model.new_adapters()
-    return model, "SD-Turbo with new adapters"
+    return model, f"{cfg.prior} with new adapters"
 
 
 def build_tiny(args, cfg):
@@ -278,8 +288,9 @@ def draw_prior(run, hq, recipe, g):
     is_degraded = torch.rand(len(hq), generator=g, device=g.device) < 0.5
     x = hq.clone()
     if is_degraded.any():
-        x[is_degraded] = degrade(hq[is_degraded], recipe, g)[1]
-    return 2 * x - 1, is_degraded.long()
+        which = is_degraded.nonzero()[:, 0].to(hq.device, non_blocking=True)
+        x[which] = degrade(hq[which], recipe, g)[1]
+    return 2 * x - 1, is_degraded.long().to(hq.device, non_blocking=True)
 
 
 def draw_estimator(run, hq, recipe, g):
@@ -303,19 +314,23 @@ def draw_adapters_and_truth(run, hq, recipe, g):
 def make_pairs(run, hq, lq_up, scores, g):
     """Choose by online negative prompting whose target is the LQ image.  -> Pairs"""
     drawn = torch.rand(len(hq), generator=g, device=g.device)
-    negative = (drawn < run.args.neg_prob).to(hq.device)
+    negative = (drawn < run.args.neg_prob).to(hq.device, non_blocking=True)
     return Pairs(2 * lq_up - 1, 2 * hq - 1, scores, negative)
 
 
 def degrade_and_score(hq, recipe, g):
-    """Degrade each photo by a plan of its own, and say how badly.  -> lq, lq_up, (B, 2) of `severity`"""
+    """Degrade each photo, or each group of `branches_per`, by a plan, and say how badly.
+
+    -> lq, lq_up, (B, 2) of `severity`
+    """
     lqs, lqs_up, scores = [], [], []
-    for one in hq.split(1):
-        plan = draw_plan(recipe, 1, g)
-        lq, lq_up = apply(plan, one)
+    together = recipe.branches_per if isinstance(recipe.branches_per, int) else 1
+    for some in hq.split(together):
+        plan = plan_for(some, recipe, g)
+        lq, lq_up = apply(plan, some)
         lqs.append(lq)
         lqs_up.append(lq_up)
-        scores.append(severity(plan, one, lq))
+        scores.append(severity(plan, some, lq))
     return torch.cat(lqs), torch.cat(lqs_up), torch.cat(scores)
 
 
@@ -336,7 +351,7 @@ def prior_losses(run, model, x, is_degraded, g):
     t = prior_times(len(z), g)
     eps = torch.randn(z.shape, generator=g, device=g.device).to(z)
     has_prompt = (torch.rand(len(z), 1, 1, generator=g, device=g.device) > 0.1).to(z)        # nine in ten
-    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(z)
+    a = alphas_cumprod().to(t.device, non_blocking=True)[t].view(-1, 1, 1, 1).to(z)
     z_t = a.sqrt() * z + (1 - a).sqrt() * eps
     predicted = model.unet(z_t, t.to(z.device), has_prompt * model.prompts[is_degraded])
     error = (predicted - eps).float().square().mean((1, 2, 3))
@@ -411,13 +426,13 @@ def step_adapters(run):
     # kept for all four parts: each looks at the same images; g goes on from part to part
     batch = []
     for hq, recipe, g in training.micro_batches(run):
-        batch.append((draw(run, hq, recipe, g), g))
+        batch.append((draw(run, hq, recipe, g), g, training.on_device(g, run.device)))
 
     # ---- 1. reconstruct
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, _, noise) in enumerate(batch):
         with training.micro_batch_context(run, run.generate, i):
             context, target = prompts_and_targets(run.model, pairs)
-            sr = run.generate(pairs.lq_up, pairs.scores, context, g)
+            sr = run.generate(pairs.lq_up, pairs.scores, context, noise)
             terms = reconstruct(sr, target, lpips, run.stage)
         training.backward(run, terms)
     run.grad_norm = training.update(run, run.optimizer)
@@ -428,18 +443,21 @@ def step_adapters(run):
 
 
 def compete(run, batch):
-    """Do parts 2 to 4: generator against discriminator.  batch: list of (Pairs, generator), a micro-batch each"""
+    """Do parts 2 to 4: generator against discriminator.
+
+    batch: a micro-batch each, Pairs, generator of plans, generator of noise on the device
+    """
     stage, good = run.stage, run.model.prompts[:1]
 
     # ---- 2. adversary
     # official: D is not frozen here, so what this leaves in its gradients teaches it a little to be deceived
     run.D.requires_grad_(False)
     results = []
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, g, noise) in enumerate(batch):
         with training.micro_batch_context(run, run.generate, i):
             plan = run.D.draw(pairs.lq_up, pairs.lq_up, g)
             # official: all photos, each with the good prompt; the paper: only those that have it in part 1
-            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), g)
+            sr = run.generate(pairs.lq_up, pairs.scores, good.expand(len(pairs.lq_up), -1, -1), noise)
             # D itself, not its replica: it learns nothing here, so there are no gradients of it to average
             terms = adversary(sr, run.D, stage, plan)
         training.backward(run, terms)
@@ -448,7 +466,7 @@ def compete(run, batch):
     training.update(run, run.optimizer)
 
     # ---- 3. real
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, g, _) in enumerate(batch):
         plan = run.D.draw(pairs.hq, pairs.lq_up, g)
         with training.micro_batch_context(run, run.discriminate, i):
             terms = real(pairs.hq, run.discriminate, stage, plan)
@@ -456,7 +474,7 @@ def compete(run, batch):
     training.update(run, run.optimizer_D)
 
     # ---- 4. fake
-    for i, (pairs, g) in enumerate(batch):
+    for i, (pairs, g, _) in enumerate(batch):
         sr = results[i]
         plan = run.D.draw(sr, pairs.lq_up, g)
         with training.micro_batch_context(run, run.discriminate, i):

@@ -21,7 +21,6 @@ sample.py (EMA weights: model.safetensors, or args.json and checkpoints/ as the 
 log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos; of an autoencoder HQ | HQ decoded).
 """
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +33,7 @@ from models.dit import DiT
 from models.flow import guided, loss_distill, loss_flow, sample
 from models.support.arguments import path_argument
 from models.support.weights import save_model, save_release
-from models.tiny import LETTERS_VOSR, TinyDiT, TinyVOSR, TinyVOSRConfig
+from models.tiny import LETTERS_VOSR, SMALL, TinyDiT, TinyVOSR, TinyVOSRConfig
 from models.vosr import SIZES, VOSR
 
 WEAK_FLOW = (0.05, 0.25)    # the weak condition's strength in a flow: drawn from this range, one for a batch
@@ -106,8 +105,20 @@ LETTERS = {     # ours, for --data digits and --data letters: minutes, no autoen
         steps=160, batch_size=32, lr=1e-3, schedule="cosine", warmup=10, ema=0.97,
         crop=32, recipes=("letters",), strength=(7.0, 1.0), omega=1.0),
 }
+SMALL_STAGES = {    # ours, for two hours of a card of 24 GB
+    # computed, not measured: a crop of the flow takes 404 GFLOP and, in bfloat16, keeps 0.7 GB for backward, beside
+    # 1.2 GB for parameters, moments and the average
+    "flow": replace(
+        TINY["flow"], steps=10_000, batch_size=64, micro_batch=16, lr=4e-4, warmup=500, ema=0.9995,
+        crop=256, recipes=("s3diff", "vosr"), branches_per=8),
+    "distill": replace(
+        TINY["distill"], steps=400, batch_size=64, micro_batch=8, warmup=20, ema=0.98, crop=256, branches_per=8),
+    "decoder": replace(TINY["decoder"], batch_size=32, crop=256, branches_per=8),
+}
 PRESETS = {     # name: config of the model, its stages
-    "letters": (LETTERS_VOSR, LETTERS), "tiny": (TinyVOSRConfig(), TINY),
+    "letters": (LETTERS_VOSR, LETTERS),
+    "tiny": (TinyVOSRConfig(), TINY),
+    "small": (SMALL, SMALL_STAGES),
     "0.5b": (SIZES["0.5b"], AUTHORS), "0.5b-paper": (SIZES["0.5b"], PAPER),
     "1.4b": (SIZES["1.4b"], AUTHORS), "1.4b-paper": (SIZES["1.4b"], PAPER),
 }
@@ -125,13 +136,23 @@ ABLATIONS = {   # fields of the model's config, which later stages find in --ini
 }
 FINISH = 96         # channels of what stage decoder adds to TinyVAE
 SETTINGS = ("stage", "preset", "ablate", "distill", "data", "lq", "init", "seed")   # flags that stay when resumed
+NEEDS = """
+what full size needs, of one card:
+  preset, stage     steps x images     memory      hours, RTX 4090     hours, H200
+  0.5b flow         400,001 x 8        10.1 GB     370                 370, or 190 without checkpointing
+  0.5b distill      100,001 x 32       12.0 GB     910                 910, or 460 without checkpointing
+  1.4b flow         400,001 x 8        28 GB and what one image takes: a card of 32 GB; more hours than 0.5b
+  1.4b distill      100,001 x 32       33 GB and what one image takes: a card of 48 GB
+  0.5b-paper and 1.4b-paper are for many machines: 400,000 x 1,024, 400,000 x 256, 50,000 x 32
+"""
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = training.parser(__doc__, NEEDS)
     p.add_argument("--stage", required=True, choices=sorted({*TINY, *PAPER}))
     p.add_argument("--preset", default="tiny", choices=PRESETS,
-                   help="sizes and hyper-parameters: tiny (default), the authors' code, the paper")
+                   help="sizes and hyper-parameters: tiny (default), small (for a card of 24 GB, from "
+                   "--init vosr-tiny), the authors' code, the paper")
     p.add_argument("--init", type=path_argument,
                    help="start from the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--ablate", choices=ABLATIONS,
@@ -140,7 +161,7 @@ def parse_args(argv=None):
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]
-    args.tiny = args.preset in ("letters", "tiny")
+    args.tiny = args.preset in ("letters", "tiny", "small")     # of the networks in tiny.py
     if args.stage not in stages:
         p.error(f"--stage {args.stage} is not of --preset {args.preset}, which has {', '.join(stages)}")
     if args.distill and args.stage != "distill":

@@ -21,9 +21,9 @@ import torch
 
 from degrade import RECIPES, degrade, resize
 from models.support.arguments import Stop, UserError
-from models.support.launch import add_arguments, alone_in, one_line_errors, start      # noqa: F401 (for scripts)
+from models.support.launch import add_arguments, alone_in, one_line_errors, parser, start      # noqa: F401
 from models.support.machine import (autocast, choose_device, choose_dtype, compile_all, gradients_stay_here, leave,
-                                    mean_over_processes, replicate, usable_device)      # noqa: F401
+                                    mean_over_processes, on_device, replicate, usable_device)      # noqa: F401
 from models.support.memory import check_memory, step_that_fits     # noqa: F401
 from models.support.photos import open_loader, photos_for, reading
 from models.support.precision import in_half
@@ -62,7 +62,7 @@ class Stage:
     shrink: bool = False                # shrink the photo first, so that its shorter side has as many pixels
     flip: bool = True                   # mirror an image, or not, at random
     recipes: tuple = ()                 # how images are degraded: of degrade.py, one a step, by turns
-    branches_per: str = "batch"         # draw a recipe's kinds of damage for each "batch", or for each "image"
+    branches_per: str | int = "batch"   # draw a recipe's kinds of damage for each "batch", "image", or so many images
     save_every: int = 500               # steps between checkpoints, each with an evaluation
     micro_batch: int = 0                # images that a process computes at once; 0 = its share of the batch
     checkpointing: bool = False         # keep less for backward, and compute it again there
@@ -105,7 +105,8 @@ class Run:
     # by `resume` and `open_data`: what it learns from
     settings: dict = None               # flags that may not change when the run is resumed
     photos: list = None                 # names of the files when the run began
-    loader: Any = None                  # DataLoader of HQ (micro_batch, 3, crop, crop) in [0, 1]; with --lq of [HQ, LQ]
+    loader: Any = None                  # DataLoader or photos.OnDevice, of HQ (micro_batch, 3, crop, crop) in [0, 1];
+                                        # with --lq a DataLoader of [HQ, LQ]
     batches: Any = None                 # its iterator, in `fit`
     recipes: list = None                # degrade.Recipe, one a step, by turns
     held_out_hq: torch.Tensor = None    # (16, 3, crop, crop) in [-1, 1], crops of photos that are held out
@@ -114,14 +115,15 @@ class Run:
     # changes from step to step
     step: int = 0                       # steps done
     lr: float = 0.0                     # learning rate of this step
-    grad_norm: float = 0.0              # before clipping
+    grad_norm: Any = 0.0                # before clipping; it and these sums and counts are tensors, read with the log
     sums: dict = None                   # {loss: its sum over the steps since the last row of the log}
     updates: int = 0                    # of all optimizers, begun
     began: int = None                   # step at which this command began
     halved: bool = False                # fewer images at once than it began with, since memory was short
     metrics: dict = None                # of the newest evaluation; None where a run is saved without one
-    skipped: int = 0                    # updates without a finite gradient
-    skipped_in_a_row: int = 0           # steps with such an update
+    skipped: Any = 0                    # updates without a finite gradient
+    skipped_in_a_row: Any = 0           # steps with such an update
+    skipped_said: int = 0               # updates without a finite gradient, of which the user knows
     stopped_early: bool = False         # it is over before its last step, by its own measure
 
 
@@ -317,7 +319,7 @@ def step(run):
     for i, (hq, recipe, g) in enumerate(micro_batches(run)):
         drawn = run.draw(run, hq, recipe, g)
         with micro_batch_context(run, run.losses, i):
-            terms = run.losses(*drawn, g)
+            terms = run.losses(*drawn, on_device(g, run.device))
         backward(run, terms)
     run.grad_norm = update(run, run.optimizer)
     ema_update(run.ema, run.model, ema_decay(run))
@@ -359,31 +361,35 @@ def backward(run, terms):
 
 
 def update(run, optimizer):
-    """Clip the gradients to norm 1, update the parameters, forget the gradients -> their norm before clipping
+    """Clip the gradients to norm 1, update the parameters, forget the gradients -> their norm before clipping, a tensor
 
-    Where it is not finite the update is left out and counted in run.skipped.
+    Where it is not finite the update is left out and counted in run.skipped, by the device: the host does not ask.
+    optimizer: of `adamw`
     """
     run.updates += 1
     run.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-    if math.isfinite(norm):
-        run.scaler.step(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+    infinite = ~norm.isfinite()
+    if run.scaler.is_enabled():
+        run.scaler.step(optimizer)      # has found that by itself
     else:
-        run.skipped += 1
-        print(f"a step was left out, its gradient is {norm} ({run.skipped} so far)", file=sys.stderr)
+        optimizer.found_inf = infinite.float()      # what a scaler tells a fused optimizer: 1 = leave it out
+        optimizer.step()
+        del optimizer.found_inf
     run.scaler.update()
+    run.skipped = run.skipped + infinite.long()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def count_skipped(run, updates):
-    """Count steps in a row that left out updates: so many; MAX_SKIPPED end the run. Raises UserError."""
-    if updates == 0:
-        run.skipped_in_a_row = 0
-        return
-    run.skipped_in_a_row += 1
-    if run.skipped_in_a_row == MAX_SKIPPED:
+def check_skipped(run):
+    """Say what was left out since the last call; MAX_SKIPPED steps in a row end the run. Raises UserError."""
+    skipped = int(run.skipped)
+    if skipped > run.skipped_said:
+        print(f"an update was left out, its gradient is not finite ({skipped} so far)", file=sys.stderr)
+        run.skipped_said = skipped
+    if run.skipped_in_a_row >= MAX_SKIPPED:
         raise UserError(f"{MAX_SKIPPED} steps in a row had no finite gradient; "
                         "go on from the last checkpoint with a lower --lr, or --dtype float32")
 
@@ -409,17 +415,21 @@ def fit(run, step, evaluate, save):
             run.lr = learning_rate(run.step, stage.steps, stage.lr, stage.schedule, stage.warmup)
             skipped_before = run.skipped
             step_that_fits(run, step)
-            count_skipped(run, run.skipped - skipped_before)
+            run.skipped_in_a_row = (run.skipped_in_a_row + 1) * (run.skipped > skipped_before)
             run.step += 1
             progress.bar.update()
-            if run.step % stage.save_every == 0 or run.step == stage.steps:
+            saves = run.step % stage.save_every == 0 or run.step == stage.steps
+            logs = run.step % run.args.log_every == 0
+            if saves or logs or run.device.type == "cpu":       # a GPU would wait to be read
+                check_skipped(run)
+            if saves:
                 row = progress.finish_row()
                 run.metrics, images = evaluated(run, evaluate)
                 with stop.shield():
                     save(run)
                 progress.write(row | run.metrics)       # what the log says is saved
                 progress.draw(run.metrics, images)
-            elif run.step % run.args.log_every == 0:
+            elif logs:
                 progress.write(progress.finish_row())
         progress.bar.close()
         stopped = run.step < stage.steps and not run.stopped_early

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import spectral_norm
 
+from models.support.imaging import like
 from models.vit import IMAGENET_STD
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -64,7 +65,7 @@ def draw_augment(x, generator):
 
 def per_image(draws, x):
     """Turn a list of B numbers into a tensor (B, 1, 1, 1) like x."""
-    return x.new_tensor(draws).view(-1, 1, 1, 1)
+    return like(x, draws).view(-1, 1, 1, 1)
 
 
 def brightness(x, draws):
@@ -196,7 +197,7 @@ class Discriminator(nn.Module):
         side = self.vit.cfg.img_size
         x = F.interpolate(x * 0.5 + 0.5, (side, side), mode="area")  # means of the pixels under a new one: no aliasing
         # official: the mean is CLIP's, the deviation ImageNet's; here too
-        mean, std = x.new_tensor(CLIP_MEAN).view(3, 1, 1), x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+        mean, std = like(x, CLIP_MEAN).view(3, 1, 1), like(x, IMAGENET_STD).view(3, 1, 1)
         outputs = list(self.vit.layers((x - mean) / std))  # each block's: (B, 1 + 14 * 14, D), the class token first
         early, late, last = (self.vit.norm(outputs[block]) for block in self.blocks)
         side //= self.vit.cfg.patch_size

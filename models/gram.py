@@ -30,7 +30,7 @@ def loss_csd(prior, z, t, noise, context, negative, guidance=7.5):
     -> scalar
     """
     with torch.no_grad():
-        a = alphas_cumprod().to(z.device)[t].view(-1, 1, 1, 1)
+        a = alphas_cumprod().to(z.device, non_blocking=True)[t].view(-1, 1, 1, 1)
         z_t = a.sqrt() * z + (1 - a).sqrt() * noise
         eps = prior(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, context])).float()
         eps_neg, eps_cond = eps.chunk(2)

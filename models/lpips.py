@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.support.imaging import like
 from models.support.weights import fetch, load_strictly, read_tensors
 
 SHIFT = (-0.030, -0.088, -0.188)    # ImageNet's mean and standard deviation, for [-1, 1]
@@ -69,7 +70,7 @@ NETS = {
 
 def imagenet_scaled(x):
     """Normalise images as the trunks were trained.  (B, 3, H, W) in [-1, 1] -> same shape"""
-    return (x - x.new_tensor(SHIFT).view(3, 1, 1)) / x.new_tensor(SCALE).view(3, 1, 1)
+    return (x - like(x, SHIFT).view(3, 1, 1)) / like(x, SCALE).view(3, 1, 1)
 
 
 def unit(f, eps=EPS):

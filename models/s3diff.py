@@ -38,8 +38,9 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "c
                 "proj_out", "ff.net.2", "ff.net.0.proj")
 VAE_TARGETS = r"^encoder\..*(conv1|conv2|conv_in|conv_shortcut|conv|conv_out|to_k|to_q|to_v|to_out\.0)$"
 ADAPTER = {"unet": "default", "vae": "vae_skip"}  # names of the adapters in s3diff.pkl
-SD_TURBO = {"unet": "sd-turbo/unet/diffusion_pytorch_model.safetensors",
-            "vae": "sd-turbo/vae/diffusion_pytorch_model.safetensors"}
+# of UNet and VAE, by the names of --prior: folders of their public files. The text encoder is one: its float16
+# file has one SHA-256 in SD-Turbo and in others made of SD 2, such as Marigold
+PRIORS = {"sd-turbo": "sd-turbo", "sd-2.1": "stable-diffusion-2-1-base"}
 
 
 def is_in_release(name):
@@ -56,6 +57,7 @@ class S3DiffConfig:
     unet_targets: tuple = UNET_TARGETS
     vae_targets: str = VAE_TARGETS      # regular expression of layers; the paper's Table 4 puts adapters elsewhere, too
     modulation: str = "blocks"          # a C for each block; Table 5: "shared", one for all; "none", plain LoRA
+    prior: str = "sd-turbo"             # of PRIORS; Figure 9 also starts from SD 2.1
     t: int = 999                        # where the one step starts
     guidance: float = 1.07              # trap: the paper says 1.1
     enlarge: str = "bilinear"           # official: bilinear in inference, bicubic in training; here too
@@ -138,8 +140,9 @@ class S3Diff(nn.Module):
         return a**0.5 * z + (1 - a) ** 0.5 * self.noise(z, generator)
 
     def noise(self, z, generator=None):
-        """Draw standard normal noise like z, on the CPU."""
-        return torch.randn(z.shape, generator=generator, device="cpu").to(z, non_blocking=True)
+        """Draw standard normal noise like z, on the generator's device, else on the CPU."""
+        device = generator.device if generator else "cpu"
+        return torch.randn(z.shape, generator=generator, device=device).to(z, non_blocking=True)
 
     def clean(self, z_t, eps, t):
         """Take the noise out of a latent.  z_t, eps: (B, 4, h, w) -> the same, scaled latent"""
@@ -307,12 +310,13 @@ class S3Diff(nn.Module):
 
     @classmethod
     def with_prior(cls, cfg, folder=None, source="S3DiffConfig", dtype=torch.float32):
-        """Load SD-Turbo and the estimator into a new model, whose adapters have no values yet: see `new_adapters`.
+        """Load the prior and the estimator into a new model, whose adapters have no values yet: see `new_adapters`.
 
         cfg: from file source; folder: where the public files lie, None = the cache; dtype: float16 may fetch files in
         float16. Raises WeightError.
         """
-        model = load_public(cls, cfg, SD_TURBO | {"denet": "de_net.pth"}, folder, source, dtype)
+        files = {network: f"{PRIORS[cfg.prior]}/{network}/diffusion_pytorch_model.safetensors" for network in ADAPTER}
+        model = load_public(cls, cfg, files | {"denet": "de_net.pth"}, folder, source, dtype)
         model.folder, model.dtype = folder, dtype
         model.prompts = text_features([POSITIVE, NEGATIVE], folder, dtype)
         return model
@@ -324,6 +328,7 @@ class S3Diff(nn.Module):
         with laid_out_as("s3diff.pkl", pkl):
             settings, trained = read_s3diff(file)
             cfg = S3DiffConfig(**settings)
+            PRIORS[cfg.prior]       # a KeyError says which prior is none
         model = cls.with_prior(cfg, folder, pkl, dtype)
         already_loaded = [name for name in model.state_dict() if not is_in_release(name)]
         load_strictly(model, trained, pkl, may_miss=already_loaded)

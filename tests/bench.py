@@ -1,10 +1,11 @@
 """How fast: milliseconds, pictures a second, TFLOP/s and memory of a system's parts and of whole pictures, and of training steps.
 
-    python tests/bench.py [tiny|0.5b|0.5b-1step|1.4b|1.4b-1step|s3diff|gramsr|train] [--device auto] [--dtype auto] [--side 128] [--batch 1]
+    python tests/bench.py [tiny|0.5b|0.5b-1step|1.4b|1.4b-1step|s3diff|gramsr|train|counts] [--device auto] [--dtype auto] [--side 128] [--batch 1]
                           [--steps N] [--compile] [--graphs] [--repeat 7] [--json FILE] [--tiny] [--data PHOTOS --workers 8]
 
 tiny (the default) is the embedded model; vosr, which is 0.5b-1step, and the others have their full size and random weights, so no file is
 needed. train: one step of all three scripts, without and with gradient checkpointing; with --data also how many photos a second are read.
+counts: kernels and bytes of a picture on a GPU, counted without one (bench_counts.py).
 
 First every fast way is checked against the plain one in float32, on a small picture: adapters folded into the weights or beside them, guidance
 with what is kept or the long way, ours or the reference (diffusers, peft, transformers, where these are installed: tests/reference.py). Then
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +38,7 @@ from models.flow import guided  # noqa: E402
 from models.gramsr import SETS, GramSR, GramSRConfig  # noqa: E402
 from models.support import fast_lora  # noqa: E402
 from models.s3diff import S3Diff, S3DiffConfig  # noqa: E402
+from models.support.gpu import tune  # noqa: E402
 from models.support.graphs import replay  # noqa: E402
 from models.support.tokens import FixedTokens  # noqa: E402
 from models.support.precision import in_half  # noqa: E402
@@ -349,6 +352,9 @@ def bench(args, device, dtype):
     system.to(dtype)
     if reference:
         system.refer(), system.reference.to(dtype)          # what is cast already is shared
+    if device.type == "cuda":
+        system.model = deepcopy(system.model)               # the reference keeps its layouts
+        tune(system.model)
     lq = torch.rand(args.batch or 1, 3, args.side, args.side)          # from the CPU, as sample.py has it
     if args.trace:
         system.model.upscale(lq)
@@ -383,7 +389,7 @@ def bench(args, device, dtype):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", nargs="?", default="tiny", choices=["tiny", "vosr", "0.5b", "0.5b-1step", "1.4b", "1.4b-1step", "s3diff", "gramsr", "train"])
+    p.add_argument("model", nargs="?", default="tiny", choices=["tiny", "vosr", "0.5b", "0.5b-1step", "1.4b", "1.4b-1step", "s3diff", "gramsr", "train", "counts"])
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--side", type=int, default=128, help="pixels per side of the input, enlarged 4 times; train: crops of 4 times this")
@@ -400,6 +406,10 @@ def main():
     p.add_argument("--only", choices=["ours", "reference"], help=argparse.SUPPRESS)     # one call, for its memory
     args = p.parse_args()
     args.model = {"vosr": "0.5b-1step"}.get(args.model, args.model)
+    if args.model == "counts":
+        from bench_counts import bench_counts
+
+        return bench_counts(args)
     device = choose_device(args.device)
     if args.graphs and device.type != "cuda":
         return print(f"--graphs needs CUDA, and this is {device}: nothing is measured")

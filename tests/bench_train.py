@@ -1,17 +1,25 @@
 """Training steps of the three scripts, for bench.py: their own functions on random photos, at full size with random weights.
 
+With --tiny first the crops a second of every stage of the tiny presets, as their scripts train them, photos included.
+
 A row is one step, or one of its parts, in autocast's precision: degradation, losses, backward, clipping, optimizer, EMA. Rows that end in
 "checkpointing" compute the blocks a second time in backward; what that costs and saves is the difference.
 """
 
+import io
+import tempfile
 import time
 from argparse import Namespace
 from collections import defaultdict
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import torch
+from PIL import Image
 from bench import Table, with_numbers
 
 import train_gramsr
@@ -163,7 +171,52 @@ def read_photos(args, crop, device):
     print(f"photos of {crop} px read by {args.workers} workers: {n * batch / (time.perf_counter() - start):.1f} a second", flush=True)
 
 
+TINY_STAGES = [     # script, stage, stage that it starts from, or another --init
+    (train_vosr, "autoencoder", None), (train_vosr, "flow", "vosr-tiny"), (train_vosr, "refine", "flow"), (train_vosr, "distill", "refine"),
+    (train_vosr, "decoder", "distill"), (train_s3diff, "prior", None), (train_s3diff, "estimator", "prior"), (train_s3diff, "adapters", "estimator"),
+    (train_gramsr, "pixel", "prior"), (train_gramsr, "semantic", "pixel"), (train_gramsr, "texture", "semantic"),
+]
+
+
+def timed_fit(run, step, evaluate, save, seconds=3):
+    """In place of training.fit: steps of a few seconds, the first two left out, and how many crops a second that was."""
+    def steps(n, until=float("inf")):
+        done, start = 0, time.perf_counter()
+        while done < n and time.perf_counter() < start + until:
+            step(run)
+            run.step, done = run.step + 1, done + 1
+        float(run.grad_norm)        # a GPU has done them
+        return done / (time.perf_counter() - start)
+
+    run.lr, run.sums = run.stage.lr, dict.fromkeys(run.terms, 0.0)
+    run.model.train()
+    with training.reading(run):
+        steps(2)
+        found = run.stage.batch_size * steps(10**6, seconds)
+    save(run)
+    print(f"{run.title:35} batch {run.stage.batch_size:4} {found:9.1f} crops a second", flush=True)
+
+
+def crops_of_stages(args, device, dtype):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(training, "fit", timed_fit):
+        (photos := Path(folder, "photos")).mkdir()
+        for i in range(8):
+            Image.effect_noise((400, 300), 60).convert("RGB").save(photos / f"{i}.png")
+        for script, stage, init in TINY_STAGES:
+            words = ["--preset", "tiny", "--stage", stage, "--data", photos, "--out", Path(folder, stage), "--device", device, "--dtype",
+                     str(dtype).removeprefix("torch.")]
+            if init:
+                words += ["--init", init if init == "vosr-tiny" else Path(folder, init)]
+            if args.batch:
+                words += ["--batch-size", args.batch, "--branches-per", max(1, args.batch // 8)]
+            with redirect_stdout(io.StringIO()) as said:
+                script.main([*map(str, words)])
+            print(said.getvalue().splitlines()[-1], flush=True)
+
+
 def bench_train(args, table: Table, device, dtype):
+    if args.tiny:
+        crops_of_stages(args, device, dtype)
     crop = 4 * args.side
     if args.data:
         read_photos(args, crop, device)

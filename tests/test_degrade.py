@@ -239,6 +239,34 @@ def test_branches_per_image_draw_each_picture_anew():
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_groups_share_branches(name):
+    """Four of them at a time are batches of four; each image's draws are distributed as they are one by one."""
+    hq, recipe = pictures(6, 32, 32), replace(RECIPES[name], branches_per=4)
+    g, batch = generator(), replace(recipe, branches_per="batch")
+    expected = [torch.cat(x) for x in zip(*(degrade(some, batch, g) for some in hq.split(4)))]
+    for x, y in zip(degrade(hq, recipe, generator()), expected):
+        assert torch.equal(x, y)
+    g, found = generator(), []
+    for n in (1, 4):
+        plans = [draw_plan(recipe, n, g) for _ in range(1200)]
+        found.append([np.mean([getattr(stage, field) for plan in plans for stage in (plan.first, plan.second)])
+                      for field in ("blur", "resize_scale", "noise_gray", "jpeg_quality")])
+    assert np.allclose(*found, rtol=0.06)
+
+
+def test_many_kernels_equal_one_by_one(monkeypatch):
+    """All shapes, sizes mixed; of a shape that degrade.py does not have there is an error, or whatever a student writes."""
+    rng = random.Random(0)
+    kernels = [draw_kernel(rng, RECIPES[name], (0.2, 3.0)) for name in ("vosr", "s3diff", "wide") for _ in range(60)] + [IDENTITY]
+    many = stack_kernels(kernels)
+    one_by_one = torch.cat([F.pad(stack_kernels([k]), [(many.shape[-1] - k.size) // 2] * 4) for k in kernels])
+    assert {k.shape for k in kernels} == {"gaussian", "generalized", "plateau", "sinc", "identity"} and many.dtype == torch.float32
+    torch.testing.assert_close(many, one_by_one, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="unknown blur kernel 'motion'"):
+        stack_kernels([*kernels, Kernel("motion", 7)])
+
+
 def test_clean_replacement_leaves_lq_degraded():
     hq = pictures(1)
     plan = draw_plan(replace(S3DIFF, keep_hq_probability=1.0), 1, generator())

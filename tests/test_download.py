@@ -445,7 +445,7 @@ def world(monkeypatch, tmp_path):
         monkeypatch.setattr(weights, "fetch", partial(fetch, sleep=lambda seconds: None))
         return world
 
-    monkeypatch.delenv("HF_ENDPOINT")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     yield start
     for one in worlds:
         one.close()

@@ -66,14 +66,15 @@ def example():
 # -----------------------------------------------------------------------------
 # figures
 
-def test_equals_scikit_image_on_the_example(cache):
+@pytest.mark.parametrize("border", [4, 0])
+def test_equals_scikit_image_on_the_example(cache, border):
     """The whole way, border included, on a real picture; scikit-image's own luma and similarity."""
     reference = pytest.importorskip("skimage.metrics", reason="scikit-image is a reference for this test only")
     from skimage.color import rgb2ycbcr
     sr, bicubic, hq = example()
-    (found,), failed = measure([sr], bicubic, hq, find_metrics(True, 4, lpips=LPIPS.from_pretrained)[0])
+    (found,), failed = measure([sr], bicubic, hq, find_metrics(True, border, lpips=LPIPS.from_pretrained)[0])
     assert list(found) == ["psnr_y", "psnr_y_bicubic", "ssim_y", "ssim_y_bicubic"] and failed == {}
-    y = [rgb2ycbcr(x[0].permute(1, 2, 0).double().numpy())[4:-4, 4:-4, 0] for x in (sr, bicubic, hq)]
+    y = [rgb2ycbcr(x[0].permute(1, 2, 0).double().numpy())[border : 400 - border, border : 512 - border, 0] for x in (sr, bicubic, hq)]
     for end, x in zip(("", "_bicubic"), y):
         assert found["psnr_y" + end] == pytest.approx(reference.peak_signal_noise_ratio(y[2], x, data_range=255), abs=1e-4)
         _, whole = reference.structural_similarity(y[2], x, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
@@ -144,21 +145,21 @@ def rows():
 
 def test_average_and_protocol():
     assert average(rows()) == {"psnr_y": 30, "psnr_y_bicubic": 20, "ssim_y": 0.9, "ssim_y_bicubic": 0.8, "niqe": 5, "niqe_bicubic": 5}
-    line = protocol(rows(), 7, 2.5, {"lpips": "needs x"})
+    line = protocol(rows(), 7, 2.5, 2, {"lpips": "needs x"})
     for words in ("pictures 2, references 1, scale 2.5, seed 7", "no crop", "RGB", "on Y", "2 px border cut", "LPIPS needs x", "NIQE on Y"):
         assert words in line
-    assert "\n" not in line and all(name in protocol(rows(), 0, 4, {}) for name in ("AlexNet", *LPIPS_FILES))
+    assert "\n" not in line and all(name in protocol(rows(), 0, 4, 0, {}) for name in ("AlexNet", *LPIPS_FILES))
 
 
 def test_metrics_json_and_csv(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"numbers")
-    flags = {"pictures": [Path("a.png")], "seed": 7, "scale": 4, "dtype": torch.float32, "tile": None, "prompt": "é \udcff"}
+    flags = {"pictures": [Path("a.png")], "seed": 7, "scale": 4, "border": 4, "dtype": torch.float32, "tile": None, "prompt": "é \udcff"}
     record = record_of(rows(), "python sample.py a.png", flags, {"lpips": "needs x"}, [tmp_path / "w.pth"] * 2)
     write_metrics(record, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "metrics.json", "w.pth"], "nothing temporary is left"
     found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert list(found) == ["command", "protocol", "seed", "flags", "metrics", "average", "not_measured", "pictures", "weights", "versions"]
-    assert found["flags"] == {"pictures": ["a.png"], "seed": 7, "scale": 4, "dtype": "torch.float32", "tile": None, "prompt": "é \udcff"}
+    assert found["flags"] == {"pictures": ["a.png"], "seed": 7, "scale": 4, "border": 4, "dtype": "torch.float32", "tile": None, "prompt": "é \udcff"}
     assert found["average"]["psnr_y"] == {"ours": 30, "bicubic": 20, "pictures": 1} and found["average"]["niqe"]["pictures"] == 2
     assert found["weights"] == {str(tmp_path / "w.pth"): sha256_of(tmp_path / "w.pth")}
     assert set(found["versions"]) == {"nanosr", "python", "torch", "numpy", "pillow"} and found["versions"]["torch"] == torch.__version__
@@ -172,7 +173,7 @@ def test_metrics_json_and_csv(tmp_path):
 
 def test_equal_pictures_make_valid_json(tmp_path):
     row = row_of("a.png", (8, 8), 0.1, {"psnr_y": math.inf, "psnr_y_bicubic": 20.0}, {})
-    write_metrics(record_of([row], "", {"seed": 0, "scale": 4}, {}, []), tmp_path)
+    write_metrics(record_of([row], "", {"seed": 0, "scale": 4, "border": 4}, {}, []), tmp_path)
     text = (tmp_path / "metrics.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found["average"]["psnr_y"]["ours"] == "inf" and found["not_measured"]["lpips"] == "not of any image"

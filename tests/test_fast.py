@@ -3,6 +3,8 @@
 Each function below builds one case: -> the plain result, and the fast one, which must agree.
 """
 
+from unittest import mock
+
 import pytest
 import test_gramsr
 import torch
@@ -12,10 +14,12 @@ from test_vosr import inputs, make, make_dit
 
 from models.flow import guided
 from models.gramsr import SETS
-from models.lora import Conv2d, Linear
+from models.lora import Conv2d, Linear, add_lora
 from models.qwen_vae import QwenVAE, QwenVAEConfig
-from models.support import fast_lora, strips, winograd
+from models.support import fast_lora, gpu, strips, winograd
+from models.support.precision import in_half
 from models.support.tokens import FixedTokens
+from models.unet import UNet
 from models.vae import VAE, VAEConfig
 
 
@@ -79,7 +83,29 @@ def winograd_convolution():
     return with_gradients(layer, x), layer(x)
 
 
-FAST = [fixed_tokens, fixed_tokens_of_others, fixed_tokens_of_a_preconditioned_transformer, folded_adapters, merged_sets,
+def tuned_for_a_gpu():
+    """An autoencoder's and a UNet's norms, casts and layouts, small maps by PyTorch's norm and all by ours."""
+    torch.manual_seed(0)
+    vae, unet = VAE(VAEConfig(widths=(32, 32, 64), layers_per_block=1)), UNet(test_gramsr.make().unet.cfg)
+    add_lora(vae, ["conv1", "conv2", "to_q"], "a", 4), add_lora(unet, ["conv1", "to_q", "proj_in"], "a", 4)
+    for name, p in [*vae.named_parameters(), *unet.named_parameters()]:
+        if "lora_B" in name or "norm" in name:
+            p.data.normal_(0.5, 0.1)
+    x, z, context = torch.rand(2, 3, 32, 24), torch.randn(2, 4, 16, 24), torch.randn(2, 5, unet.cfg.context_dim)
+    C = {"a": torch.randn(1, len(unet.blocks), 4, 4)}
+
+    def results():
+        return [vae.encode(x, adapters={"a": C["a"][:, : vae.blocks]}).flatten(), vae.decode(z).flatten(), unet(z, 3, context, C).flatten()]
+
+    plain = results()
+    gpu.tune(torch.nn.ModuleDict({"vae": vae, "unet": unet}))
+    small = results()
+    with mock.patch.object(gpu, "LARGE", 0):
+        large = results()
+    return torch.cat(plain + plain), torch.cat(small + large)
+
+
+FAST = [tuned_for_a_gpu, fixed_tokens, fixed_tokens_of_others, fixed_tokens_of_a_preconditioned_transformer, folded_adapters, merged_sets,
         winograd_convolution]
 
 
@@ -152,6 +178,34 @@ def test_strips(monkeypatch, name):
     encoder_layers = len(cut)
     torch.testing.assert_close(vae.decode(z), image, rtol=0, atol=1e-5 * image.abs().max().item())
     assert 0 < encoder_layers < len(cut), "in both halves layers were cut"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tuned_in_half(monkeypatch, dtype):
+    """In half the tuned way is as close to float32 as the plain one; streams, and what leaves a network, are float32."""
+    monkeypatch.setattr(gpu, "LARGE", 0)
+    torch.manual_seed(0)
+    vae, x = VAE(VAEConfig(widths=(32, 32, 64), layers_per_block=1)), torch.rand(1, 3, 64, 48)
+    exact = vae.decode(vae.encode(x))
+    in_half(vae, dtype)
+    error = (vae.decode(vae.encode(x)) - exact).std()
+    gpu.tune(torch.nn.ModuleDict({"vae": vae}))
+    tuned = vae.decode(vae.encode(x))
+    assert tuned.dtype == torch.float32 and (tuned - exact).std() < 1.5 * error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_statistics_of_norms(dtype):
+    """Also where the mean is large beside the deviation, and in both layouts."""
+    torch.manual_seed(0)
+    x = (20 + torch.randn(2, 8, 23, 10) + torch.arange(8.0).view(-1, 1, 1)).to(dtype)
+    groups = x.double().view(2, 4, -1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mean, variance = gpu.statistics(x.to(memory_format=layout), 4)
+        torch.testing.assert_close(mean[..., 0].double(), groups.mean(-1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(variance[..., 0].double(), groups.var(-1, correction=0), rtol=1e-3, atol=0)
 
 
 @torch.no_grad()

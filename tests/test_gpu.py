@@ -9,11 +9,15 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import test_train_s3diff
 import torch
 from bench import S3, Gram, Vosr
 from PIL import Image
+from test_train import photos  # noqa: F401
 
 import sample
+import training
+from models.support import gpu
 from models.support.graphs import Graphs, replay
 from training import choose_dtype
 
@@ -37,6 +41,7 @@ def lq():
 @torch.no_grad()
 def test_the_host_never_waits_inside_a_picture(system, lq):
     system.to(torch.bfloat16)
+    gpu.tune(system.model)
     system.model.upscale(lq)        # what is done once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -47,12 +52,40 @@ def test_the_host_never_waits_inside_a_picture(system, lq):
     assert sr.is_cuda and sr.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("words", [["prior"], ["estimator"], ["adapters"]], ids=str)
+def test_the_host_never_waits_inside_a_training_step(monkeypatch, tmp_path, photos, words, dtype):      # noqa: F811
+    step_that_fits = training.step_that_fits
+
+    def watched(run, step):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if run.step == 2 else "default")     # the first ones do what is done once
+        try:
+            step_that_fits(run, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(training, "step_that_fits", watched)
+    test_train_s3diff.shrink(monkeypatch)
+    test_train_s3diff.launch(monkeypatch, photos, tmp_path, "--stage", *words, "--steps", 3, "--device", "cuda", "--dtype", dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_close(system, lq, dtype):
     whole = system.model.upscale(lq).float()
     system.to(dtype)
     error = (system.model.upscale(lq).float() - whole).square().mean().sqrt().item()
     assert error < 0.02, f"{-20 * torch.tensor(error).log10():.1f} dB"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tuned_equals_plain(monkeypatch, system, lq, dtype):
+    monkeypatch.setattr(gpu, "LARGE", 0)
+    plain = system.model.upscale(lq)
+    system.to(dtype)
+    gpu.tune(system.model)
+    torch.testing.assert_close(system.model.upscale(lq), plain, atol=2e-3 if dtype == torch.float32 else 3e-2, rtol=0)
 
 
 @torch.no_grad()
@@ -71,6 +104,7 @@ def test_graphs_equal_plain(system, lq, compiled):
     sizes = (lq,) if compiled else (lq, lq[..., :24, :24])      # each is compiled anew
     calls = [(x, more) for x in sizes for more in ({}, {"tile": 64, "overlap": 16}, options[type(system.model).__name__])] * 3
     system.to(torch.float16)
+    gpu.tune(system.model)
     plain = [system.model.upscale(x, **more) for x, more in calls]
     for network in sample.to_compile(system.model) if compiled else ():
         network.compile()

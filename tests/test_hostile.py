@@ -578,6 +578,7 @@ def test_public_layouts_that_lie(tmp_path, monkeypatch):
             "state_dict_vae": {},
             "nanosr": {"modulation": "none"}}
     for change in ({"rank_unet": 0}, {"rank_vae": "x"}, {"nanosr": {"unet": 3}}, {"nanosr": 3},
+                   {"nanosr": {"modulation": "none", "prior": "../x"}}, {"nanosr": {"modulation": "none", "prior": []}},
                    {"vae_lora_target_modules": "("}, {"unet_lora_target_modules": 5}, {"state_dict_unet": 5},
                    {"rank_unet": torch.ones(3)}):
         torch.save(good | change, tmp_path / "s3diff.pkl")

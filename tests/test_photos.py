@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from models.support import photos as module
 from models.support.imaging import write_picture
-from models.support.photos import Photos, list_photos, photos_for
+from models.support.photos import OnDevice, Photos, list_photos, photos_for
 
 
 def test_photos_are_a_function_of_seed_and_index(tmp_path):
@@ -29,6 +29,18 @@ def test_photos_are_a_function_of_seed_and_index(tmp_path):
     assert a != b  # another seed: another order ...
     a, b = (Photos(folder, 32, seed=seed, files=photos.files[:1]) for seed in (3, 4))
     assert not torch.equal(a[0], b[0])  # ... and other crops
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"flip": True, "shrink": True}])
+def test_photos_on_a_device(tmp_path, options):
+    """The same crops as a loader's, and a damaged photo is passed over as there."""
+    folder = save_photos(tmp_path, [(40, 50), (64, 32), (90, 40), (20, 24), (70, 70)])
+    path = folder / "4.png"
+    path.write_bytes(path.read_bytes()[:600])
+    numbers, device = [*range(5, 29)], torch.device("cpu")
+    loader = DataLoader(Photos(folder, 32, 3, **options), batch_size=4, sampler=numbers)
+    for x, y in zip(loader, OnDevice(Photos(folder, 32, 3, **options), iter(numbers), 4, device), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_photos_skip_and_name_what_is_no_good(tmp_path, capsys):

@@ -22,7 +22,7 @@ import models.s3diff
 import models.support.weights
 from models.clip import TextConfig, TextEncoder, text_features
 from models.support import fast_lora
-from models.s3diff import NEGATIVE, POSITIVE, POSITIVE_PAPER, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
+from models.s3diff import NEGATIVE, POSITIVE, POSITIVE_PAPER, PRIORS, VAE_TARGETS, S3Diff, S3DiffConfig, is_in_release
 from models.unet import UNet, UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
 from models.support.weights import WeightError, save_model
@@ -315,7 +315,7 @@ def test_half_precision():
 
 @pytest.mark.parametrize("settings", [
     {"modulation": "shared"}, {"modulation": "none"}, {"vae_targets": ""}, {"vae_targets": VAE_TARGETS.replace("encoder", "decoder", 1)},
-    {"vae_targets": ENCODER_AND_DECODER, "modulation": "none"}, {"t": 250, "r_unet": 3, "r_vae": 5},
+    {"vae_targets": ENCODER_AND_DECODER, "modulation": "none"}, {"t": 250, "r_unet": 3, "r_vae": 5}, {"prior": "sd-2.1", "modulation": "none"},
 ], ids=str)
 def test_ablations(settings, tmp_path):
     """Each runs, learns in all its adapters, and comes back from its file the same."""
@@ -331,9 +331,9 @@ def test_ablations(settings, tmp_path):
     assert all(k.startswith("modulation.vae") for k in silent) and bool(silent) == (settings.get("vae_targets", "encoder").find("encoder") < 0)
 
     again = from_folder(layout(model, tmp_path))
-    assert all(getattr(again.cfg, name) == getattr(model.cfg, name) for name in ("modulation", "t", "r_unet", "r_vae", "vae_targets"))
+    assert all(getattr(again.cfg, name) == getattr(model.cfg, name) for name in ("modulation", "t", "prior", "r_unet", "r_vae", "vae_targets"))
     assert torch.equal(again.upscale(batch, color="none"), expected)
-    assert ("nanosr" in model.release()) == bool({"modulation", "t"} & settings.keys()), "the authors' code gets what it knows"
+    assert ("nanosr" in model.release()) == bool({"modulation", "t", "prior"} & settings.keys()), "the authors' code gets what it knows"
 
 
 @torch.no_grad()
@@ -353,12 +353,14 @@ def layout(model, folder, half=False):
     folder.mkdir(exist_ok=True)
     torch.save(model.release(), folder / "s3diff.pkl")
     torch.save(model.denet.state_dict(), folder / "de_net.pth")
-    for network, path in (("unet", UNET), ("vae", VAE_FILE)):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    for network in ("unet", "vae"):
+        path = folder / PRIORS[model.cfg.prior] / network / "diffusion_pytorch_model.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().half() if half else v.detach() for k, v in getattr(model, network).state_dict().items() if "lora_" not in k}
         if network == "unet":       # s3diff.pkl has another one
             tensors |= {k: torch.ones_like(tensors[k]) for k in ("conv_in.weight", "conv_in.bias")}
-        save_file(tensors, folder / path)
+        save_file(tensors, path)
+    (folder / "sd-turbo").mkdir(exist_ok=True)
     save_file(dict(zip((POSITIVE, NEGATIVE), model.prompts)), folder / "sd-turbo" / "text_features.safetensors")
     return folder
 

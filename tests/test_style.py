@@ -70,6 +70,8 @@ def test_every_flag_is_read(path):
     shared = "".join((ROOT / file).read_text() for file in ("training.py", *(f"models/support/{name}.py" for name in ("launch", "saving", "photos"))))
     takers = [s.read_text() + shared for s in SCRIPTS if "training.add_arguments(" in s.read_text()]
     readers = takers if path == FLAGS_OF_TRAINING else [text + shared if "training.add_arguments(" in text else text]
+    if path.name == "sample.py":
+        readers = [text + (ROOT / "models/support/results.py").read_text()]
     for flag in flags:
         # by its name, or in a tuple of names that are read together; a field of a stage is overridden
         read = re.compile(rf'\b(args|recipe|stage)\.{flag}\b|"{flag}"')

@@ -322,3 +322,14 @@ def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(photos, tmp_path, numbe
     status, said, errors = run.end(number)
     assert status == 130 and "goes on from here" in said and "Traceback" not in errors
     assert newest(tmp_path / "out")["step"] > 0
+
+
+def test_the_preset_for_one_card(photos, tmp_path):
+    """About 60 million parameters, on the embedded autoencoder; what stays in memory with a micro-batch fits in 24 GB."""
+    words = ["--preset", "small", "--stage", "flow", "--init", "vosr-tiny", "--data", str(photos), "--out", str(tmp_path), "--device", "cpu"]
+    run = train_vosr.prepare(train_vosr.parse_args(words))
+    parameters = training.count(run.model.parameters())
+    assert 55e6 < parameters < 65e6 and training.count(run.trained) > 0.99 * parameters
+    assert run.micro_batches * run.micro_batch == run.stage.batch_size == 64
+    assert 20 * parameters + run.micro_batch * 0.7e9 < 16e9
+    assert torch.equal(run.model.vae.encoder.weight, TinyVOSR.from_pretrained("vosr-tiny").vae.encoder.weight)

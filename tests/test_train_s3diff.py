@@ -22,7 +22,7 @@ import training
 from degrade import RECIPES
 from models.discriminator import Discriminator
 from models.lpips import LPIPS, NETS
-from models.s3diff import S3Diff, S3DiffConfig, is_in_release
+from models.s3diff import PRIORS, S3Diff, S3DiffConfig, is_in_release
 from models.support import saving
 from models.tiny import TinyS3Diff, TinyS3DiffConfig, TinyVAEConfig, is_prior
 from models.unet import UNetConfig, alphas_cumprod
@@ -239,19 +239,20 @@ def test_two_processes_equal_one(monkeypatch, photos, tmp_path):  # noqa: F811
                                rtol=1e-3)
 
 
-def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F811
-    """The way of --preset sd-turbo: SD-Turbo's, DINO's and LPIPS's files, then --init from what came out."""
+@pytest.mark.parametrize("prior, folder", PRIORS.items())
+def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path, prior, folder):  # noqa: F811
+    """The way of --preset sd-turbo: the prior's, DINO's and LPIPS's files, then --init from what came out."""
     torch.manual_seed(0)
     small_dino = ViTConfig(img_size=224, patch_size=16, embed_dim=48, num_heads=3, version=1)
-    prior = S3Diff(SMALL)
+    model = S3Diff(SMALL)
     files = {"dino_vitbase16_pretrain.pth": ViT(small_dino).state_dict(),
              "vgg16-397923af.pth": {k: v for k, v in LPIPS().state_dict().items() if k[0] == "f"},
              "lpips_vgg.pth": {k: v.abs() for k, v in LPIPS().state_dict().items() if k[0] == "l"},
-             "de_net.pth": prior.denet.state_dict()}
+             "de_net.pth": model.denet.state_dict()}
     for name, tensors in files.items():
         torch.save(tensors, tmp_path / name)
-    for name, network in (("unet", prior.unet), ("vae", VAE(SMALL.vae))):
-        path = tmp_path / "sd-turbo" / name / "diffusion_pytorch_model.safetensors"
+    for name, network in (("unet", model.unet), ("vae", VAE(SMALL.vae))):
+        path = tmp_path / folder / name / "diffusion_pytorch_model.safetensors"
         path.parent.mkdir(parents=True)
         save_file({k: v for k, v in network.state_dict().items() if "lora_" not in k}, path)
     for module in ("models.s3diff", "models.support.weights", "models.lpips", "train_s3diff"):
@@ -262,12 +263,12 @@ def test_public_preset_at_tiny_size(monkeypatch, photos, tmp_path):  # noqa: F81
     monkeypatch.setattr(models.s3diff, "S3DiffConfig", partial(S3DiffConfig, unet=SMALL.unet, vae=SMALL.vae))
     monkeypatch.setitem(train_s3diff.PRESETS, "sd-turbo", (SMALL, {"adapters": replace(STAGE, steps=2)}))
 
-    launch(monkeypatch, photos, tmp_path / "run", preset="sd-turbo")
+    launch(monkeypatch, photos, tmp_path / "run", "--prior", prior, preset="sd-turbo")
     assert not (tmp_path / "run" / "model.safetensors").exists()
     launch(monkeypatch, photos, tmp_path / "more", "--init", tmp_path / "run", preset="sd-turbo")
     first, second = (flat(torch.load(tmp_path / run / "s3diff.pkl", weights_only=True)) for run in ("run", "more"))
     assert first.keys() == second.keys() and not same(first, second)
-    assert asdict(S3Diff.from_pretrained(tmp_path / "more").cfg) == asdict(SMALL)
+    assert asdict(S3Diff.from_pretrained(tmp_path / "more").cfg) == asdict(replace(SMALL, prior=prior))
 
 
 def test_a_prior_its_estimator_and_adapters(monkeypatch, photos, tmp_path):  # noqa: F811
@@ -345,7 +346,8 @@ def test_what_the_prior_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("words, why", [
-    (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--start-step", "0"], "--start-step: 0 is no"),
+    (["--init", "x", "--rank-unet", "4"], "--init brings its own"), (["--init", "x", "--prior", "sd-2.1"], "--init brings its own"),
+    (["--preset", "tiny", "--prior", "sd-2.1"], "--prior is for --preset sd-turbo"), (["--start-step", "0"], "--start-step: 0 is no"),
     (["--neg-prob", "1.5"], "--neg-prob: 1.5 is no"),
     (["--stage", "flow"], "invalid choice"), (["--stage", "prior"], "is for --preset tiny"),
     (["--preset", "tiny", "--stage", "prior", "--lora", "unet"], "--lora is not read by --stage prior"),

@@ -126,8 +126,9 @@ def s3diff_layout(cfg, trained):
     if cfg.modulation != "none":
         file |= take(MLPS, "modulation.") | {"state_embeddings": take(EMBEDDINGS, "modulation.")}
         file["w"] = trained["modulation.w"]
-    if (cfg.t, cfg.modulation) != (999, "blocks"):
-        file["nanosr"] = {"t": cfg.t, "modulation": cfg.modulation}
+    ours = {name: getattr(cfg, name) for name in ("t", "modulation", "prior")}
+    if ours != {"t": 999, "modulation": "blocks", "prior": "sd-turbo"}:
+        file["nanosr"] = ours
     return file
 
 

@@ -62,13 +62,13 @@ def find_niqe(path):
     return path and load_niqe(path)
 
 
-def find_metrics(compare, scale, niqe_file=None, device="cpu", lpips=None):
+def find_metrics(compare, border, niqe_file=None, device="cpu", lpips=None):
     """What can be measured with the files that are here.
 
-    compare: are there references?; lpips: LPIPS.from_pretrained, whose network is no matter of this file
+    compare: are there references?; border: pixels cut off before PSNR and SSIM
+    lpips: LPIPS.from_pretrained, whose network is no matter of this file
     -> Metrics. Raises ValueError at a broken file.
     """
-    border = round(scale)           # the usual cut of BasicSR's test settings
     metrics, absent, files = {}, {}, []
     lacking = [name for name in LPIPS_FILES if not locate(name)]
     if compare:
@@ -146,9 +146,9 @@ def average(rows):
     return {column: fmean(figures) for column, figures in measured.items() if figures}
 
 
-def protocol(rows, seed, scale, absent):
+def protocol(rows, seed, scale, border, absent):
     """How it was measured, in one line."""
-    how = {"psnr_y": ("PSNR, SSIM", f"on Y (BT.601) as BasicSR, {round(scale)} px border cut"),
+    how = {"psnr_y": ("PSNR, SSIM", f"on Y (BT.601) as BasicSR, {border} px border cut"),
            "lpips": ("LPIPS", f"0.1 AlexNet ({', '.join(LPIPS_FILES)}) on RGB, no border cut"),
            "niqe": ("NIQE", "on Y as BasicSR, no border cut")}
     metrics = "; ".join(f"{name} {absent.get(m, text)}" for m, (name, text) in how.items())
@@ -177,7 +177,8 @@ def record_of(rows, command, flags, absent, files):
     """All of a run that metrics.json keeps.  flags: {name: value}; files: weights that were used -> dict"""
     means = average(rows)
     return {
-        "command": command, "protocol": protocol(rows, flags["seed"], flags["scale"], absent), "seed": flags["seed"],
+        "command": command, "protocol": protocol(rows, flags["seed"], flags["scale"], flags["border"], absent),
+        "seed": flags["seed"],
         "flags": flags,
         "metrics": {m: {"name": name, "better": better} for m, (name, _, better) in METRICS.items()},
         "average": {m: {"ours": means[m], "bicubic": means[f"{m}_bicubic"], "pictures": sum(m in row for row in rows)}

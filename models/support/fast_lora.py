@@ -38,14 +38,21 @@ def positions(layer, x):
 
 def fold(layer, adapters):
     """Add to W the s B C A of every adapter that is on.  adapters: with a C for all images -> a weight like W"""
-    W = layer.weight.flatten(1)                         # (out, in), of a convolution with the kernel's pixels
+    W = rows(layer.weight)                              # (out, in), of a convolution with the kernel's pixels
     for name in layer.active(adapters):
-        A = layer.lora_A[name].weight.flatten(1)        # (r, in)
+        A = rows(layer.lora_A[name].weight)             # (r, in)
         B = layer.lora_B[name].weight.flatten(1)        # (out, r)
         C = adapters[name]                              # (1, r, r), or 1
         CA = C[0].to(A) @ A if torch.is_tensor(C) else A
         W = torch.addmm(W, B, CA, alpha=layer.s[name])  # W + s B C A, of Eq. S3Diff (1) and (3)
-    return W.view_as(layer.weight)
+    return W.as_strided(layer.weight.shape, layer.weight.stride())
+
+
+def rows(weight):
+    """View a weight as a matrix of its outputs' rows; a convolution's may be channels_last, as a GPU has it."""
+    if weight.is_contiguous():
+        return weight.flatten(1)
+    return weight.movedim(1, -1).flatten(1)
 
 
 @torch.no_grad()

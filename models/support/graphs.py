@@ -6,6 +6,8 @@ A graph reads and writes where it did when it was recorded: inputs are copied th
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from models.support.strips import LIMIT, InStrips
+
 MOST = 8        # graphs of a network
 
 
@@ -22,12 +24,16 @@ def copy(tree, places):
 
 
 class Graphs:
-    """A network's calls without gradients: of equal shapes one is made, the next recorded, all later replayed."""
+    """A network's calls without gradients: of equal shapes one is made, the next recorded, all later replayed.
+
+    cells: of the largest map that it is given; a larger one keeps a GPU busy for longer than launches take, and its
+    graph would keep much memory
+    """
 
     pool = None     # memory of all graphs, which run one after the other
 
-    def __init__(self, call):
-        self.call, self.graphs = call, {}
+    def __init__(self, call, cells=LIMIT):
+        self.call, self.cells, self.graphs = call, cells, {}
         self.kept, self.reads = {}, ""      # {shapes: tensors} of `keep`, and the shapes that are in use
 
     def keep(self, tensors):
@@ -39,6 +45,8 @@ class Graphs:
         return self.kept[key]
 
     def __call__(self, *args):
+        if args[0].shape[-2:].numel() > self.cells:
+            return self.call(*args)
         key = self.reads + shapes(args)
         if key not in self.graphs:
             if len(self.graphs) == MOST:
@@ -63,7 +71,13 @@ class Graphs:
 
 
 def replay(model):
-    """Of a model's networks those of small kernels, which see tiles of one size."""
+    """Let a model's networks start as graphs, after `torch.compile` if that is wanted."""
     for name, network in model.named_modules():
-        if name in ("dit", "unet", "vit"):
-            network._compiled_call_impl = Graphs(network._compiled_call_impl or network._call_impl)
+        cells = LIMIT
+        if isinstance(network, InStrips) and name.endswith("decoder"):
+            cells = LIMIT // 64     # each becomes 8x8 pixels
+        if name in ("dit", "unet", "vit", "denet") or isinstance(network, InStrips):
+            call = network._compiled_call_impl or network._call_impl
+            if isinstance(call, Graphs):    # anew
+                call = call.call
+            network._compiled_call_impl = Graphs(call, cells)

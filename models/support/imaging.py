@@ -39,6 +39,12 @@ def from_uint8(a):
     return torch.from_numpy(np.array(np.atleast_3d(a))).permute(2, 0, 1)[None] / 255
 
 
+def like(x, numbers):
+    """Turn a list into a tensor of x's type, or of bools, where x is; the host does not wait for a GPU."""
+    dtype = torch.bool if isinstance(numbers[0], bool) else x.dtype
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(x.device, non_blocking=True)
+
+
 def round8(x):
     """What a file of 8 bits per channel would hold.  x: any shape in [0, 1] -> like x, multiples of 1/255"""
     return (x.clamp(0, 1) * 255).round() / 255

@@ -62,6 +62,13 @@ def autocast(device, dtype):
 # ---- compiler
 
 
+def on_device(g, device):
+    """Say where noise is drawn: by g on a CPU; on a GPU there, from the same seed, or each draw would be sent."""
+    if device.type == "cpu":
+        return g
+    return torch.Generator(device).manual_seed(g.initial_seed())
+
+
 def compile_all(networks, device):
     """Let torch.compile compile networks; where nothing can be compiled, a line says so instead."""
     reason = why_not_compile(device)

@@ -6,6 +6,7 @@ Shuffling, resuming and sharing between processes need no state: sample i is a f
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -23,6 +24,7 @@ from models.support.pairs import find_partners
 
 KINDS = " ".join(sorted(SUFFIXES))
 SCALE = 4       # of own pairs, as of degrade.py's
+ON_DEVICE = 2 * 2**30   # bytes of photos that may lie on a GPU
 
 
 class DataError(ValueError):
@@ -79,6 +81,7 @@ class Photos(torch.utils.data.Dataset):
         self.files = list(files) if files is not None else list_photos(source)
         self.crop, self.seed, self.flip, self.shrink, self.cache_left = crop, seed, flip, shrink, cache_mb * 2**20
         self.skipped, self.cache, self.epoch = {}, {}, None
+        self.nbytes = 0     # of all images, as their headers say
         for file in dict.fromkeys(self.files):      # headers only; damage further in shows when a file's turn comes
             try:
                 with imaging.open_image(file) as img:
@@ -96,6 +99,7 @@ class Photos(torch.utils.data.Dataset):
     def check_size(self, file, size):
         """Skip a file that is too small.  size: (width, height)"""
         width, height = size
+        self.nbytes += 3 * width * height
         if 2 * min(size) < self.crop:
             self.skip(file, f"{file}: its {width} x {height} pixels are less than half of {self.crop}")
 
@@ -124,19 +128,32 @@ class Photos(torch.utils.data.Dataset):
         return imaging.to_uint8(x[0])
 
     def __getitem__(self, i):
+        file, rng = self.choose(i, lambda file: self.pixels(file) is not None)
+        return self.cut(self.pixels(file), rng)
+
+    def choose(self, i, is_good):
+        """Choose the photo of sample i.  is_good: can a file be read? -> file, generator of its crop
+
+        Raises DataError.
+        """
         epoch, n = i // len(self), len(self)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(n)
-        turn = (self.pixels(self.files[self.order[(i + j) % n]]) for j in range(n))
-        pixels = next((pixels for pixels in turn if pixels is not None), None)
-        if pixels is None:
+        turn = (self.files[self.order[(i + j) % n]] for j in range(n))
+        file = next(filter(is_good, turn), None)
+        if file is None:
             raise DataError(f"{self.files[0]}: neither this nor the other {n - 1} images can be read; see above")
-        return self.cut(pixels, np.random.default_rng((self.seed, 1, i)))
+        return file, np.random.default_rng((self.seed, 1, i))
 
     def cut(self, array, rng):
         """Cut out a crop at a random place, maybe mirrored.  array: of `read` -> (3, crop, crop) in [0, 1]"""
-        y, x = (rng.integers(side - self.crop + 1) for side in array.shape[:2])
-        return self.as_tensor(array[y : y + self.crop, x : x + self.crop], self.flip and rng.random() < 0.5)
+        y, x, mirrored = self.draw_crop(array.shape, rng)
+        return self.as_tensor(array[y : y + self.crop, x : x + self.crop], mirrored)
+
+    def draw_crop(self, shape, rng):
+        """Draw where a crop is.  shape: (H, W, ...) of the image -> its first row and column, whether it is mirrored"""
+        y, x = (int(rng.integers(side - self.crop + 1)) for side in shape[:2])
+        return y, x, self.flip and rng.random() < 0.5
 
     def as_tensor(self, array, mirrored):
         """-> (3, h, w) in [0, 1] of an array (h, w, 3) uint8"""
@@ -286,17 +303,71 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def samples(steps, batch_size, rank, share):
+    """Number this process's samples of the steps in a range, one after the other."""
+    return (step * batch_size + rank * share + i for step in steps for i in range(share))
+
+
 def batches(photos, steps, batch_size, rank, share, micro, workers, device):
     """This process's photos of the steps in a range -> DataLoader of (micro, 3, crop, crop), computed at once"""
-    mine = (step * batch_size + rank * share + i for step in steps for i in range(share))
     cuda = device.type == "cuda"
+    mine = samples(steps, batch_size, rank, share)
     return DataLoader(photos, batch_size=micro, sampler=mine, pin_memory=cuda, worker_init_fn=ignore_signals,
                       num_workers=4 * cuda if workers is None else workers)
+
+
+class OnDevice:
+    """Photos whose bytes lie on a GPU; cut out there by one gather. The same crops as of a DataLoader, without workers.
+
+    numbers: of the samples, micro of them at a time -> (micro, 3, crop, crop) in [0, 1] on device
+    """
+
+    def __init__(self, photos, numbers, micro, device):
+        self.dataset, self.numbers, self.micro, self.device = photos, numbers, micro, device
+        self.shapes, self.starts, flat, start = {}, {}, [], 0
+        files = list(dict.fromkeys(photos.files))
+        with ThreadPoolExecutor() as pool:      # Pillow decodes without Python's lock
+            for file, pixels in zip(files, pool.map(photos.pixels, files)):
+                if pixels is not None:
+                    self.shapes[file], self.starts[file] = pixels.shape, start
+                    flat.append(torch.from_numpy(pixels).flatten())
+                    start += pixels.size
+        photos.cache = {}
+        self.bytes = torch.cat(flat).to(device)
+
+    def __iter__(self):
+        numbers = iter(self.numbers)
+        while some := list(islice(numbers, self.micro)):
+            yield self.gather([self.place(i) for i in some])
+
+    def place(self, i):
+        """Say where sample i lies: its first byte, from there on bytes to the next row, and to the next column."""
+        file, rng = self.dataset.choose(i, self.shapes.__contains__)
+        y, x, mirrored = self.dataset.draw_crop(self.shapes[file], rng)
+        width = self.shapes[file][1]
+        if mirrored:
+            return self.starts[file] + 3 * (y * width + x + self.dataset.crop - 1), 3 * width, -3
+        return self.starts[file] + 3 * (y * width + x), 3 * width, 3
+
+    def gather(self, places):
+        """Cut out crops.  places: list of three numbers -> (B, 3, crop, crop) in [0, 1]"""
+        places = torch.tensor(places, device="cpu")
+        if self.device.type == "cuda":
+            places = places.pin_memory()
+        first, row, column = places.to(self.device, non_blocking=True).view(-1, 3, 1, 1, 1).unbind(1)
+        side = torch.arange(self.dataset.crop, device=self.device)
+        channel = torch.arange(3, device=self.device).view(3, 1, 1)
+        return self.bytes[first + channel + row * side[:, None] + column * side].float() / 255
 
 
 def open_loader(run, photos):
     """Set run.loader: what this process computes of the steps that are left, a micro-batch at a time."""
     stage = run.stage
+    if run.device.type == "cuda" and type(photos) is Photos and photos.nbytes < ON_DEVICE and run.args.workers is None:
+        steps, share = range(stage.before + run.step, stage.before + stage.steps), run.micro_batches * run.micro_batch
+        numbers = samples(steps, stage.batch_size, run.rank, share)
+        run.loader = OnDevice(photos, numbers, run.micro_batch, run.device)
+        return
     run.loader = batches(photos, steps=range(stage.before + run.step, stage.before + stage.steps),
                          batch_size=stage.batch_size, rank=run.rank, share=run.micro_batches * run.micro_batch,
                          micro=run.micro_batch, workers=run.args.workers, device=run.device)

@@ -37,7 +37,7 @@ class Progress:
         -> {column: value}
         """
         run = self.run
-        row = {"step": run.step, "grad_norm": run.grad_norm, "lr": run.lr, "seconds": time.time() - self.clock}
+        row = {"step": run.step, "grad_norm": float(run.grad_norm), "lr": run.lr, "seconds": time.time() - self.clock}
         losses = {}
         for name, total in run.sums.items():
             losses[name] = mean_over_processes(float(total / (run.step - self.since)), run.device)

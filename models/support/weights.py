@@ -400,7 +400,7 @@ def laid_out_as(name, path):
         yield
     except WeightError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         wrong = f"{type(e).__name__}: {e}"
         raise WeightError(f"{path}: is not laid out as {name} ({wrong}); get it again") from None
 
