@@ -128,7 +128,7 @@ TINY = {    # ours, for a laptop; two steps in three by the first recipe, the th
         crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16,
         lambda_lpips=0.015, lambda_csd=0.003, lambda_gram=0.4, guidance=3.0),
 }
-LETTERS = {     # ours, for --data digits and --data letters: minutes each; an image is 2 x 2 cells
+LETTERS = {     # ours, for --data digits and --data letters, not yet tuned; an image is 2 x 2 cells
     "pixel": Stage(
         steps=700, batch_size=16, lr=1e-3, schedule="cosine", warmup=50,
         crop=64, recipes=("letters",), branches_per="image", rank=16, learn_vit=True),

@@ -96,7 +96,7 @@ TINY = {        # ours, for a laptop; recipes go by turns: two steps in three as
         crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image",
         lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.75),
 }
-LETTERS = {     # ours, for --data digits and --data letters: minutes each; an image is 2 x 2 cells
+LETTERS = {     # ours, for --data digits and --data letters, not yet tuned; an image is 2 x 2 cells
     "prior": Stage(
         steps=800, batch_size=16, lr=1e-3, schedule="cosine", warmup=50, ema=0.998, crop=64, recipes=("letters",)),
     "estimator": Stage(

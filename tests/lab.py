@@ -70,7 +70,7 @@ def vosr(stage, flags="", after="", share=1.0, instead=""):
 
 
 def digits(script, stage, after="", flags="", instead=""):
-    """A training of --preset letters, minutes of a core."""
+    """A training of --preset letters."""
     return Training(f"--stage {stage} {flags}", 1.0, after, f"train_{script}.py --preset letters", instead, "digits")
 
 

@@ -118,7 +118,7 @@ def train_regression(out, more):
 # ---- the trainings that a figure or a claim needs
 
 
-def trained(world="digits", folder=ROOT / "runs" / "letters", seed=0, names=("regression", "flow", "distill")):
+def trained(world="digits", folder=ROOT / "runs" / "letters", seed=0, names=("flow", "distill")):
     """Train what is not there yet, one after the other.  -> {name: folder}; `distill` goes on from `flow`"""
     folders = {name: Path(folder, f"{world}-{seed}", name) for name in names}
     for name, out in folders.items():
