@@ -21,9 +21,10 @@ from models.tiny import TinyVOSR
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ((ROOT / file).read_text() for file in ("README.md", "tests/RESULTS.md"))
-EXERCISES = dict(re.findall(r"^\*\*(\d)\..*?```python\n(.*?)```", README[README.index("## 10."):], re.M | re.S))
+CHAPTER = README[README.index("## 12. Exercises") : README.index("## 13.")]
+EXERCISES = dict(re.findall(r"^\*\*(\w+)\. (?:(?!^\*\*\w+\. ).)*?```python\n(.*?)```", CHAPTER, re.M | re.S))
 EXERCISES["3"] = EXERCISES["2"] + EXERCISES["3"]        # which says so
-FIRST = re.search(r"^## 10\..*?```python\n(.*?)```", README, re.M | re.S)[1]      # what every exercise begins with
+FIRST = re.search(r"```python\n(.*?)```", CHAPTER, re.S)[1]        # what the exercises on photos begin with
 
 
 def commands(*starts):
