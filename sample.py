@@ -23,8 +23,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from ctypes import CDLL
 from dataclasses import dataclass
 from inspect import signature
+from os import environ
 from os.path import exists, expanduser, realpath
 from pathlib import Path
 
@@ -316,6 +318,16 @@ def sweep(model, lq, args):
     return contact_sheet(rows, captions)
 
 
+def return_memory():
+    """Return freed memory to the system. glibc keeps it in pieces, which in a folder of images become more and more.
+
+    Not where the user told glibc what to keep (tests/RESULTS.md), and there is nothing to do in other C libraries.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" not in environ:
+        with suppress(OSError, AttributeError):
+            CDLL("libc.so.6").malloc_trim(0)
+
+
 def upscale_all(models, jobs, results, args, stop):
     """Upscale one image after the other; each is written and measured while the next is computed.
 
@@ -346,6 +358,7 @@ def upscale_all(models, jobs, results, args, stop):
                 break
             if len(waiting) > 1:
                 collect()
+            return_memory()
             if failures.no_room:
                 break
         while waiting:

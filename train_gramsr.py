@@ -20,7 +20,6 @@ checkpoint-*.pt, log.csv, loss.png and sheet.png (LQ | result | HQ of held-out p
 the best so far, not the last.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -148,10 +147,17 @@ PRESETS = {     # name: config of the model, its stages
 }
 ORDER = list(SETS)      # of the stages, each with a LoRA set of its name
 SETTINGS = ("stage", "preset", "data", "lq", "init", "seed", "gram", "rank")    # flags that stay when it is resumed
+NEEDS = """
+what full size needs, of one card:
+  stage             steps x images     memory      hours, RTX 4090     hours, H200
+  pixel             4,000 x 16         4.1 GB      7                   7
+  semantic          8,501 x 16         4.1 GB      22                  22
+  texture           40,500 x 16        4.4 GB      141, or fewer by --patience, on both
+"""
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = training.parser(__doc__, NEEDS)
     p.add_argument("--stage", required=True, choices=PAPER)
     p.add_argument("--preset", default="sd-2.1", choices=PRESETS,
                    help="sizes and hyper-parameters: sd-2.1 (default); tiny: on S3Diff's prior")

@@ -21,7 +21,6 @@ sample.py (EMA weights: model.safetensors, or args.json and checkpoints/ as the 
 log.csv, loss.png and sheet.png (LQ | result | HQ of held-out photos; of an autoencoder HQ | HQ decoded).
 """
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -137,10 +136,19 @@ ABLATIONS = {   # fields of the model's config, which later stages find in --ini
 }
 FINISH = 96         # channels of what stage decoder adds to TinyVAE
 SETTINGS = ("stage", "preset", "ablate", "distill", "data", "lq", "init", "seed")   # flags that stay when resumed
+NEEDS = """
+what full size needs, of one card:
+  preset, stage     steps x images     memory      hours, RTX 4090     hours, H200
+  0.5b flow         400,001 x 8        10.1 GB     370                 370, or 190 without checkpointing
+  0.5b distill      100,001 x 32       12.0 GB     910                 910, or 460 without checkpointing
+  1.4b flow         400,001 x 8        28 GB and what one image takes: a card of 32 GB; more hours than 0.5b
+  1.4b distill      100,001 x 32       33 GB and what one image takes: a card of 48 GB
+  0.5b-paper and 1.4b-paper are for many machines: 400,000 x 1,024, 400,000 x 256, 50,000 x 32
+"""
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = training.parser(__doc__, NEEDS)
     p.add_argument("--stage", required=True, choices=sorted({*TINY, *PAPER}))
     p.add_argument("--preset", default="tiny", choices=PRESETS,
                    help="sizes and hyper-parameters: tiny (default), small (for a card of 24 GB, from "

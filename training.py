@@ -21,7 +21,7 @@ import torch
 
 from degrade import RECIPES, degrade, resize
 from models.support.arguments import Stop, UserError
-from models.support.launch import add_arguments, alone_in, one_line_errors, start      # noqa: F401 (for scripts)
+from models.support.launch import add_arguments, alone_in, one_line_errors, parser, start      # noqa: F401
 from models.support.machine import (autocast, choose_device, choose_dtype, compile_all, gradients_stay_here, leave,
                                     mean_over_processes, on_device, replicate, usable_device)      # noqa: F401
 from models.support.memory import check_memory, step_that_fits     # noqa: F401
@@ -105,7 +105,8 @@ class Run:
     # by `resume` and `open_data`: what it learns from
     settings: dict = None               # flags that may not change when the run is resumed
     photos: list = None                 # names of the files when the run began
-    loader: Any = None                  # DataLoader of HQ (micro_batch, 3, crop, crop) in [0, 1]; with --lq of [HQ, LQ]
+    loader: Any = None                  # DataLoader or photos.OnDevice, of HQ (micro_batch, 3, crop, crop) in [0, 1];
+                                        # with --lq a DataLoader of [HQ, LQ]
     batches: Any = None                 # its iterator, in `fit`
     recipes: list = None                # degrade.Recipe, one a step, by turns
     held_out_hq: torch.Tensor = None    # (16, 3, crop, crop) in [-1, 1], crops of photos that are held out

@@ -208,7 +208,7 @@ def crops_of_stages(args, device, dtype):
             if init:
                 words += ["--init", init if init == "vosr-tiny" else Path(folder, init)]
             if args.batch:
-                words += ["--batch-size", args.batch, "--branches-per", 8]
+                words += ["--batch-size", args.batch, "--branches-per", max(1, args.batch // 8)]
             with redirect_stdout(io.StringIO()) as said:
                 script.main([*map(str, words)])
             print(said.getvalue().splitlines()[-1], flush=True)

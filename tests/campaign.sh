@@ -36,7 +36,7 @@ rate() {    # of steps a second, by the newest row of a stage's log
 stage() {   # share of 9 minutes, batch on a GPU, learning rate there, script, stage, flags
     local share=$1 batch=$2 lr=$3 script=$4 name=$5 start=$SECONDS steps large=""; shift 5
     [ -e "$out/$name/done" ] && return
-    [ "$device" != cpu ] && large="--batch-size $batch --lr $lr --branches-per 8"
+    [ "$device" != cpu ] && large="--batch-size $batch --lr $lr --branches-per $((batch / 8))"
     if [ ! -e "$out/$name/steps" ]; then
         train "$script" "$name" $first $large "$@" || return
         # what is left of its time, less what such a start takes again
@@ -74,12 +74,16 @@ gramsr() {
     stage 0.9 256 1e-3 gramsr texture --init "$out/semantic"
 }
 
-trap 'kill $(jobs -p) 2> /dev/null; wait' INT TERM
+stop() {    # trainings save first
+    for process in $prior $others; do pkill -TERM -P "$process"; done
+}
+trap stop INT TERM
 s3diff & prior=$!
 vosr & others=$!
 gramsr $prior & others="$others $!"
 failed=0
 for process in $prior $others; do wait "$process" || failed=1; done
+wait
 for name in decoder adapters texture; do
     [ -e "$out/$name/done" ] || { failed=1; echo "$name: not done, see $out/*.txt"; continue; }
     $python sample.py assets/example.png --ref assets/example_hq.png --model "$out/$name" --device "$device" --out "$out/results/$name" \

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import runs  # noqa: E402
 from models import tiny  # noqa: E402
 from models.vit import DINOv3Config, ViTConfig  # noqa: E402
 

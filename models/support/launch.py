@@ -45,6 +45,34 @@ def last_line(error):
     return str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
 
 
+DATA = """
+photos to train on:
+  S3Diff and GramSR: LSDIR and the first 10,000 images of FFHQ, by name. VOSR: 100 million images that are not public.
+  --data takes a folder, which is searched recursively, or a .txt list. A line names a folder, a photo or another list,
+  relative to the list's own folder; what stands there twice is shown twice as often:
+
+      # photos.txt
+      LSDIR/train
+      FFHQ/00000-09999
+      FFHQ/00000-09999
+      holiday/IMG_0815.jpg
+"""
+COMPUTED = """
+  Computed, not measured, for one image at a time with checkpointing, in bfloat16. memory: the peak of a step, counted
+  on torch's fake tensors, without what CUDA itself needs. hours: images x FLOPs at half of a card's peak (82 TFLOPS on
+  an RTX 4090, 495 on an H200), or x 8 microseconds for each of a step's operations, whichever is longer. For the flow
+  of VOSR 0.5B an H200 took as long (0.42 s an image, measured): its CPU starts kernels no faster. By this count both
+  cards take the same hours. A faster CPU, --compile and, on large cards, --no-checkpointing (0.21 s an image there)
+  and a larger --micro-batch save some.
+"""
+
+
+def parser(description, needs):
+    """Make a script's parser.  needs: what its presets need of a card, a table"""
+    return argparse.ArgumentParser(description=description, epilog=needs + COMPUTED + DATA,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def add_arguments(p):
     """Add the flags that all three scripts have."""
     p.add_argument("--data", type=path_argument, required=True,
@@ -71,7 +99,8 @@ def add_arguments(p):
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                    help="compute blocks again in backward: less memory, more time (default: full-size presets do)")
     p.add_argument("--compile", action="store_true", help="torch.compile the large network's blocks")
-    p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (4 on CUDA)")
+    p.add_argument("--workers", type=between(0, 999, whole=True), help="processes that read photos (default on CUDA: "
+                   "none where all photos fit on the card, else 4)")
     # what is written
     p.add_argument("--log-every", type=COUNT, default=50, metavar="N", help="steps between rows of log.csv (50)")
     p.add_argument("--save-every", type=COUNT, help="steps between checkpoints, held-out losses and images")

@@ -15,7 +15,7 @@ from models.support.photos import end_workers, open_loader
 
 FIRST_STEPS = 3     # of a command, in which a step may be made smaller; what does not fit later has another cause
 CARDS = {24: "RTX 3090, RTX 4090", 32: "RTX 5090", 48: "RTX A6000, L40S", 80: "A100, H100", 141: "H200"}     # GB: names
-BESIDES = 2.0e9     # bytes of what is not counted: one image's intermediate results with checkpointing, CUDA itself
+BESIDES = 2.0e9     # bytes, an allowance for what is not counted: intermediate results of one image, CUDA itself
 
 
 # ---- before anything is fetched
