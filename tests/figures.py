@@ -326,7 +326,7 @@ def s3diff():
 
 def frozen_trained(board, y, *more):
     """What the colours of boxes mean, in a row at y."""
-    for x, fill, text in ((300, BLUE, "frozen"), (470, ORANGE, "trained"), *more):
+    for x, fill, text in ((300, BLUE, "frozen"), (440, ORANGE, "trained, or with adapters that are"), *more):
         board.box(x, y, 24, 24, "", fill)
         board.text(x + 22, y, text, 17, DIM, "lm")
 
@@ -343,17 +343,17 @@ def s3diff_path():
     b.photo(1136, 120, model.upscale(lq), 110, "result\n(B, 3, H, W)")
     b.arrow((139, 120), (202, 120))
     b.arrow((354, 120), (496, 120))
-    b.text(425, 100, "z (B, 4, h, w)", 16, DIM)
+    b.text(415, 138, "z (B, 4, h, w)", 16, DIM)
     b.arrow((688, 120), (765, 120))
     b.text(726, 100, "eps", 16, DIM)
     b.arrow((907, 120), (954, 120))
     b.text(931, 100, "x0", 16, DIM)
     b.arrow((1066, 120), (1080, 120))
-    b.arrow((425, 120), (425, 40), (836, 40), (836, 77))
+    b.arrow((450, 120), (450, 40), (836, 40), (836, 77))
     b.text(630, 24, "z goes round the UNet, too", 16, DIM)
-    b.box(836, 236, 210, 64, "two prompts\n(2, 77, 1024)", BLUE)
-    b.arrow((730, 236), (640, 236), (640, 163))
-    b.text(960, 232, "both in one batch:\neps_neg + g (eps_pos - eps_neg)", 15, DIM, "lm")
+    b.box(836, 236, 190, 56, "two prompts\n(2, 77, 1024)", BLUE)
+    b.arrow((740, 236), (640, 236), (640, 163))
+    b.text(836, 284, "both in one batch: eps = eps_neg + g (eps_pos - eps_neg)", 16, DIM)
     b.photo(84, 350, lq, 110, "LQ, not enlarged\n(B, 3, H/4, W/4)")
     b.box(278, 350, 150, 70, "estimator", BLUE)
     b.box(500, 350, 150, 70, "Modulation", ORANGE)
@@ -363,9 +363,9 @@ def s3diff_path():
     b.arrow((470, 314), (470, 270), (278, 270), (278, 163))
     b.text(374, 253, "C (B, blocks, 16, 16)", 16, DIM)
     b.arrow((545, 314), (545, 163))
-    b.text(557, 290, "C (B, blocks, 32, 32)", 16, DIM, "lm")
+    b.text(536, 205, "C (B, blocks, 32, 32)", 16, DIM, "rm")
     b.text(590, 350, "d: blur and noise, in [0, 1]; --blur and --noise stand in its place", 16, DIM, "lm")
-    frozen_trained(b, 466, (650, GREY, "a formula"))
+    frozen_trained(b, 466, (780, GREY, "a formula"))
     return b.done()
 
 
@@ -394,7 +394,7 @@ def gramsr_path():
     b.arrow((410, 250), (410, 340), (820, 340), (820, 268))
     b.text(615, 325, "z", 18, DIM)
     b.arrow((837, 250), (899, 250))
-    b.text(868, 232, "z0", 18, DIM)
+    b.text(868, 225, "z0 = z - e", 16, DIM)
     b.arrow((1021, 250), (1054, 250))
     for x, what, loss in ((278, "stage pixel", "squared error\nof images"), (560, "stage semantic", "+ LPIPS of images,\nCSD of z0"),
                           (842, "stage texture", "+ Gram matrices\n(B, N, N) of patches")):
@@ -402,7 +402,7 @@ def gramsr_path():
     b.arrow((389, 424), (449, 424))
     b.arrow((671, 424), (731, 424))
     b.text(968, 424, "each LoRA set learns\non top of the frozen\nearlier ones", 16, DIM, "lm")
-    frozen_trained(b, 496, (650, GREY, "what it learns from"))
+    frozen_trained(b, 496, (780, GREY, "what it learns from"))
     return b.done()
 
 
