@@ -394,7 +394,7 @@ def gramsr_path():
     b.arrow((410, 250), (410, 340), (820, 340), (820, 268))
     b.text(615, 325, "z", 18, DIM)
     b.arrow((837, 250), (899, 250))
-    b.text(868, 225, "z0 = z - e", 16, DIM)
+    b.text(868, 228, "z - e = z0", 14, DIM)
     b.arrow((1021, 250), (1054, 250))
     for x, what, loss in ((278, "stage pixel", "squared error\nof images"), (560, "stage semantic", "+ LPIPS of images,\nCSD of z0"),
                           (842, "stage texture", "+ Gram matrices\n(B, N, N) of patches")):
