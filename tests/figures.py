@@ -94,14 +94,15 @@ def embedded():
 
 
 def teaser():
-    """The bad picture, bicubic, every tiny system there is, the original: a crop, with PSNR of the whole."""
+    """The LQ image, bicubic, every tiny system there is, the original: a crop, with PSNR of the whole."""
     lq, hq = example()
     results = {"bicubic": resize(lq, 4)} | {title: round8(model.upscale(lq)) for title, model in embedded().items()}
     crop = (..., slice(16, 384), slice(96, 448))
     pictures = {"128 x 100 pixels": lq[..., 4:96, 24:112]}
     pictures |= {f"{title}, {psnr_y(x, hq, 4):.2f} dB": x[crop] for title, x in results.items()}
     pictures["original"] = hq[crop]
-    return sheet([[*pictures.values()]], [[*pictures]])
+    names, images = [*pictures], [*pictures.values()]
+    return sheet([images[:3], images[3:]], [names[:3], names[3:]])      # two rows: large enough to tell apart
 
 
 def told(plan, stage, name, size):
@@ -150,7 +151,7 @@ def trajectory():
     z = sample(velocity, torch.randn(z_lq.shape, generator=torch.Generator().manual_seed(0)), 10)
     picked = [seen[k] for k in (0, 2, 4, 6, 8)] + [(0.0, z, z)]
     rows = [[model.decode(s[k]) / 2 + 0.5 for s in picked] for k in (1, 2)]
-    return sheet(rows, [[""] * 6, [f"t = {t:.1f}" for t, *_ in picked]], ["state\nz_t", "guess\nz_t - t v"])
+    return sheet(rows, [[""] * 6, [f"t = {t:.1f}" for t, *_ in picked]], ["state\nz_t", "estimate\nz_t - t v"])
 
 
 def weak():
@@ -177,13 +178,17 @@ def scores():
     noises, blurs = (0, 0.3, 0.6), (0, 0.25, 0.5, 0.75, 1)
     rows = [[model.upscale(lq, noise=n, blur=b) for b in blurs] for n in noises]
     captions = [[f"blur {b:g}, {psnr_y(x, hq, 4):.1f} dB" for b, x in zip(blurs, row)] for row in rows]
+    blur, noise = model.estimate(lq)[0].tolist()
+    estimated = model.upscale(lq)
+    rows[0].append(estimated)       # beside the told ones
+    captions[0].append(f"as estimated, {psnr_y(estimated, hq, 4):.1f} dB\nblur {blur:.2f}, noise {noise:.2f}")
     return sheet(rows, captions, [f"noise\n{n:g}" for n in noises])
 
 
 def negatives():
     """S3Diff by its bad prompt alone, by its good one, and further away from the bad one."""
     model, (lq, hq) = TinyS3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
-    words = {0: "bad prompt alone", 0.5: "guidance 0.5", 1: "good prompt alone", 1.5: "guidance 1.5", 2: "guidance 2"}
+    words = {0: "negative prompt alone", 0.5: "guidance 0.5", 1: "positive prompt alone", 1.5: "guidance 1.5", 2: "guidance 2"}
     pictures = [model.upscale(lq, guidance=g) for g in words]
     return sheet([pictures], [[f"{said}\n{psnr_y(x, hq, 4):.1f} dB" for said, x in zip(words.values(), pictures)]])
 
@@ -249,14 +254,14 @@ def vosr():
     model, (lq, _) = TinyVOSR.from_pretrained("vosr-tiny"), example(*CUP)
     sr, b = model.upscale(lq), Board(500)
     noise = 0.5 + 0.2 * torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    b.photo(100, 110, lq, 130, "bad picture, enlarged")
+    b.photo(100, 110, lq, 130, "LQ image, enlarged")
     b.photo(100, 350, noise, 130, "noise: the state at t = 1")
     b.box(340, 66, 170, 64, "vision\ntransformer", BLUE)
     b.box(340, 190, 170, 64, "encoder", GREEN)
     b.box(340, 350, 170, 64, "state z_t", GREY)
     b.box(660, 215, 220, 350, "", ORANGE)
     b.text(660, 70, "diffusion transformer", 19)
-    for y, text in ((130, "self-attention"), (215, "cross-attention"), (300, "MLP, told t")):
+    for y, text in ((130, "self-attention, told t"), (215, "cross-attention"), (300, "MLP, told t")):
         b.box(660, y, 176, 54, text, ORANGE, 17)
     b.arrow((660, 157), (660, 187))
     b.arrow((660, 242), (660, 272))
@@ -285,7 +290,7 @@ def vosr():
 def s3diff():
     """One layer of S3Diff: C stands between A and B and is made from what is wrong with the picture."""
     b, (lq, _) = Board(470), example(*CUP)
-    b.photo(100, 330, lq, 130, "bad picture")
+    b.photo(100, 330, lq, 130, "LQ image")
     b.text(330, 115, "x", 22)
     b.box(690, 52, 300, 60, "W, frozen", BLUE)
     b.box(480, 178, 150, 70, "A\nnarrows to r", ORANGE)
@@ -302,7 +307,7 @@ def s3diff():
     b.arrow((976, 178), (1060, 178), (1060, 132))
     b.text(1072, 160, "times 8 / r", 16, DIM, "lm")
     b.arrow((1077, 115), (1136, 115))
-    b.box(265, 330, 140, 70, "estimator of\nthe damage", BLUE)
+    b.box(265, 330, 140, 70, "estimator of the\ndegradation", BLUE)
     b.box(500, 330, 150, 70, "sines, cosines,\na small MLP", ORANGE)
     b.box(690, 330, 130, 70, "MLP", ORANGE)
     b.box(900, 330, 170, 70, "embedding of\nthe block's id i", ORANGE)
@@ -313,9 +318,91 @@ def s3diff():
     b.arrow((576, 330), (624, 330))
     b.arrow((814, 330), (756, 330))
     b.arrow((690, 294), (690, 214))
-    for x, fill, text in ((330, BLUE, "frozen"), (600, ORANGE, "trained"), (870, GREEN, "computed for every picture")):
+    for x, fill, text in ((330, BLUE, "frozen"), (600, ORANGE, "trained"), (870, GREEN, "computed for every image")):
         b.box(x, 436, 24, 24, "", fill)
         b.text(x + 22, 436, text, 17, DIM, "lm")
+    return b.done()
+
+
+def frozen_trained(board, y, *more):
+    """What the colours of boxes mean, in a row at y."""
+    for x, fill, text in ((300, BLUE, "frozen"), (440, ORANGE, "trained, or with adapters that are"), *more):
+        board.box(x, y, 24, 24, "", fill)
+        board.text(x + 22, y, text, 17, DIM, "lm")
+
+
+def s3diff_path():
+    """An image's way through S3Diff, with shapes; below it where C comes from and goes to."""
+    model, (lq, _) = TinyS3Diff.from_pretrained("s3diff-tiny"), example(*CUP)
+    b = Board(500)
+    b.photo(84, 120, lq, 110, "LQ, enlarged\n(B, 3, H, W)")
+    b.box(278, 120, 150, 84, "encoder\n+ adapters", ORANGE)
+    b.box(592, 120, 190, 84, "UNet at t = 999\n+ adapters", ORANGE)
+    b.box(836, 120, 140, 84, "clean\n(z - .998 eps)\n/ .068", GREY, 16)
+    b.box(1010, 120, 110, 84, "decoder", BLUE)
+    b.photo(1136, 120, model.upscale(lq), 110, "result\n(B, 3, H, W)")
+    b.arrow((139, 120), (202, 120))
+    b.arrow((354, 120), (496, 120))
+    b.text(415, 138, "z (B, 4, h, w)", 16, DIM)
+    b.arrow((688, 120), (765, 120))
+    b.text(726, 100, "eps", 16, DIM)
+    b.arrow((907, 120), (954, 120))
+    b.text(931, 100, "x0", 16, DIM)
+    b.arrow((1066, 120), (1080, 120))
+    b.arrow((450, 120), (450, 40), (836, 40), (836, 77))
+    b.text(630, 24, "z goes round the UNet, too", 16, DIM)
+    b.box(836, 236, 190, 56, "two prompts\n(2, 77, 1024)", BLUE)
+    b.arrow((740, 236), (640, 236), (640, 163))
+    b.text(836, 284, "both in one batch: eps = eps_neg + g (eps_pos - eps_neg)", 16, DIM)
+    b.photo(84, 350, lq, 110, "LQ, not enlarged\n(B, 3, H/4, W/4)")
+    b.box(278, 350, 150, 70, "estimator", BLUE)
+    b.box(500, 350, 150, 70, "Modulation", ORANGE)
+    b.arrow((139, 350), (202, 350))
+    b.arrow((354, 350), (424, 350))
+    b.text(389, 330, "d (B, 2)", 16, DIM)
+    b.arrow((470, 314), (470, 270), (278, 270), (278, 163))
+    b.text(374, 253, "C (B, blocks, 16, 16)", 16, DIM)
+    b.arrow((545, 314), (545, 163))
+    b.text(536, 205, "C (B, blocks, 32, 32)", 16, DIM, "rm")
+    b.text(590, 350, "d: blur and noise, in [0, 1]; --blur and --noise stand in its place", 16, DIM, "lm")
+    frozen_trained(b, 466, (780, GREY, "a formula"))
+    return b.done()
+
+
+def gramsr_path():
+    """An image's way through GramSR, with shapes; at the right what each loss of training compares."""
+    model, (lq, _) = TinyGramSR.from_pretrained("gramsr-tiny"), example(*CUP)
+    b = Board(520)
+    b.photo(84, 250, lq, 110, "LQ, enlarged\n(B, 3, H, W)")
+    b.box(278, 90, 150, 70, "DINOv3", BLUE)
+    b.box(540, 90, 170, 70, "token adapter,\ntwo layers", ORANGE)
+    b.box(278, 250, 150, 70, "encoder", BLUE)
+    b.box(592, 250, 250, 96, "UNet at t = 1\n+ pixel, + semantic,\n+ texture", ORANGE)
+    b.plus(820, 250, "-")
+    b.box(960, 250, 120, 70, "decoder", BLUE)
+    b.photo(1110, 250, model.upscale(lq), 110, "result\n(B, 3, H, W)")
+    b.arrow((112, 194), (112, 90), (202, 90))
+    b.arrow((139, 250), (202, 250))
+    b.arrow((354, 90), (454, 90))
+    b.text(404, 70, "(B, N, 768)", 16, DIM)
+    b.arrow((540, 126), (540, 201))
+    b.text(552, 150, "context (B, N, 1024), where a text stood", 16, DIM, "lm")
+    b.arrow((354, 250), (466, 250))
+    b.text(410, 230, "z (B, 4, h, w)", 16, DIM)
+    b.arrow((718, 250), (803, 250))
+    b.text(760, 232, "e", 18, DIM)
+    b.arrow((410, 250), (410, 340), (820, 340), (820, 268))
+    b.text(615, 325, "z", 18, DIM)
+    b.arrow((837, 250), (899, 250))
+    b.text(868, 228, "z - e = z0", 14, DIM)
+    b.arrow((1021, 250), (1054, 250))
+    for x, what, loss in ((278, "stage pixel", "squared error\nof images"), (560, "stage semantic", "+ LPIPS of images,\nCSD of z0"),
+                          (842, "stage texture", "+ Gram matrices\n(B, N, N) of patches")):
+        b.box(x, 424, 220, 84, f"{what}:\n{loss}", GREY, 17)
+    b.arrow((389, 424), (449, 424))
+    b.arrow((671, 424), (731, 424))
+    b.text(968, 424, "each LoRA set learns\non top of the frozen\nearlier ones", 16, DIM, "lm")
+    frozen_trained(b, 496, (780, GREY, "what it learns from"))
     return b.done()
 
 
@@ -558,7 +645,7 @@ def digits(columns=14):
 
 PHOTOS = {"teaser": teaser, "degradation": degradation, "trajectory": trajectory, "weak": weak, "guidance": guidance,
           "scores": scores, "negatives": negatives, "sets": sets}
-DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "gram": gram, "csd": csd, "plane": plane, "digits": digits}
+DRAWINGS = {"vosr": vosr, "s3diff": s3diff, "s3diff_path": s3diff_path, "gramsr_path": gramsr_path, "gram": gram, "csd": csd, "plane": plane, "digits": digits}
 
 
 def main():

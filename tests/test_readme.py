@@ -4,7 +4,10 @@ Run: python -m pytest tests/test_readme.py
 """
 
 import ast
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import student
 import torch
 from PIL import Image
 
@@ -21,9 +25,10 @@ from models.tiny import TinyVOSR
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ((ROOT / file).read_text() for file in ("README.md", "tests/RESULTS.md"))
-EXERCISES = dict(re.findall(r"^\*\*(\d)\..*?```python\n(.*?)```", README[README.index("## 10."):], re.M | re.S))
+CHAPTER = README[README.index("## 12. Exercises") : README.index("## 13.")]
+EXERCISES = dict(re.findall(r"^\*\*(\w+)\. (?:(?!^\*\*\w+\. ).)*?```python\n(.*?)```", CHAPTER, re.M | re.S))
 EXERCISES["3"] = EXERCISES["2"] + EXERCISES["3"]        # which says so
-FIRST = re.search(r"^## 10\..*?```python\n(.*?)```", README, re.M | re.S)[1]      # what every exercise begins with
+FIRST = re.search(r"^### In images.*?```python\n(.*?)```", CHAPTER, re.M | re.S)[1]        # what the exercises on photos begin with
 
 
 def commands(*starts):
@@ -111,3 +116,54 @@ def test_pictures_of_the_lecture():
     drawn = {f.name for f in ast.parse((ROOT / "tests/figures.py").read_text()).body if isinstance(f, ast.FunctionDef)}
     assert pictures and {Path(name).stem for name in pictures} <= drawn
     assert max((ROOT / "assets" / name).stat().st_size for name in pictures) < 150_000
+
+
+ANSWERS = (ROOT / "tests" / "ANSWERS.md").read_text()
+WRITTEN = re.findall(r"```python\n(.*?)```", ANSWERS, re.S)
+
+
+@pytest.mark.parametrize("code", WRITTEN, ids=lambda code: re.search(r"def (\w+)", code)[1])
+def test_answers_pass_the_students_check(code, monkeypatch, capsys):
+    """As when the student writes them into tests/student.py; the file as it lies here says that nothing is written."""
+    name = re.search(r"def (\w+)", code)[1]
+    assert student.main([name]) == 1 and f"{name}: not written yet" in capsys.readouterr().out
+    space = {"torch": torch, "math": math}
+    exec(code, space)
+    monkeypatch.setattr(student, name, space[name])
+    assert student.main([name]) == 0 and f"{name}: right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, right, wrong", [
+    ("guided", "weak * z_lq", "z_lq"), ("guided", "torch.zeros_like(feat)", "feat"), ("guided", "guidance * (", "("),
+    ("guided", "if guidance == 1", "if False"), ("loss_gram", "sr @ sr.mT", "2 * sr @ sr.mT"),
+    ("loss_gram", "sr = torch.nn.functional.normalize(sr, dim=-1)", "pass"), ("loss_gram", ".mean()", ".sum()"),
+    ("motion", "+ math.sin", "- math.sin"), ("motion", "/ weights.sum()", ""), ("motion", "2 * kernel", "kernel")])
+def test_students_check_finds_mistakes(name, right, wrong, monkeypatch, capsys):
+    code = next(code for code in WRITTEN if f"def {name}(" in code)
+    assert right in code
+    space = {"torch": torch, "math": math}
+    exec(code.replace(right, wrong), space)
+    monkeypatch.setattr(student, name, space[name])
+    assert student.main([name]) == 1 and f"{name}: right" not in capsys.readouterr().out
+
+
+def test_every_exercise_is_answered():
+    asked = re.findall(r"^\*\*(\w+)\. ", CHAPTER, re.M)
+    assert asked and sorted(asked) == sorted(re.findall(r"^\*\*(\w+)\.\*\*", ANSWERS, re.M))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_evening_dry_run(tmp_path):
+    """Two steps of all that the lecture trains; the same command again does only what is missing."""
+    command = ["bash", ROOT / "tests" / "evening.sh", tmp_path / "out", "--dry"]
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    log = tmp_path / "out" / "evening.log"
+    parts = ["plane", *(f"digits-{stage}" for stage in ("flow", "distill", "prior", "estimator", "adapters", "pixel",
+                                                          "semantic", "texture")), "read", "line", "line-lq", "line-sr"]
+    assert re.findall(r"^([\w-]+): \d+ s$", log.read_text(), re.M) == parts
+    (tmp_path / "out" / "line.done").unlink()
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and re.findall(r"^([\w-]+): \d+ s$", again.stdout, re.M) == ["line"]
