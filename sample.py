@@ -7,7 +7,7 @@
     python sample.py --model s3diff --fetch          all files that a model needs, fetched and checked
 
 Writes OUT/<name>.png for every image, OUT/sheet.png to compare the first eight by eye, metrics.csv and metrics.json of
-what can be measured. Several models have a folder each in OUT. One image at a time is held in memory.
+what can be measured. Several models have a folder each in OUT. Two images at a time are held in memory.
 
 In a notebook:
 

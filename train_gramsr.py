@@ -113,19 +113,20 @@ PAPER = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR has 4
         steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10,
         **training.ONE_CARD),
 }
-TINY = {    # ours, for a laptop; two steps in three by the first recipe, the third by the other
+RECIPES = ("s3diff", "vosr", "s3diff", "vosr", "clean")     # by turns; the last, or clean images would change, too
+TINY = {    # ours, for a laptop
     "pixel": Stage(
         steps=5000, batch_size=8, lr=1e-3, schedule="cosine", warmup=50,
-        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16, learn_vit=True),
+        crop=128, recipes=RECIPES, branches_per="image", rank=16, learn_vit=True),
     # lambdas by gradients at the end of stage pixel: LPIPS half of L2's, Gram ten times, CSD 3 %. At 30 % the tiny
     # prior, which hardly knows its prompts, weaves a lattice; its guidance is weaker for the same reason
     "semantic": Stage(
         steps=250, before=5000, batch_size=8, lr=5e-4, schedule="cosine",
-        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16,
+        crop=128, recipes=RECIPES, branches_per="image", rank=16,
         lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0),
     "texture": Stage(
         steps=250, before=5250, batch_size=8, lr=5e-4, schedule="cosine",
-        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image", rank=16,
+        crop=128, recipes=RECIPES, branches_per="image", rank=16,
         lambda_lpips=0.015, lambda_csd=0.003, lambda_gram=0.4, guidance=3.0),
 }
 LETTERS = {     # ours, for --data digits and --data letters, not yet tuned; an image is 2 x 2 cells
@@ -160,7 +161,8 @@ def parse_args(argv=None):
     p = training.parser(__doc__, NEEDS)
     p.add_argument("--stage", required=True, choices=PAPER)
     p.add_argument("--preset", default="sd-2.1", choices=PRESETS,
-                   help="sizes and hyper-parameters: sd-2.1 (default); tiny: on S3Diff's prior")
+                   help="sizes and hyper-parameters: sd-2.1 (default); ours: tiny, letters (for --data "
+                   "digits), on S3Diff's prior")
     p.add_argument("--init", type=path_argument,
                    help="model to start from: the earlier stage's --out; stage pixel, tiny: --out of "
                    "train_s3diff.py --stage prior (default: the embedded one; none: random numbers)")
@@ -171,7 +173,8 @@ def parse_args(argv=None):
                    help="stop after so many evaluations without a better NIQE of the held-out crops, and keep the "
                         "best model; 0 = never (default 10 in stage texture, else 0; tiny 0). Without NIQE's file, or "
                         "with crops below 192 pixels, as the tiny ones of 128, the held-out loss is judged instead")
-    p.add_argument("--rank", type=between(1, 1024, whole=True), help="rank of the new LoRA set (default 4)")
+    p.add_argument("--rank", type=between(1, 1024, whole=True),
+                   help="rank of the new LoRA set (default 4; of our presets 16)")
     training.add_arguments(p)
     args = p.parse_args(argv)
     _, stages = PRESETS[args.preset]

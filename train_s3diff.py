@@ -13,8 +13,8 @@ A step of stage adapters has four parts, each with its own backward and its own 
 Apart, because 1 and 2 want different prompts; the same Adam for both, so that its moments see both gradients.
 The stages, in the order of a run:
 
-    prior       a tiny Stable Diffusion, in place of SD-Turbo               ours, with --preset tiny
-    estimator   of the degradation, in place of the authors'                ours, with --preset tiny
+    prior       a tiny Stable Diffusion, in place of SD-Turbo               ours, with --preset tiny and letters
+    estimator   of the degradation, in place of the authors'                ours, with --preset tiny and letters
     adapters    the above
 
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds s3diff.pkl, laid
@@ -82,18 +82,18 @@ class Pairs(NamedTuple):
 PAPER = {       # the paper's steps, the code counts 50 epochs; batch: 4 GPUs x 4 photos x 4 accumulated micro-batches
     "adapters": Stage(steps=30_000, batch_size=64, lr=2e-5, **training.ONE_CARD),
 }
-TINY = {        # ours, for a laptop; recipes go by turns: two steps in three as the paper degrades, one more harshly
+TINY = {        # ours, for a laptop; recipes go by turns
     "prior": Stage(     # the embedded one was trained with --steps 3500; its loss was still falling
         steps=6000, batch_size=16, lr=6e-4, schedule="cosine", warmup=300, ema=0.999,
-        crop=128, recipes=("s3diff", "vosr", "s3diff")),
+        crop=128, recipes=("s3diff", "vosr", "s3diff", "clean")),
     "estimator": Stage(
         steps=1500, batch_size=4, lr=1e-3, schedule="cosine", warmup=100, ema=0.99,
-        crop=256, recipes=("wide", "s3diff", "wide", "vosr")),
+        crop=256, recipes=("wide", "s3diff", "wide", "vosr", "clean")),
     # lambda_lpips: of RandomLPIPS, whose gradient is larger: a third of L2's (measured for GramSR, train_gramsr.py)
     # lambda_gan: at .5 so small a D soon believed everything, and edges got haloes (tests/RESULTS.md)
     "adapters": Stage(
         steps=4000, batch_size=8, lr=1e-3, schedule="cosine", warmup=100, ema=0.999,
-        crop=128, recipes=("s3diff", "s3diff", "vosr"), branches_per="image",
+        crop=128, recipes=("s3diff", "vosr", "s3diff", "vosr", "clean"), branches_per="image",
         lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.75),
 }
 LETTERS = {     # ours, for --data digits and --data letters, not yet tuned; an image is 2 x 2 cells
@@ -118,8 +118,8 @@ PLACES = {      # of adapters, for --lora: names of the VAE's layers, "" = none 
 TINY_PLACES = {     # of the tiny VAE's layers
     "unet": "",
     "unet+encoder": "encoder",
-    "unet+decoder": r"decoder|finish\..*",
-    "unet+encoder+decoder": r"encoder|decoder|finish\..*",
+    "unet+decoder": r"decoder|residual\..*",
+    "unet+encoder+decoder": r"encoder|decoder|residual\..*",
 }
 # flags of stage adapters alone, and their defaults; None: the preset's
 ABLATIONS = {"lora": "unet+encoder", "modulation": "blocks", "neg_prob": 0.05, "rank_unet": None, "rank_vae": None,
@@ -136,9 +136,10 @@ what full size needs, of one card:
 
 def parse_args(argv=None):
     p = training.parser(__doc__, NEEDS)
-    p.add_argument("--stage", default="adapters", choices=TINY, help="adapters (default); others: tiny only")
+    p.add_argument("--stage", default="adapters", choices=TINY, help="adapters (default); others: of our presets only")
     p.add_argument("--preset", default="sd-turbo", choices=PRESETS,
-                   help="sizes and hyper-parameters: sd-turbo (default); tiny: all trained here")
+                   help="sizes and hyper-parameters: sd-turbo (default); ours: tiny, letters (for --data "
+                   "digits), all trained here")
     p.add_argument("--init", type=path_argument,
                    help="model to start from: s3diff, an s3diff.pkl, another run's --out (default: new adapters"
                    " on SD-Turbo, or on the embedded tiny prior; none: on random weights, ours)")

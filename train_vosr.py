@@ -12,9 +12,8 @@ The stages, in the order of a run:
     autoencoder pixels to latents and back          ours, with --preset tiny; full sizes take a public one
     flow256     flow at 256 pixels                  the paper's first size, with --preset 0.5b-paper and 1.4b-paper
     flow        from noise to the clean latent, under the LQ latent and visual tokens
-    refine      flow again, on harsher degradations                         ours, with --preset tiny
     distill     one step of a student for 25 of its teacher, which is a flow
-    decoder     convolutions that mend what the one-step model decodes      ours, with --preset tiny
+    decoder     convolutions that mend what the one-step model decodes      ours, with --preset tiny and small
 
 The same command again goes on where it stopped, exactly; Ctrl-C and SIGTERM save first. --out holds the model for
 sample.py (EMA weights: model.safetensors, or args.json and checkpoints/ as the authors have them), checkpoint-*.pt,
@@ -33,9 +32,10 @@ from models.dit import DiT
 from models.flow import guided, loss_distill, loss_flow, sample
 from models.support.arguments import path_argument
 from models.support.weights import save_model, save_release
-from models.tiny import LETTERS_VOSR, SMALL, TinyDiT, TinyVOSR, TinyVOSRConfig
+from models.tiny import LETTERS_VOSR, RESIDUAL, SMALL, TinyDiT, TinyVOSR, TinyVOSRConfig
 from models.vosr import SIZES, VOSR
 
+LATTICE = 200.0             # weight of `lattice`: without it cells of 8 pixels stood out 12 times in a spectrum, with it 5
 WEAK_FLOW = (0.05, 0.25)    # the weak condition's strength in a flow: drawn from this range, one for a batch
 WEAK_DISTILL = 0.1          # in distillation, for teacher and student
 NO_CONDITION = 0.0          # of the ablation: guidance compares with none at all, as is usual
@@ -75,6 +75,7 @@ PAPER = {       # of the paper, as far as known: for 100 million photos, and the
     "flow": Stage(steps=400_000, batch_size=256, lr=5e-5, save_every=10_000, **training.ONE_CARD),
     "distill": Stage(steps=50_000, batch_size=32, lr=2e-5, save_every=5_000, **training.ONE_CARD),
 }
+RECIPES = ("s3diff", "vosr", "s3diff", "vosr", "clean")     # by turns; so that clean images stay as they are, too
 TINY = {        # ours, for a laptop
     "autoencoder": Stage(
         steps=3000, batch_size=16, lr=3e-3, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0, ema=0.99,
@@ -82,19 +83,16 @@ TINY = {        # ours, for a laptop
     # strength: the LQ condition's noise has deviation .04, a third of the paper's; not compared with it
     # lognorm: more times near noise, where the one step starts in which all of this ends
     "flow": Stage(
-        steps=2600, batch_size=8, lr=8e-4, schedule="cosine", warmup=100, ema=0.998,
-        crop=128, flip=True, recipes=("s3diff",), strength=(7.0, 1.0), lognorm=(1.0, 1.2)),
-    "refine": Stage(
-        steps=3600, batch_size=8, lr=5e-4, schedule="cosine", warmup=100, ema=0.998,
-        crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
+        steps=6000, batch_size=8, lr=8e-4, schedule="cosine", warmup=100, ema=0.998,
+        crop=128, flip=True, recipes=RECIPES, branches_per="image", strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
     # steps: few suffice, since the student begins as its teacher; ema: of so few
     # omega: guidance of .5 costs a flow of this size .46 dB (tests/RESULTS.md)
     "distill": Stage(
         steps=40, batch_size=8, lr=5e-5, schedule="cosine", warmup=5, ema=0.8,
-        crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image", strength=(7.0, 1.0), omega=1.0),
+        crop=128, flip=True, recipes=RECIPES, branches_per="image", strength=(7.0, 1.0), omega=1.0),
     "decoder": Stage(
         steps=1500, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, betas=(0.9, 0.99), weight_decay=0.0, ema=0.99,
-        crop=128, flip=True, recipes=("s3diff", "vosr"), branches_per="image"),
+        crop=128, flip=True, recipes=RECIPES, branches_per="image"),
 }
 LETTERS = {     # ours, for --data digits and --data letters: minutes, no autoencoder to train
     # lognorm: which character it is is decided near noise
@@ -110,14 +108,14 @@ SMALL_STAGES = {    # ours, for two hours of a card of 24 GB
     # 1.2 GB for parameters, moments and the average
     "flow": replace(
         TINY["flow"], steps=10_000, batch_size=64, micro_batch=16, lr=4e-4, warmup=500, ema=0.9995,
-        crop=256, recipes=("s3diff", "vosr"), branches_per=8),
+        crop=256, branches_per=8),
     "distill": replace(
         TINY["distill"], steps=400, batch_size=64, micro_batch=8, warmup=20, ema=0.98, crop=256, branches_per=8),
     "decoder": replace(TINY["decoder"], batch_size=32, crop=256, branches_per=8),
 }
 PRESETS = {     # name: config of the model, its stages
     "letters": (LETTERS_VOSR, LETTERS),
-    "tiny": (TinyVOSRConfig(), TINY),
+    "tiny": (TinyVOSRConfig(local=True), TINY),
     "small": (SMALL, SMALL_STAGES),
     "0.5b": (SIZES["0.5b"], AUTHORS), "0.5b-paper": (SIZES["0.5b"], PAPER),
     "1.4b": (SIZES["1.4b"], AUTHORS), "1.4b-paper": (SIZES["1.4b"], PAPER),
@@ -125,16 +123,14 @@ PRESETS = {     # name: config of the model, its stages
 LEARNS = {      # beginnings of the names of what a stage trains
     "autoencoder": ("vae.",),
     "flow256": ("dit.",), "flow": ("dit.",),
-    "refine": ("dit.", "vit."),
     "distill": ("dit.",),
-    "decoder": ("vae.finish.",),
+    "decoder": ("vae.residual.",),
 }
 LEARNS_TINY = LEARNS | {"flow": ("dit.", "vit.")}       # ours: nobody has pretrained so small a vision transformer
 ABLATIONS = {   # fields of the model's config, which later stages find in --init
     "tokens": {"blind": True},          # without visual tokens
     "weak": {"weak": NO_CONDITION},     # with none in place of the weak one
 }
-FINISH = 96         # channels of what stage decoder adds to TinyVAE
 SETTINGS = ("stage", "preset", "ablate", "distill", "data", "lq", "init", "seed")   # flags that stay when resumed
 NEEDS = """
 what full size needs, of one card:
@@ -151,8 +147,8 @@ def parse_args(argv=None):
     p = training.parser(__doc__, NEEDS)
     p.add_argument("--stage", required=True, choices=sorted({*TINY, *PAPER}))
     p.add_argument("--preset", default="tiny", choices=PRESETS,
-                   help="sizes and hyper-parameters: tiny (default), small (for a card of 24 GB, from "
-                   "--init vosr-tiny), the authors' code, the paper")
+                   help="sizes and hyper-parameters: ours: tiny (default), letters (for --data digits), "
+                   "small (for a card of 24 GB, from --init vosr-tiny); the authors' code, the paper")
     p.add_argument("--init", type=path_argument,
                    help="start from the earlier stage's --out, or anything that sample.py --model takes")
     p.add_argument("--ablate", choices=ABLATIONS,
@@ -167,7 +163,7 @@ def parse_args(argv=None):
     if args.distill and args.stage != "distill":
         p.error(f"--distill is not read by --stage {args.stage}")
     if args.ablate and not (args.stage == "flow" and args.tiny):
-        p.error("--ablate is for --stage flow of --preset tiny or letters; later stages go on with what they find")
+        p.error("--ablate is for --stage flow of our presets; later stages go on with what they find")
     if args.init and (args.stage == "autoencoder" or args.preset == "letters" and args.stage == "flow"):
         p.error(f"--init is not read by --stage {args.stage} of --preset {args.preset}")
     if args.lq and args.stage == "autoencoder":
@@ -237,7 +233,7 @@ def new_student(teacher):
 
 def new_decoder(model):
     """Make a tiny model that has new convolutions after its decoder, else model's parameters."""
-    finished = TinyVOSR(replace(model.cfg, vae=replace(model.cfg.vae, finish=FINISH)))
+    finished = TinyVOSR(replace(model.cfg, vae=replace(model.cfg.vae, residual=RESIDUAL)))
     finished.load_state_dict(model.state_dict(), strict=False)
     return finished
 
@@ -309,12 +305,23 @@ def distill_losses(run, model, hq, lq_up, g):
 
 
 def decoder_losses(run, model, hq, lq_up, g):
-    """Compute L1 between the photo and the image that the frozen one-step model makes."""
+    """Compute L1 between the photo and the image that the frozen one-step model makes, and the lattice in it."""
     z_lq = model.vae.encode(lq_up).float()
     temperature = 0.25 + 0.75 * torch.rand(len(hq), 1, 1, 1, generator=g, device=g.device)      # all that are of use
     eps = (temperature * torch.randn(z_lq.shape, generator=g, device=g.device)).to(z_lq)
     z = model.restore(z_lq, lq_up, eps, steps=1, guidance=1.0, weak=model.cfg.weak)     # has no gradient
-    return {"L1": F.l1_loss(model.decode(z), hq)}
+    sr = model.decode(z)
+    return {"L1": F.l1_loss(sr, hq), "lattice": LATTICE * lattice(sr - hq, model.vae.factor)}
+
+
+def lattice(error, side):
+    """Measure what repeats from cell to cell, which no photo has: its squared mean over all cells.
+
+    error: (B, 3, H, W); side: of a cell in pixels -> scalar
+    """
+    cells = error.unflatten(3, (-1, side)).unflatten(2, (-1, side))     # (B, 3, rows, side, columns, side)
+    mean = cells.mean((2, 4))                                           # (B, 3, side, side)
+    return (mean - mean.mean((2, 3), keepdim=True)).square().mean()     # a shift of all pixels is no lattice
 
 
 def encode(model, hq, lq_up, g):
@@ -329,10 +336,10 @@ def weak_in_distillation(model):
     return WEAK_DISTILL if model.cfg.weak else NO_CONDITION
 
 
-LOSSES = {"autoencoder": autoencoder_losses, "flow256": flow_losses, "flow": flow_losses, "refine": flow_losses,
+LOSSES = {"autoencoder": autoencoder_losses, "flow256": flow_losses, "flow": flow_losses,
           "distill": distill_losses, "decoder": decoder_losses}
-TERMS = {"autoencoder": ("all", "first_k"), "flow256": ("flow",), "flow": ("flow",), "refine": ("flow",),
-         "distill": ("v", "u"), "decoder": ("L1",)}
+TERMS = {"autoencoder": ("all", "first_k"), "flow256": ("flow",), "flow": ("flow",),
+         "distill": ("v", "u"), "decoder": ("L1", "lattice")}
 
 
 # ---- evaluate, save
@@ -391,7 +398,7 @@ def restore_held_out(run):
 
 
 EVALUATE = {"autoencoder": evaluate_autoencoder, "flow256": evaluate_flow, "flow": evaluate_flow,
-            "refine": evaluate_flow, "distill": evaluate_distill, "decoder": evaluate_flow}
+            "distill": evaluate_distill, "decoder": evaluate_flow}
 
 
 def save(run):

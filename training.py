@@ -38,7 +38,8 @@ FEW_PHOTOS = 60     # below, held-out crops come from one or two photos
 HELD_OUT_IMAGES, HELD_OUT_LOSS, HELD_OUT_NOISE = 0, 1, 2
 
 # of stages at full size, so that a step fits in 24 GB: the gradient of a batch is the mean of its images' gradients, so
-# one image after the other gives the same, and what is not kept is computed again. It takes longer, nothing else
+# one image after the other gives the same, and what is not kept is computed again. It takes longer. What is drawn is
+# drawn for each part of a step anew, so other parts see other noise
 ONE_CARD = {"micro_batch": 1, "checkpointing": True}
 
 
@@ -220,8 +221,9 @@ def ema_decay(run):
 def generator(*numbers):
     """Make a CPU generator for a place in the training, e.g. (seed, step, micro-batch).
 
-    Draws are a function of the place alone: a run that was resumed, or has other processes, draws the same, and so does
-    every device. The numbers are mixed like digits of a huge base, so that neighbouring places share no seed.
+    Draws are a function of the place alone: a run that was resumed draws the same, and so does one with more processes
+    and micro-batches of the same size. Noise on a GPU comes from a generator there, of the same seed: other numbers.
+    The numbers are mixed like digits of a huge base, so that neighbouring places share no seed.
     """
     seed = 0
     for n in numbers:

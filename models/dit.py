@@ -49,7 +49,7 @@ def modulate(x, shift, scale):
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoids of t: (B,) in [0, 1] -> (B, dim), cosines first.
+    """Sinusoids of t: (B,), here in [0, 1], in unet.py up to 999 -> (B, dim), cosines first.
 
     Trap: VOSR does not multiply t by 1000, as others do before the same sinusoids.
     """

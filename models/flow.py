@@ -79,7 +79,7 @@ class Draws:
     t: torch.Tensor     # (B, 2) uniform, the time: flow matching takes the first, distillation the larger
     n: torch.Tensor     # (B,) standard normal: how much noise the LQ condition gets
     eps: torch.Tensor   # (B, C, h, w) standard normal: the noise in the state z_t
-    m: torch.Tensor     # (B,) uniform: which images lose their condition, those with m < cfg_ratio
+    m: torch.Tensor     # (B,) uniform: which images see the weak condition, those with m < cfg_ratio
     xi: torch.Tensor    # (B, C, h, w) standard normal: the noise in the LQ condition
     g: torch.Tensor     # (B,) uniform: in distillation how far r is below t; in flow matching the first decides on w
 
@@ -115,9 +115,9 @@ def conditions(z_lq, feat, d, w, cfg_ratio, strength):
     # sqrt(1 - a^2): what has unit variance, as scaled latents about do, keeps it
     noised = a * z_lq + (1 - a**2).sqrt() * d.xi  # Eq. noised condition
     z_weak = w * z_lq  # Eq. weak condition
-    dropped = d.m < cfg_ratio
-    mixed = torch.where(column(dropped), z_weak, noised)
-    mixed_feat = torch.where(dropped[:, None, None], 0.0, feat)
+    is_weak = d.m < cfg_ratio
+    mixed = torch.where(column(is_weak), z_weak, noised)
+    mixed_feat = torch.where(is_weak[:, None, None], 0.0, feat)
     return noised, z_weak, mixed, mixed_feat
 
 
@@ -129,7 +129,7 @@ def loss_flow(dit, z_hq, z_lq, feat, generator, cfg_ratio=0.1, strength=(5.0, 1.
     """Flow matching under the mixed condition: mean of (v(z_t, t) - (eps - z_hq))^2.
 
     z_hq, z_lq: (B, C, h, w) scaled latents; feat: (B, M, z_dims); generator: of all that is drawn
-    cfg_ratio: share of the images whose condition is dropped; strength: see `conditions`
+    cfg_ratio: share of the images that see the weak condition, and no tokens; strength: see `conditions`
     lognorm: mu, sigma of t = sigmoid(sigma N + mu), N standard normal; None = t is uniform
     weak: range of w, one number for the whole batch as in the official code
     draws: Draws, instead of the generator's -> scalar
@@ -238,7 +238,7 @@ def loss_distill(student, teacher, z_hq, z_lq, feat, generator, kind="rcgm", ome
         return student(z, mixed, mixed_feat, t, r).float()
 
     # 1. the teacher's velocity at t
-    # official: v_cond sees the noised condition and all visual tokens, for dropped samples too: the guided velocity
+    # official: v_cond sees the noised condition and all visual tokens, for weak samples too: the guided velocity
     # is what is distilled, whatever the student is shown
     v = teach(teacher, z_t, noised, z_weak, feat, t, omega, interval)
 

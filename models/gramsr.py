@@ -9,8 +9,8 @@ Left out: texts, which the released code never reads.
                          -> DINOv3, token adapter -> context
     e = UNet(z, t = 1, context), as if z were a latent with almost no noise;   z - e -> VAE -> HQ image
 
-Three LoRA sets, pixel, semantic and texture, are trained one after the other, each with a loss of its own (gram.py). In
-use each has a scale. A set is one adapter or several, whose names are those of the authors' files.
+Three LoRA sets, pixel, semantic and texture, are trained one after the other, each with one more kind of loss (gram.py,
+train_gramsr.py). In use each has a scale. A set is one adapter or several, whose names are those of the authors' files.
 """
 
 from dataclasses import dataclass, field, replace

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from models.support import fast_lora, winograd
 from models.support.precision import Exact
 
-ALPHA = 8  # trap: peft's default, on which both papers' files rely; so the scale s is 8 / r, not 1
+ALPHA = 8  # trap: peft's default, on which both papers' files rely; so s is 8 / r (GramSR's texture: 1)
 NO_ADAPTERS = {}  # all are off
 
 
@@ -161,7 +161,7 @@ def adapted_layers(network, name):
 
 
 def almost_zero(c_in, c_out):
-    """Make a Linear whose weights are about 1e-5, so that C, made by two in a row, starts at about 1e-10.
+    """Make a Linear with results of about 1e-5, so that C, made by two in a row, starts at about 1e-10.
 
     Trap: this starts near a saddle. The detour is a product of three, B C A, and the gradient of each factor contains
     the two others. B starts at 0, so A and C get no gradient at first, and B one of about 1e-10. They leave the saddle

@@ -4,7 +4,7 @@
     PatchDiscriminator    heads on DINO (discriminator.py)   DINO is a download of 343 MB
     RandomLPIPS           LPIPS on VGG16 (lpips.py)          VGG16 is a download of 553 MB
 
-Both are called as what they stand in for.
+Both are called as what they stand in for; only, PatchDiscriminator always needs its plan.
 """
 
 from itertools import pairwise

@@ -291,7 +291,7 @@ class UNet(Checkpointing, nn.Module):
 
     @property
     def blocks(self):
-        """List the modules that have an S3Diff matrix C each, by block id; conv_in shares that of the first."""
+        """List the modules that have an S3Diff matrix C each, by block id; conv_in has none of its own."""
         return [*self.down_blocks, self.mid_block, *self.up_blocks, self.conv_out]
 
     def forward(self, z, t, context, adapters=NO_ADAPTERS):

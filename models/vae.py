@@ -10,7 +10,7 @@ Left out: training losses, LDM's own key names.
 All layers have an argument `adapters`: which of theirs are on, {name: matrix or 1}, see lora.py.
 
 `self.run(layer, x, adapters)` is layer(x, adapters). For large images it computes the same in less memory, see
-support/strips.py. Maps of a latent's size are never so large, so layers there are called directly.
+support/strips.py. Maps of a latent's size are never so large, so the middle's layers are called directly.
 """
 
 from dataclasses import dataclass

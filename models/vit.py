@@ -5,7 +5,7 @@ S3Diff's discriminator judges by DINO's, VOSR is conditioned on DINOv2's, GramSR
 Papers:  DINO 2104.14294, DINOv2 2304.07193, DINOv3 2508.10104.
 Weights: dino_vitbase16_pretrain.pth, dinov2_vit{b,l}14_pretrain.pth of facebookresearch; model.safetensors of
          facebook/dinov3-vitb16-pretrain-lvd1689m and -vits16plus-.
-Left out: DINOv2 with registers, the giant DINOv2, DINO at other sizes than 224 px, what training needs.
+Left out: DINOv2 with registers, the giant DINOv2, DINO at other sizes than 224 px, what training DINO needs.
 
 Each patch of an image becomes a token; a class token (and in DINOv3 four registers, scratch space) goes in front:
 

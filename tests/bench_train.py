@@ -172,7 +172,7 @@ def read_photos(args, crop, device):
 
 
 TINY_STAGES = [     # script, stage, stage that it starts from, or another --init
-    (train_vosr, "autoencoder", None), (train_vosr, "flow", "vosr-tiny"), (train_vosr, "refine", "flow"), (train_vosr, "distill", "refine"),
+    (train_vosr, "autoencoder", None), (train_vosr, "flow", "vosr-tiny"), (train_vosr, "distill", "flow"),
     (train_vosr, "decoder", "distill"), (train_s3diff, "prior", None), (train_s3diff, "estimator", "prior"), (train_s3diff, "adapters", "estimator"),
     (train_gramsr, "pixel", "prior"), (train_gramsr, "semantic", "pixel"), (train_gramsr, "texture", "semantic"),
 ]

@@ -52,9 +52,8 @@ stage() {   # share of 9 minutes, batch on a GPU, learning rate there, script, s
 }
 
 vosr() {
-    stage 3.2 256 1.5e-3 vosr flow --init vosr-tiny &&
-    stage 2.4 256 1e-3 vosr refine --init "$out/flow" &&
-    stage 0.6 128 2e-4 vosr distill --init "$out/refine" &&
+    stage 5.6 256 1.5e-3 vosr flow --init vosr-tiny &&
+    stage 0.6 128 2e-4 vosr distill --init "$out/flow" &&
     stage 1.6 256 2e-3 vosr decoder --init "$out/distill"
 }
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.support.weights import EMBEDDED, PRIOR  # noqa: E402
+from models.support.weights import EMBEDDED, PRIOR, save_tensors  # noqa: E402
 
 
 def read(path):
@@ -30,7 +30,7 @@ def embed(source, target, known):
         sys.exit(f"{source}: did not start from this prior; {len(learned.keys() & known.keys())} tensors differ")
     old, said = read(target) if target.exists() else ({}, None)
     if said != metadata or old.keys() != learned.keys() or any(not torch.equal(old[k], v) for k, v in learned.items()):
-        save_file(learned, target, metadata)        # trap: the same model has other bytes each time
+        save_tensors(target, learned, metadata)
     print(f"{target}: {len(learned)} tensors, {target.stat().st_size / 1e6:.1f} MB, from {source}")
     return learned
 

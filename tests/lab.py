@@ -98,17 +98,15 @@ TRAININGS = {
     "flow": vosr("flow", "--init vosr-tiny", share=2),
     "flow, no tokens": vosr("flow", "--init vosr-tiny --ablate tokens", share=2),
     "flow, no weak condition": vosr("flow", "--init vosr-tiny --ablate weak", share=2),
-    "refine": vosr("refine", after="flow"),
-    "RCGM": vosr("distill", "--distill rcgm", "refine", 1 / 26),      # 50 of 1,300
-    "shortcut": vosr("distill", "--distill shortcut", "refine", 1 / 26),
+    "RCGM": vosr("distill", "--distill rcgm", "flow", 1 / 26),        # 50 of 1,300
+    "shortcut": vosr("distill", "--distill shortcut", "flow", 1 / 26),
     # as large and as long as "s3diff"
     "control group": Training("--width 106", 0.55, script="tests/baseline.py"),
     "small pixel": gramsr("pixel", share=0.7, flags="--rank 11"),
     "small semantic": gramsr("semantic", "small pixel", 0.15, "--rank 11"),
     "small gramsr": gramsr("texture", "small semantic", 0.15, "--rank 11"),
-    "small flow": vosr("flow", "--init vosr-tiny", "", 0.5, NARROW),
-    "small refine": vosr("refine", "", "small flow", 0.25, NARROW),
-    "small vosr": vosr("distill", "", "small refine", 0.08, NARROW),
+    "small flow": vosr("flow", "--init vosr-tiny", "", 0.75, NARROW),
+    "small vosr": vosr("distill", "", "small flow", 0.08, NARROW),
 
     "digits regression": digits("vosr", "flow", instead="import letters\nletters.ask_for_the_mean(script)"),
     "digits flow": digits("vosr", "flow"),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"flow", "refine", "distill", "decoder", "prior", "estimator", "adapters", "pixel", "semantic", "texture"}
+STAGES = {"flow", "distill", "decoder", "prior", "estimator", "adapters", "pixel", "semantic", "texture"}
 
 
 @pytest.mark.slow

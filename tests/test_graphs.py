@@ -69,12 +69,12 @@ def test_replayed_equals_plain(name, tapes):
             for options in OPTIONS[name]:
                 for tiles in ({}, {"tile": 64, "overlap": 16}):
                     calls.append((torch.rand(1, 3, *size, generator=g), options | tiles))
+    gpu.tune(model)     # which rounds otherwise where a group of a norm hardly varies; tests/test_fast.py compares it
     plain = [model.upscale(lq, **options) for lq, options in calls]
-    gpu.tune(model)
     graphs.replay(model)
     results = [model.upscale(lq, **options) for lq, options in calls]
     for x, y in zip(results, plain):        # all at the end: none is overwritten by its successors
-        torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+        torch.testing.assert_close(x, y, atol=5e-5, rtol=0)
     assert len(tapes) > 1
 
 

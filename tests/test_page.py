@@ -167,7 +167,7 @@ def example(number=1, references=True, names=None, side=None):
         absent = {"lpips": "needs a.pth"} | ({} if references else dict.fromkeys(METRICS, "needs --ref"))
         rows.append(row_of(names[i] if names else f"example-{i}.png", y.shape[-2:], 0.5, found, absent | failed))
         figures.append(figure_of(rows[-1:], [bicubic, sr, y][: 2 + has], versions, number * len(versions)))
-    record = record_of(rows, "python sample.py lq/ --ref hq/ --page --prompt '<b>'", {"seed": 0, "scale": 4}, {}, [ROOT / "LICENSE"])
+    record = record_of(rows, "python sample.py lq/ --ref hq/ --page --prompt '<b>'", {"seed": 0, "scale": 4, "border": 4}, {}, [ROOT / "LICENSE"])
     return page_of("".join(figures), len(figures), versions, [record])
 
 
@@ -360,7 +360,7 @@ def test_buttons_stay_with_their_labels(browser, tmp_path):
     names = ["bicubic", "vosr-tiny", "s3diff-tiny", "gramsr-tiny", "reference"]
     x = torch.rand(1, 3, 40, 60)
     rows = [row_of("a.png", (40, 60), 0.5, {}, {}) for _ in names[1:4]]
-    records = [record_of([row], "", {"seed": 0, "scale": 4}, {}, []) for row in rows]
+    records = [record_of([row], "", {"seed": 0, "scale": 4, "border": 4}, {}, []) for row in rows]
     (tmp_path / "page.html").write_text(page_of(figure_of(rows, [x] * 5, names, 5), 1, names, records), encoding="utf-8")
     for width in (320, 390, 500, 700, 1000):
         browser.size(width, 800, mobile=width < 500)

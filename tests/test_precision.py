@@ -126,7 +126,6 @@ def test_blending_in_half(dtype):
 TRAININGS = {
     "autoencoder": (train_vosr, "--preset tiny --stage autoencoder"),
     "flow": (train_vosr, "--preset tiny --stage flow --init {autoencoder}"),
-    "refine": (train_vosr, "--preset tiny --stage refine --init {flow}"),
     "distill": (train_vosr, "--preset tiny --stage distill --init {flow}"),
     "decoder": (train_vosr, "--preset tiny --stage decoder --init {distill}"),
     "s3diff": (train_s3diff, "--preset tiny --init none"),
@@ -161,7 +160,7 @@ def launch(tmp_path, monkeypatch):
     return launch
 
 
-@pytest.mark.parametrize("names", [("autoencoder", "flow", "refine", "distill", "decoder"), ("prior", "estimator"),
+@pytest.mark.parametrize("names", [("autoencoder", "flow", "distill", "decoder"), ("prior", "estimator"),
                                    ("s3diff",), ("pixel", "semantic", "texture")], ids=" ".join)
 def test_trainings_in_half(launch, names):
     """A step of each stage in all types, one after the other; the loss is that of float32, nearly.

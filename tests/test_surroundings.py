@@ -184,7 +184,7 @@ def test_nothing_of_distributed_is_imported_early():
 # ---- notebooks, threads
 
 STAGES = {      # all stages of each script, each with the words that follow from the one before
-    "vosr": [("autoencoder", None), ("flow", "autoencoder"), ("refine", "flow"), ("distill", "flow"), ("decoder", "distill")],
+    "vosr": [("autoencoder", None), ("flow", "autoencoder"), ("distill", "flow"), ("decoder", "distill")],
     "s3diff": [("prior", None), ("estimator", "prior"), ("adapters", "estimator")],
     "gramsr": [("pixel", None), ("semantic", "pixel"), ("texture", "semantic")],
 }

@@ -305,7 +305,7 @@ def be_trainer(name, words, folder, slow_photos, slow_disk, ignored, terminal):
 
     patch.setattr(Photos, "__getitem__", read_slowly), patch.setattr(saving, "write", write_slowly)
     found, small, _ = SMALL_TRAINERS[name]
-    patch.setattr(models.tiny, found, lambda: small)
+    patch.setattr(models.tiny, found, lambda **_: small)
     sys.argv = [f"train_{name}.py", *map(str, words)]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 

@@ -65,11 +65,11 @@ def test_nested_dropout_sorts_channels():
     assert first > everything and vae.std[0] > 1.5 * vae.std[3]
 
 
-def test_finish_adds_nothing_at_first():
+def test_residual_adds_nothing_at_first():
     torch.manual_seed(0)
-    vae, z = TinyVAE(TinyVAEConfig(latent_channels=4, finish=8)), torch.randn(1, 4, 3, 2)
+    vae, z = TinyVAE(TinyVAEConfig(latent_channels=4, residual=(8, 8, 4))), torch.randn(1, 4, 3, 2)
     assert torch.equal(vae.decode(z), vae.synthesis(z / vae.gain()))
-    torch.nn.init.normal_(vae.finish.conv_out.weight)
+    torch.nn.init.normal_(vae.residual.conv_out.weight)
     assert vae.decode(z).shape == (1, 3, 24, 16) and not torch.equal(vae.decode(z), vae.synthesis(z / vae.gain()))
 
 

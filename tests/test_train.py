@@ -32,7 +32,7 @@ SMALL = TinyVOSRConfig(
     vae=TinyVAEConfig(latent_channels=8), vit_input=28, steps=2, temperature=1.0, tile=64, overlap=0)
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = train_vosr.Stage(4, 2, 1e-3, crop=64, recipes=("s3diff", "vosr"), ema=0.5, schedule="cosine", warmup=2)
-STAGES = {"autoencoder": replace(STAGE, crop=32, recipes=()), "flow": STAGE, "refine": replace(STAGE, branches_per="image"),
+STAGES = {"autoencoder": replace(STAGE, crop=32, recipes=()), "flow": STAGE,
           "distill": STAGE, "decoder": STAGE}
 
 
@@ -83,14 +83,14 @@ def autoencoder(monkeypatch, photos, tmp_path):
 
 def test_stages_and_a_picture(monkeypatch, photos, autoencoder, tmp_path, capsys):
     flow = train(monkeypatch, photos, tmp_path / "flow", "flow", "--init", autoencoder)
-    refined = train(monkeypatch, photos, tmp_path / "refine", "refine", "--init", tmp_path / "flow")
-    assert {k.split(".")[0] for k in flow if not torch.equal(flow[k], refined[k])} == {"dit", "vit"}
+    ae = load_file(autoencoder / "model.safetensors")
+    assert all(torch.equal(ae[k], flow[k]) for k in ae if k.startswith("vae."))
     for kind in ("rcgm", "shortcut"):
-        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "refine", "--distill", kind,
+        train(monkeypatch, photos, tmp_path / kind, "distill", "--init", tmp_path / "flow", "--distill", kind,
               "--micro-batch", 1)
         model = TinyVOSR.from_pretrained(tmp_path / kind)
         assert model.cfg.dit.auxiliary_time_cond and model.cfg.steps == 1
-    a, b = load_file(tmp_path / "refine" / "model.safetensors"), load_file(tmp_path / "rcgm" / "model.safetensors")
+    a, b = flow, load_file(tmp_path / "rcgm" / "model.safetensors")
     # distillation trains the DiT alone
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("vae.", "vit.")))
     for name in ("log.csv", "loss.png", "sheet.png"):
@@ -111,20 +111,19 @@ def test_decoder_learns_alone(monkeypatch, photos, autoencoder, tmp_path):
     before = train(monkeypatch, photos, tmp_path / "one", "distill", "--init", tmp_path / "flow")
     after = train(monkeypatch, photos, tmp_path / "decoder", "decoder", "--init", tmp_path / "one", "--lr", 1e-2)
     assert all(torch.equal(after[k], before[k]) for k in before)
-    assert {k.split(".")[1] for k in after.keys() - before.keys()} == {"finish"}
+    assert {k.split(".")[1] for k in after.keys() - before.keys()} == {"residual"}
     model, z = TinyVOSR.from_pretrained(tmp_path / "decoder"), torch.randn(1, 8, 3, 4)
     assert model.cfg.steps == 1 and model.decode(z).shape == (1, 3, 24, 32)
     assert not torch.equal(model.decode(z), TinyVOSR.from_pretrained(tmp_path / "one").decode(z))
-    torch.nn.init.zeros_(model.vae.finish.conv_out.weight), torch.nn.init.zeros_(model.vae.finish.conv_out.bias)
+    torch.nn.init.zeros_(model.vae.residual.conv_out.weight), torch.nn.init.zeros_(model.vae.residual.conv_out.bias)
     assert torch.equal(model.decode(z), TinyVOSR.from_pretrained(tmp_path / "one").decode(z))
 
 
 @pytest.mark.parametrize("ablation", train_vosr.ABLATIONS)
 def test_ablations_last(monkeypatch, photos, autoencoder, tmp_path, ablation):
-    """What a flow has learned without, its refinement and its one-step student do without."""
+    """What a flow has learned without, its one-step student does without."""
     runs = {}
-    for stage, init, *more in (("flow", autoencoder, "--ablate", ablation), ("refine", tmp_path / "flow"),
-                               ("distill", tmp_path / "refine")):
+    for stage, init, *more in (("flow", autoencoder, "--ablate", ablation), ("distill", tmp_path / "flow")):
         steps = 12 if stage == "flow" else 1        # the condition is dropped for one picture in ten
         runs[stage] = train(monkeypatch, photos, tmp_path / stage, stage, "--init", init, *more, "--steps", steps)
         cfg = TinyVOSR.from_pretrained(tmp_path / stage).cfg
@@ -137,10 +136,10 @@ def test_ablations_last(monkeypatch, photos, autoencoder, tmp_path, ablation):
         assert not a.tokens(x).any() and a.upscale(x[:1, :, :16, :16]).shape == (1, 3, 64, 64)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "flow", "refine", "distill", "decoder"])
+@pytest.mark.parametrize("stage", ["autoencoder", "flow", "distill", "decoder"])
 def test_resumed_equals_uninterrupted(monkeypatch, photos, autoencoder, tmp_path, stage):
     more = [] if stage == "autoencoder" else ["--init", autoencoder]
-    if stage in ("refine", "distill", "decoder"):
+    if stage in ("distill", "decoder"):
         train(monkeypatch, photos, tmp_path / "flow", "flow", *more)
         more = ["--init", tmp_path / "flow"]
     if stage == "decoder":
@@ -333,3 +332,12 @@ def test_the_preset_for_one_card(photos, tmp_path):
     assert run.micro_batches * run.micro_batch == run.stage.batch_size == 64
     assert 20 * parameters + run.micro_batch * 0.7e9 < 16e9
     assert torch.equal(run.model.vae.encoder.weight, TinyVOSR.from_pretrained("vosr-tiny").vae.encoder.weight)
+
+
+def test_lattice_is_what_repeats():
+    """A pattern in every cell counts in full, a shift of all pixels not at all, noise little."""
+    pattern = torch.randn(2, 3, 8, 8)
+    everywhere = pattern.repeat(1, 1, 4, 6)
+    own = pattern - pattern.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(train_vosr.lattice(everywhere + 5, 8), own.square().mean())
+    assert train_vosr.lattice(torch.randn(2, 3, 128, 128), 8) < 0.01

@@ -35,7 +35,7 @@ SMALL = GramSRConfig(
     vae=VAEConfig(widths=(8, 8, 8), layers_per_block=0, norm_groups=4),
     vit=DINOv3Config(embed_dim=12, depth=1, num_heads=3), ranks={},
 )
-SMALL_TINY = TinyGramSRConfig(unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(finish=8), vit=SMALL.vit)
+SMALL_TINY = TinyGramSRConfig(unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(residual=(8, 8, 4)), vit=SMALL.vit)
 SMALL_STAGES = {name: replace(stage, steps=4, before=4 * i, batch_size=2, lr=1e-3, crop=48, rank=2, patience=0, micro_batch=0,
                               checkpointing=False)
                 for i, (name, stage) in enumerate(PAPER.items())}

@@ -24,7 +24,7 @@ from models.discriminator import Discriminator
 from models.lpips import LPIPS, NETS
 from models.s3diff import PRIORS, S3Diff, S3DiffConfig, is_in_release
 from models.support import saving
-from models.tiny import TinyS3Diff, TinyS3DiffConfig, TinyVAEConfig, is_prior
+from models.tiny import RESIDUAL, TinyS3Diff, TinyS3DiffConfig, TinyVAEConfig, is_prior
 from models.unet import UNetConfig, alphas_cumprod
 from models.vae import VAE, VAEConfig
 from models.vit import ViT, ViTConfig
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = S3DiffConfig(unet=UNetConfig(widths=(16, 16), num_heads=(1, 1), layers_per_block=1, context_dim=8,
                                      norm_groups=4),
                      vae=VAEConfig(widths=(8, 8, 8, 8), layers_per_block=1, norm_groups=4), r_unet=4, r_vae=2)
-SMALL_TINY = TinyS3DiffConfig(unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(finish=96), r_unet=4,
+SMALL_TINY = TinyS3DiffConfig(unet=replace(SMALL.unet, in_channels=64, out_channels=64), vae=TinyVAEConfig(residual=RESIDUAL), r_unet=4,
                               r_vae=2, denet_widths=(8, 8, 8, 8), tokens=4, t=999)
 STAGE = Stage(4, 2, 1e-3, crop=64)
 
@@ -126,9 +126,9 @@ def test_checkpointing_changes_nothing(monkeypatch, photos, tmp_path):  # noqa: 
 
 @pytest.mark.parametrize("words, check", [
     (["--lora", "unet"], lambda m: not any("lora_" in k for k in m if k.startswith("vae."))),
-    (["--lora", "unet+decoder"], lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"finish"}),
+    (["--lora", "unet+decoder"], lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"residual"}),
     (["--lora", "unet+encoder+decoder"],
-     lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"encoder", "finish"}),
+     lambda m: {k.split(".")[1] for k in m if k.startswith("vae.")} == {"encoder", "residual"}),
     (["--modulation", "shared"], lambda m: len(m["modulation.unet_block.weight"]) == 1),
     (["--modulation", "none"], lambda m: not any(k.startswith("modulation") for k in m)),
     (["--rank-unet", 3, "--rank-vae", 5], lambda m: m["unet.conv_out.lora_A.default.weight"].shape[0] == 3),

@@ -124,7 +124,7 @@ def main():
     p.add_argument("line", help="such as 31415926 or NANOSR")
     p.add_argument("file", help="PNG to write")
     args = p.parse_args()
-    world = "digits" if args.line.strip().isdigit() else "letters"
+    world = "digits" if args.line.replace(" ", "").isdigit() else "letters"
     to_pil(text(args.line, world)[0]).save(args.file)
 
 

@@ -1,7 +1,8 @@
 """Memory: what a training needs is said before anything is fetched, and a step that does not fit is made smaller.
 
 A step on one image at a time has the same gradient as one on many at once (their gradients are added up), and
-checkpointing computes again what it does not keep: both cost time, and change no number beyond rounding.
+checkpointing computes again what it does not keep. Both cost time, and for given images change nothing beyond rounding.
+What is drawn, noise and damage, is drawn for each part of a step: parts of another size see other draws.
 """
 
 import gc

@@ -1,7 +1,8 @@
 """What sample.py does with images that a model has made: files, measures, a sheet, a page.
 
-`Results` collects them while a folder is upscaled. One image at a time is held in memory: of the finished ones there
-stay their rows of metrics.csv, the crops of the first eight, and on disk the figures of the page.
+`Results` collects them while a folder is upscaled. Two images at a time are held in memory: while one is computed the
+one before it is written. Of the finished ones there stay their rows of metrics.csv, the crops of the first eight, and
+on disk the figures of the page.
 """
 
 import sys

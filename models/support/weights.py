@@ -26,7 +26,8 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 MODELS = Path(__file__).parents[1]
 PRIOR = MODELS / "prior_tiny.safetensors"       # around which the tiny S3Diff and GramSR learn
 OLD_SYSTEMS = {"s3diff": "r_unet", "gramsr": "ranks", "vosr": "dit"}     # and a setting that no other has
-OLD_SETTINGS = ("crisp", "precondition", "torch_bicubic", "stablesr", "start_noise")    # in files of ours, gone since
+# fields of configs in files of ours that are gone since
+OLD_SETTINGS = ("crisp", "finish", "precondition", "torch_bicubic", "stablesr", "start_noise")
 EMBEDDED = {f"{name}-tiny": MODELS / f"{name}_tiny.safetensors" for name in ("vosr", "s3diff", "gramsr")}
 
 
