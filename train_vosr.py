@@ -35,7 +35,7 @@ from models.support.weights import save_model, save_release
 from models.tiny import LETTERS_VOSR, RESIDUAL, SMALL, TinyDiT, TinyVOSR, TinyVOSRConfig
 from models.vosr import SIZES, VOSR
 
-LATTICE = 200.0             # weight of `lattice`: without it cells of 8 pixels stood out 12 times in a spectrum, with it 5
+LATTICE = 200.0             # weight of `lattice`: without it cells stood out 12 times in a spectrum, with it 5
 WEAK_FLOW = (0.05, 0.25)    # the weak condition's strength in a flow: drawn from this range, one for a batch
 WEAK_DISTILL = 0.1          # in distillation, for teacher and student
 NO_CONDITION = 0.0          # of the ablation: guidance compares with none at all, as is usual
