@@ -23,10 +23,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import CDLL
 from dataclasses import dataclass
 from inspect import signature
-from os import environ
 from os.path import exists, expanduser, realpath
 from pathlib import Path
 
@@ -41,7 +39,7 @@ from models.support.files import PictureError, check_writable, find_pictures, pr
 from models.support.gpu import tune
 from models.support.graphs import replay
 from models.support.imaging import as_input, as_output, contact_sheet, middle, read_made, read_picture, save_png
-from models.support.results import SHEET_ROWS, Failures, Made, Results, plan
+from models.support.results import SHEET_ROWS, Failures, Made, Results, plan, return_memory
 from models.support.strips import limit
 from models.support.weights import EMBEDDED, WeightError, fetch_all, files_read, list_weights, read_system
 from models.tiny import TinyGramSR, TinyS3Diff, TinyVOSR
@@ -316,16 +314,6 @@ def sweep(model, lq, args):
         rows.append(images)
         captions.append([", ".join(f"{knob} {value:g}" for knob, value in turned.items()) for turned in row])
     return contact_sheet(rows, captions)
-
-
-def return_memory():
-    """Return freed memory to the system. glibc keeps it in pieces, which in a folder of images become more and more.
-
-    Not where the user told glibc what to keep (tests/RESULTS.md), and there is nothing to do in other C libraries.
-    """
-    if "MALLOC_TRIM_THRESHOLD_" not in environ:
-        with suppress(OSError, AttributeError):
-            CDLL("libc.so.6").malloc_trim(0)
 
 
 def upscale_all(models, jobs, results, args, stop):

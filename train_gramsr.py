@@ -113,20 +113,19 @@ PAPER = {   # inferred: the files' names end at 12,501 and 53,001, PiSA-SR has 4
         steps=40_500, before=12_501, lr=5e-6, lambda_lpips=2.0, lambda_csd=1.0, lambda_gram=500.0, patience=10,
         **training.ONE_CARD),
 }
-RECIPES = ("s3diff", "vosr", "s3diff", "vosr", "clean")     # by turns; the last, or clean images would change, too
 TINY = {    # ours, for a laptop
     "pixel": Stage(
         steps=5000, batch_size=8, lr=1e-3, schedule="cosine", warmup=50,
-        crop=128, recipes=RECIPES, branches_per="image", rank=16, learn_vit=True),
+        crop=128, **training.TINY_DAMAGE, rank=16, learn_vit=True),
     # lambdas by gradients at the end of stage pixel: LPIPS half of L2's, Gram ten times, CSD 3 %. At 30 % the tiny
     # prior, which hardly knows its prompts, weaves a lattice; its guidance is weaker for the same reason
     "semantic": Stage(
         steps=250, before=5000, batch_size=8, lr=5e-4, schedule="cosine",
-        crop=128, recipes=RECIPES, branches_per="image", rank=16,
+        crop=128, **training.TINY_DAMAGE, rank=16,
         lambda_lpips=0.015, lambda_csd=0.003, guidance=3.0),
     "texture": Stage(
         steps=250, before=5250, batch_size=8, lr=5e-4, schedule="cosine",
-        crop=128, recipes=RECIPES, branches_per="image", rank=16,
+        crop=128, **training.TINY_DAMAGE, rank=16,
         lambda_lpips=0.015, lambda_csd=0.003, lambda_gram=0.4, guidance=3.0),
 }
 LETTERS = {     # ours, for --data digits and --data letters, not yet tuned; an image is 2 x 2 cells

@@ -93,7 +93,7 @@ TINY = {        # ours, for a laptop; recipes go by turns
     # lambda_gan: at .5 so small a D soon believed everything, and edges got haloes (tests/RESULTS.md)
     "adapters": Stage(
         steps=4000, batch_size=8, lr=1e-3, schedule="cosine", warmup=100, ema=0.999,
-        crop=128, recipes=("s3diff", "vosr", "s3diff", "vosr", "clean"), branches_per="image",
+        crop=128, **training.TINY_DAMAGE,
         lambda_lpips=0.02, lambda_gan=0.1, lr_D=5e-4, l2_share=0.75),
 }
 LETTERS = {     # ours, for --data digits and --data letters, not yet tuned; an image is 2 x 2 cells

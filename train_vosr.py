@@ -75,7 +75,6 @@ PAPER = {       # of the paper, as far as known: for 100 million photos, and the
     "flow": Stage(steps=400_000, batch_size=256, lr=5e-5, save_every=10_000, **training.ONE_CARD),
     "distill": Stage(steps=50_000, batch_size=32, lr=2e-5, save_every=5_000, **training.ONE_CARD),
 }
-RECIPES = ("s3diff", "vosr", "s3diff", "vosr", "clean")     # by turns; so that clean images stay as they are, too
 TINY = {        # ours, for a laptop
     "autoencoder": Stage(
         steps=3000, batch_size=16, lr=3e-3, schedule="cosine", betas=(0.9, 0.999), weight_decay=0.0, ema=0.99,
@@ -84,15 +83,15 @@ TINY = {        # ours, for a laptop
     # lognorm: more times near noise, where the one step starts in which all of this ends
     "flow": Stage(
         steps=6000, batch_size=8, lr=8e-4, schedule="cosine", warmup=100, ema=0.998,
-        crop=128, flip=True, recipes=RECIPES, branches_per="image", strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
+        crop=128, flip=True, **training.TINY_DAMAGE, strength=(7.0, 1.0), lognorm=(1.5, 1.2)),
     # steps: few suffice, since the student begins as its teacher; ema: of so few
     # omega: guidance of .5 costs a flow of this size .46 dB (tests/RESULTS.md)
     "distill": Stage(
         steps=40, batch_size=8, lr=5e-5, schedule="cosine", warmup=5, ema=0.8,
-        crop=128, flip=True, recipes=RECIPES, branches_per="image", strength=(7.0, 1.0), omega=1.0),
+        crop=128, flip=True, **training.TINY_DAMAGE, strength=(7.0, 1.0), omega=1.0),
     "decoder": Stage(
         steps=1500, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, betas=(0.9, 0.99), weight_decay=0.0, ema=0.99,
-        crop=128, flip=True, recipes=RECIPES, branches_per="image"),
+        crop=128, flip=True, **training.TINY_DAMAGE),
 }
 LETTERS = {     # ours, for --data digits and --data letters: minutes, no autoencoder to train
     # lognorm: which character it is is decided near noise

@@ -42,6 +42,10 @@ HELD_OUT_IMAGES, HELD_OUT_LOSS, HELD_OUT_NOISE = 0, 1, 2
 # drawn for each part of a step anew, so other parts see other noise
 ONE_CARD = {"micro_batch": 1, "checkpointing": True}
 
+# of tiny stages on photos: two papers' recipes by turns, every image with damage of its own, and one step in five on
+# nearly clean images, or these would be changed in use, too
+TINY_DAMAGE = {"recipes": ("s3diff", "vosr", "s3diff", "vosr", "clean"), "branches_per": "image"}
+
 
 # ---- a stage of a training, and a run of it
 

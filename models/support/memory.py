@@ -105,9 +105,9 @@ def step_that_fits(run, step):
         raise UserError(f"not enough memory in step {run.step + 1}; {remedy(run)}")
     before.bring_back(run)
     free_memory(run.device)
-    before_it = run.micro_batch
+    too_many = run.micro_batch
     use_micro_batch(run, smaller)
-    tqdm.write(f"not enough memory for {before_it} images at once: from here on {smaller}, as by --micro-batch "
+    tqdm.write(f"not enough memory for {too_many} images at once: from here on {smaller}, as by --micro-batch "
                f"{smaller}; a step of the same images has {run.micro_batches} parts")
     run.halved = True
     step_that_fits(run, step)

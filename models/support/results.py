@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+from ctypes import CDLL
+from os import environ
 from os.path import realpath
 
 from models.support.arguments import no_memory
@@ -205,3 +207,13 @@ class Results:
         for file in ("metrics.csv", "metrics.json"):
             self.claim(model.folder / file)
         write_metrics(record, model.folder)
+
+
+def return_memory():
+    """Return freed memory to the system. glibc keeps it in pieces, which in a folder of images become more and more.
+
+    Not where the user told glibc what to keep (tests/RESULTS.md), and there is nothing to do in other C libraries.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" not in environ:
+        with suppress(OSError, AttributeError):
+            CDLL("libc.so.6").malloc_trim(0)
