@@ -490,8 +490,9 @@ def test_fetch_where_much_is_gone(world, capsys):
         fetch("model_12501.pkl")
 
 
-def test_fetch_command(world, capsys):
+def test_fetch_command(world, capsys, tmp_path, monkeypatch):
     """As users run it: a line for each file and their sum, status 0; what cannot be had is a line of its own, status 1; a usage error."""
+    monkeypatch.chdir(tmp_path)     # README's first command leaves a folder out/ where it runs
     world = world()
     assert sample.main(["--model", "gramsr", "--fetch", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
